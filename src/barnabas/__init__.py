@@ -1,0 +1,28 @@
+"""Barnabas carries events (topics and consumers) and jobs (queues and workers) in one model."""
+
+from barnabas.app import App
+from barnabas.consumer import Batch
+from barnabas.engine.respond import Respond, respond_to
+from barnabas.errors import Reject, RetryAfter
+from barnabas.message import Delivery, Message
+from barnabas.retry import Retry
+from barnabas.topic import Retention
+from barnabas.verdict import Again, Dead, Done, Release
+
+__version__ = "0.1.0"
+__all__ = [
+    "Again",
+    "App",
+    "Batch",
+    "Dead",
+    "Delivery",
+    "Done",
+    "Message",
+    "Reject",
+    "Release",
+    "Respond",
+    "Retention",
+    "Retry",
+    "RetryAfter",
+    "respond_to",
+]

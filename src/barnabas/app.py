@@ -1,0 +1,241 @@
+"""The registry of what exists: topics, consumers, jobs, tables, hooks. Declares; opens a backend only when one is used."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from barnabas import backends
+from barnabas.clock import Clock
+from barnabas.consumer import Consumer, refuse_unknown
+from barnabas.engine.hooks import after, before, check_hook
+from barnabas.engine.observe import Observer, Observers
+from barnabas.errors import DeclarationError
+from barnabas.job import OPTIONS as JOB_OPTIONS
+from barnabas.job import Job
+from barnabas.ports import Backend
+from barnabas.settings import Settings
+from barnabas.state.table import Table
+from barnabas.topic import Retention, Topic
+
+F = TypeVar("F", bound=Callable[..., Any])
+TOPIC_OPTIONS = ("key", "partitions", "codec", "retention", "limit", "rekeyed")
+
+
+class App:
+    """An application. `events` and `jobs` are URLs (`sqlite:///FILE`, `memory:`); further settings by name.
+
+    Settings: these arguments < barnabas.toml < BARNABAS_* environment < command line; `barnabas check` shows each
+    value and where it came from. Raises SettingError or DeclarationError for what cannot work.
+    """
+
+    def __init__(self, name: str, *, events: str | None = None, jobs: str | None = None, **settings: Any) -> None:
+        if not isinstance(name, str) or not name or any(c in name for c in "/\n\x00"):
+            raise DeclarationError(f"App(name={name!r}): give the app a name without slashes: its consumer groups carry it")
+        self.name = name
+        self.settings = Settings({"events": events, "jobs": jobs, **settings})
+        self.clock: Clock = Clock()
+        self.topics: dict[str, Topic[Any]] = {}
+        self.consumers: dict[str, Consumer] = {}
+        self.job_handlers: dict[str, Job] = {}
+        self.tables: dict[str, Table[Any]] = {}
+        self.hooks: list[Any] = []
+        self.enqueue_hooks: list[Callable[[dict[str, Any]], Any]] = []
+        self.start_hooks: list[Callable[[], Any]] = []
+        self.stop_hooks: list[Callable[[], Any]] = []
+        self.observers = Observers()
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return f"<app {self.name}>"
+
+    # Declaring.
+
+    def topic(self, name: str, type: Any = None, **options: Any) -> Topic[Any]:
+        """Declare a topic of values of `type` (any type msgspec decodes, a pydantic model, or bytes with codec="raw").
+
+        key: a field's name or a function of the value. partitions: 6 by default. codec: "json" or "raw". retention:
+        Retention(age=, size=, force=), seven days by default. limit: bytes of an encoded value, 1 MiB by default.
+        rekeyed: all messages that use one table key share a partition, though their keys differ. Declaring the same
+        topic again returns the first if nothing differs.
+        """
+        owner = f"topic {name!r}"
+        refuse_unknown(owner, options, TOPIC_OPTIONS)
+        if not isinstance(name, str) or not name or len(name) > 200 or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
+            raise DeclarationError(f"{owner}: a topic's name has up to 200 letters, digits, dots, dashes and underscores")
+        partitions = options.get("partitions")
+        if partitions is not None and (isinstance(partitions, bool) or not isinstance(partitions, int) or not 1 <= partitions <= 10_000):
+            raise DeclarationError(f"{owner}: partitions={partitions!r}: give a whole number from 1 to 10000")
+        limit = options.get("limit")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise DeclarationError(f"{owner}: limit={limit!r}: give the most bytes of an encoded value, 1 or more")
+        retention = options.get("retention")
+        if retention is not None and not isinstance(retention, Retention):
+            raise DeclarationError(f"{owner}: retention={retention!r}: give Retention(age=SECONDS, size=BYTES)")
+        if not isinstance(options.get("rekeyed", False), bool):
+            raise DeclarationError(f"{owner}: rekeyed={options['rekeyed']!r}: give True or False")
+        if limit is None:
+            options["limit"] = self.settings.value_limit
+        if name in self.topics:
+            known = self.topics[name]
+            if known.type != type or self._declared[name] != options:
+                raise DeclarationError(f"{owner} is declared twice, differently; declare it once and import it")
+            return known
+        self._declared[name] = dict(options)
+        topic: Topic[Any] = Topic(self, name, type, **self._overridden(name, options))
+        self.topics[name] = topic
+        return topic
+
+    @property
+    def _declared(self) -> dict[str, dict[str, Any]]:
+        return self.__dict__.setdefault("_topic_options", {})  # type: ignore[no-any-return]
+
+    def _overridden(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Settings files know better than code: `[topics.orders] partitions = 24`."""
+        over = self.settings.topics.get(name)
+        if not over:
+            return options
+        changed = {**options}
+        if "partitions" in over:
+            changed["partitions"] = over["partitions"]
+        given = options.get("retention") or Retention()
+        if "retention_age" in over or "retention_size" in over:
+            changed["retention"] = Retention(over.get("retention_age", given.age), over.get("retention_size", given.size), given.force)
+        return changed
+
+    def consumer(self, topics: Topic[Any] | Sequence[Topic[Any]], **options: Any) -> Callable[[F], F]:
+        """Declare a consumer: decorates a function (sync or async) or a class, which stays what it is.
+
+        name, group, start ("earliest"|"latest"), concurrency (1), order ("key"|"partition"|"none"), retry (Retry(5)),
+        on_dead ("topic"|"skip"|"stop"), timeout (seconds), responds=[...], tables=[...], hooks=[...], batch (Batch()).
+        """
+        own = [topics] if isinstance(topics, Topic) else list(topics) if isinstance(topics, list | tuple) else [topics]
+
+        def declare(target: F) -> F:
+            consumer = Consumer(self, own, target, **options)  # type: ignore[arg-type]
+            self._claim_name(consumer.name, f"consumer {consumer.name!r}")
+            for other in self.consumers.values():
+                if other.group == consumer.group:
+                    raise DeclarationError(
+                        f"consumer {consumer.name!r}: group={consumer.group!r} belongs to consumer {other.name!r}; two "
+                        "consumers of one group would take each other's messages: give one of them another name= or group="
+                    )
+            self.consumers[consumer.name] = consumer
+            return target
+
+        return declare
+
+    def _claim_name(self, name: str, owner: str) -> None:
+        if name in self.consumers or name in self.job_handlers:
+            raise DeclarationError(f"{owner}: the name is taken by another consumer or job; give one of them name=")
+
+    def job(self, function: Any = None, **options: Any) -> Any:
+        """Declare a job: decorates a function, sync or async, which then has `.enqueue(...)` and stays callable.
+
+        queue ("default"), retry (25; a number, True for 25, False for none), name, timeout (seconds), dead (True: out of
+        retries it goes to the dead set), hooks=[...].
+        """
+        refuse_unknown("job", options, JOB_OPTIONS)
+
+        def declare(function: Callable[..., Any]) -> Job:
+            job = Job(self, function, **options)
+            self._claim_name(job.name, job.owner)
+            self.job_handlers[job.name] = job
+            return job
+
+        return declare(function) if function is not None else declare
+
+    def table(self, name: str, type: Any = None) -> Table[Any]:
+        """Declare a table: keyed values of `type`, settled together with the position of the consumer that owns it."""
+        if not isinstance(name, str) or not name:
+            raise DeclarationError(f"table {name!r}: give it a name")
+        if name in self.tables:
+            raise DeclarationError(f"table {name!r} is declared twice; declare it once and import it")
+        self.tables[name] = table = Table(self, name, type)
+        return table
+
+    # Hooks.
+
+    def around(self, hook: F) -> F:
+        """A generator function around every handler and job: before its `yield`, after it, `try/except` around it."""
+        check_hook(hook, "around")
+        self.hooks.append(hook)
+        return hook
+
+    def before(self, function: F) -> F:
+        """`function(delivery)` runs before every handler and job."""
+        check_hook(function, "before")
+        self.hooks.append(before(function))
+        return function
+
+    def after(self, function: F) -> F:
+        """`function(delivery, outcome)` runs after every handler and job that succeeded."""
+        check_hook(function, "after")
+        self.hooks.append(after(function))
+        return function
+
+    def before_enqueue(self, function: F) -> F:
+        """`function(job)` sees each job's fields before it is stored; it may change them, or return False to refuse."""
+        self.enqueue_hooks.append(function)
+        return function
+
+    def on_start(self, function: F) -> F:
+        """Runs once in each worker process before its first delivery: open pools here."""
+        self.start_hooks.append(function)
+        return function
+
+    def on_stop(self, function: F) -> F:
+        """Runs once in each worker process after its last delivery."""
+        self.stop_hooks.append(function)
+        return function
+
+    def observe(self, observer: Observer) -> Observer:
+        """Hand every Settled and Failed record to `observer`; it may look, never change."""
+        self.observers.watchers.append(observer)
+        return observer
+
+    # Backends, opened at first use.
+
+    @property
+    def events(self) -> Backend:
+        """The backend of topics."""
+        return self._backend("events")
+
+    @property
+    def jobs(self) -> Backend:
+        """The backend of queues."""
+        return self._backend("jobs")
+
+    def _backend(self, kind: str) -> Backend:
+        found = self.__dict__.get(f"_{kind}")
+        if found is not None and not found.closed:
+            return found  # type: ignore[no-any-return]
+        with self._lock:
+            found = self.__dict__.get(f"_{kind}")
+            if found is None or found.closed:
+                url = getattr(self.settings, kind)
+                other = self.__dict__.get("_jobs" if kind == "events" else "_events")
+                same = other is not None and not other.closed and other.url == url
+                found = other if same else backends.open_url(url, self.settings, kind, self.clock)
+                if kind == "events":
+                    found.declare(self.all_topics())
+                self.__dict__[f"_{kind}"] = found
+        return found  # type: ignore[no-any-return]
+
+    def all_topics(self) -> list[Topic[Any]]:
+        """The declared topics, with their dead-letter topics and the retry topics of groups that need them."""
+        found = dict(self.topics)
+        for topic in self.topics.values():
+            found.setdefault(topic.dead_topic.name, topic.dead_topic)
+        for consumer in self.consumers.values():
+            for topic in consumer.topics:
+                retry = topic.retry_topic(consumer.group)
+                found.setdefault(retry.name, retry)
+        return list(found.values())
+
+    def close(self) -> None:
+        """Flush what was sent and let go of the backends; the next use opens them again."""
+        with self._lock:
+            for kind in ("events", "jobs"):
+                backend = self.__dict__.pop(f"_{kind}", None)
+                if backend is not None and not backend.closed:
+                    backend.close()

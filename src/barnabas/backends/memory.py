@@ -1,0 +1,408 @@
+"""`memory:`: topics, queues and tables in this process alone. The reference for the conformance suite, and unit tests'.
+
+Everything is done under one lock, at once; what is settled together becomes visible together.
+"""
+
+import heapq
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from barnabas.backends.queues import QueueOrder
+from barnabas.backends.shares import by_target, close_books, fair, open_account, partition_of
+from barnabas.errors import DeclarationError, UnknownTopic
+from barnabas.message import Outgoing, OutgoingJob, Row
+from barnabas.ports import Listener, Part, Result, TopicState
+from barnabas.verdict import Again, Dead
+
+DEFAULT_PARTITIONS = 6
+FETCH = 500  # rows of one partition per fetch
+
+
+def open_backend(url: str, settings: Any, clock: Any) -> "MemoryBackend":
+    """A fresh, empty backend."""
+    return MemoryBackend(url, clock)
+
+
+class _Partition:
+    __slots__ = ("first", "rows", "size")
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.rows: list[Row] = []
+        self.size = 0
+
+    @property
+    def next(self) -> int:
+        return self.first + len(self.rows)
+
+
+class MemoryBackend:
+    """A place for topics, queues and tables that ends with the process."""
+
+    def __init__(self, url: str, clock: Any) -> None:
+        self.url = url
+        self.closed = False
+        self.clock = clock
+        self.lock = threading.RLock()
+        self.logs: dict[str, list[_Partition]] = {}
+        self.retention: dict[str, Any] = {}
+        self.positions: dict[tuple[str, str, int], tuple[int, list[tuple[int, int]], dict[int, int]]] = {}
+        self.owners: dict[str, dict[tuple[str, int], MemoryLog]] = {}
+        self.members: dict[str, list[MemoryLog]] = {}
+        self.tables: dict[str, dict[Any, bytes]] = {}
+        self.ready: dict[str, deque[tuple[int, OutgoingJob]]] = {}
+        self.later: list[tuple[float, int, str, OutgoingJob]] = []  # due at, number, "scheduled" or "retry"
+        self.buried: list[OutgoingJob] = []
+        self.taken = 0  # jobs in work
+        self._number = 0
+        self._spin = 0
+        self._watchers: list[Callable[[], None]] = []
+
+    # Topics and sends.
+
+    def declare(self, topics: Iterable[Any]) -> None:
+        with self.lock:
+            for topic in topics:
+                known = self.logs.get(topic.name)
+                if known is None:
+                    self.logs[topic.name] = [_Partition() for _ in range(topic.partitions or DEFAULT_PARTITIONS)]
+                elif topic.partitions is not None and topic.partitions != len(known):
+                    raise DeclarationError(
+                        f"topic {topic.name!r}: partitions={topic.partitions}, but it is stored with {len(known)}"
+                    )
+                self.retention[topic.name] = topic.retention
+
+    def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
+        with self.lock:
+            self._store(outgoing)
+        self.ring()
+
+    def _store(self, outgoing: Iterable[Outgoing | OutgoingJob]) -> None:
+        messages, jobs = by_target(outgoing)
+        for out in messages:
+            self._append(out)
+        for job in jobs:
+            self._number += 1
+            if job.at is not None and job.at > self.clock.now():
+                heapq.heappush(self.later, (job.at, self._number, "scheduled", job))
+            else:
+                self.ready.setdefault(job.queue, deque()).append((self._number, job))
+            if job.future is not None:
+                job.future.resolve(job.jid)
+
+    def _append(self, out: Outgoing) -> None:
+        topic, partition, key, value, headers, timestamp, future = out
+        parts = self.logs.get(topic.name)
+        if parts is None:
+            self.declare([topic])
+            parts = self.logs[topic.name]
+        if partition is None:
+            self._spin += 1
+            partition = partition_of(key, len(parts), self._spin)
+        elif not 0 <= partition < len(parts):
+            error = UnknownTopic(f"topic {topic.name!r} has no partition {partition}; it has {len(parts)}")
+            if future is None:
+                raise error
+            future.fail(error)
+            return
+        log = parts[partition]
+        offset = log.next
+        log.rows.append((offset, key, value, headers, timestamp))
+        log.size += len(value or b"")
+        if future is not None:
+            future.resolve((topic, partition, offset, key, value, headers, timestamp))
+
+    def flush(self, timeout: float) -> int:
+        return 0
+
+    def ring(self) -> None:
+        """Something was stored: wake whoever waits."""
+        for wake in self._watchers:
+            wake()
+
+    def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
+        self._watchers = [*self._watchers, wake]
+
+        def end() -> None:
+            self._watchers = [w for w in self._watchers if w is not wake]
+
+        return end
+
+    def expire(self, now: float) -> None:
+        """Drop what is older or larger than its topic's retention allows, and no group still needs."""
+        with self.lock:
+            for name, parts in self.logs.items():
+                keep = self.retention[name]
+                for number, log in enumerate(parts):
+                    groups = [p[0] for (g, t, n), p in self.positions.items() if (t, n) == (name, number)]
+                    slowest = log.next if keep.force or not groups else min(groups)
+                    count = 0
+                    while count < len(log.rows) and log.first + count < slowest:
+                        row = log.rows[count]
+                        old = keep.age is not None and row[4] < now - keep.age
+                        if not old and (keep.size is None or log.size <= keep.size):
+                            break
+                        log.size -= len(row[2] or b"")
+                        count += 1
+                    del log.rows[:count]
+                    log.first += count
+
+    # What consumers and workers use.
+
+    def log(self, group: str, topics: Sequence[Any], *, start: Any, ordered: bool, listener: Listener) -> "MemoryLog":
+        self.declare(topics)
+        return MemoryLog(self, group, [t.name for t in topics], start, ordered, listener)
+
+    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> "MemoryQueues":
+        return MemoryQueues(self, queues, listener)
+
+    def settle(self, outputs: Iterable[Any], results: Iterable[Result]) -> None:
+        """Store outputs and cells of results."""
+        self._store(outputs)
+        for result in results:
+            for (table, key), data in result.cells.items():
+                if data is None:
+                    self.tables.setdefault(table, {}).pop(key, None)
+                else:
+                    self.tables.setdefault(table, {})[key] = data
+
+    def cell(self, table: str, key: Any) -> bytes | None:
+        return self.tables.get(table, {}).get(key)
+
+    def cells(self, table: str) -> Iterable[tuple[Any, bytes]]:
+        with self.lock:
+            return sorted(self.tables.get(table, {}).items(), key=lambda cell: str(cell[0]))
+
+    def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
+        with self.lock:
+            count = self.taken + sum(len(self.ready.get(q, ())) for q in queues)
+            for group, topics in groups.items():
+                for topic in topics:
+                    for number, log in enumerate(self.logs.get(topic, ())):
+                        at, done, _ = self.positions.get((group, topic, number), (log.first, [], {}))
+                        count += max(0, log.next - max(at, log.first)) - sum(b - a for a, b in done)
+            return count
+
+    def waiting(self, queues: Sequence[str]) -> dict[str, int]:
+        with self.lock:
+            counts = {"scheduled": 0, "retry": 0, "dead": len(self.buried)}
+            for _, _, kind, job in self.later:
+                if job.queue in queues:
+                    counts[kind] += 1
+            return counts
+
+    def topics(self) -> list[TopicState]:
+        with self.lock:
+            return [
+                TopicState(name, [(p.first, p.next, p.size) for p in parts]) for name, parts in sorted(self.logs.items())
+            ]
+
+    def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
+        with self.lock:
+            log = self.logs[topic][partition]
+            start = max(0, offset - log.first)
+            return log.rows[start : start + limit]
+
+    def box(self, workers: int) -> tuple[Any, int]:
+        return array("q", bytes(8 * 3 * workers)), 0
+
+    def move_due(self, now: float) -> float | None:
+        """Put jobs that are due into their queues; when the next one is due (epoch seconds)."""
+        with self.lock:
+            while self.later and self.later[0][0] <= now:
+                _, number, _, job = heapq.heappop(self.later)
+                self.ready.setdefault(job.queue, deque()).append((number, job))
+            return self.later[0][0] if self.later else None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class _Waiter:
+    """The wait of a fetch thread: ended by a wake, at most `timeout` seconds long."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.wake = self._event.set
+
+    def wait(self, timeout: float) -> None:
+        if timeout > 0:
+            self._event.wait(timeout)
+        self._event.clear()
+
+
+class MemoryLog:
+    """The topics of one consumer group, as one member sees them."""
+
+    def __init__(self, home: MemoryBackend, group: str, topics: list[str], start: str, ordered: bool, listener: Listener) -> None:
+        self.atomic = home
+        self.home = home
+        self.group = group
+        self._start = start
+        self._ordered = ordered
+        self._listener = listener
+        self._parts: dict[tuple[str, int], Part] = {}
+        self._all = [(topic, n) for topic in topics for n in range(len(home.logs[topic]))]
+        self._waiter = _Waiter()
+        self.wake = self._waiter.wake
+        with home.lock:
+            home.members.setdefault(group, []).append(self)
+            self._nudge()
+        self._unwatch = home.watch(self.wake)
+
+    def _nudge(self) -> None:
+        self._stale = True
+        for member in self.home.members[self.group]:
+            member._stale = True
+            member.wake()
+
+    def _balance(self) -> None:
+        self._stale = False
+        owners = self.home.owners.setdefault(self.group, {})
+        with self.home.lock:
+            target = fair(self.home.members[self.group], self._all, owners)
+        gone = [part for at, part in self._parts.items() if target[at] is not self]
+        if gone:
+            self._listener.revoked(gone)
+            with self.home.lock:
+                for part in gone:
+                    del self._parts[part.topic, part.partition]
+                    del owners[part.topic, part.partition]
+                self._nudge()
+        with self.home.lock:
+            mine = [at for at in self._all if target[at] is self and at not in self._parts]
+            free = [at for at in mine if at not in owners]
+            self._stale |= len(free) < len(mine)
+            came = [self._take(at, owners) for at in free]
+        if came:
+            self._listener.assigned(came)
+
+    def _take(self, at: tuple[str, int], owners: dict[tuple[str, int], "MemoryLog"]) -> Part:
+        owners[at] = self
+        log = self.home.logs[at[0]][at[1]]
+        first = log.next if self._start == "latest" else log.first
+        position, done, attempts = self.home.positions.setdefault((self.group, *at), (first, [], {}))
+        part = Part(at[0], at[1], len(self._parts), self.group)
+        open_account(part, self._ordered, max(position, log.first), done, attempts)
+        self._parts[at] = part
+        return part
+
+    def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
+        if self._stale:
+            self._balance()
+        found = self._read(limit)
+        if not found and timeout > 0:
+            self._waiter.wait(timeout)
+            found = self._read(limit)
+        return found
+
+    def _read(self, limit: int) -> list[tuple[Part, Sequence[Row]]]:
+        found: list[tuple[Part, Sequence[Row]]] = []
+        logs = self.home.logs
+        for (topic, number), part in self._parts.items():
+            account = part.held
+            log = logs[topic][number]
+            room = limit - len(account)
+            if room > 0 and account.next < log.next:
+                start = max(0, account.next - log.first)
+                rows = log.rows[start : start + min(room, FETCH)]
+                account.next = rows[-1][0] + 1
+                rows = account.add(rows)
+                if rows:
+                    found.append((part, rows))
+        return found
+
+    def settle(self, results: Sequence[Result], outputs: Sequence[Outgoing | OutgoingJob]) -> None:
+        home = self.home
+        with home.lock:
+            for part in close_books(results):
+                home.positions[self.group, part.topic, part.partition] = (*part.held.position(), dict(part.attempts))
+            home.settle(outputs, results)
+        if outputs:
+            home.ring()
+
+    def close(self) -> None:
+        self._unwatch()
+        if self._parts:
+            self._listener.revoked(list(self._parts.values()))
+        with self.home.lock:
+            for at in self._parts:
+                del self.home.owners[self.group][at]
+            self._parts = {}
+            self.home.members[self.group].remove(self)
+            if self.home.members[self.group]:
+                self._nudge()
+
+
+class MemoryQueues:
+    """The queues of one worker."""
+
+    def __init__(self, home: MemoryBackend, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> None:
+        self.atomic = home
+        self.home = home
+        self._order = QueueOrder(queues)
+        self._parts = {name: Part(name, -1, i) for i, name in enumerate(self._order.names)}
+        self._work: dict[int, OutgoingJob] = {}
+        self._waiter = _Waiter()
+        self.wake = self._waiter.wake
+        self._unwatch = home.watch(self.wake)
+        listener.assigned(list(self._parts.values()))
+
+    def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
+        found = self._claim(limit)
+        if not found and timeout > 0:
+            due = self.home.move_due(self.home.clock.now())
+            if due is not None:
+                timeout = min(timeout, max(0.0, due - self.home.clock.now()))
+            self._waiter.wait(timeout)
+            found = self._claim(limit)
+        return found
+
+    def _claim(self, limit: int) -> list[tuple[Part, Sequence[Row]]]:
+        found: list[tuple[Part, Sequence[Row]]] = []
+        home = self.home
+        home.move_due(home.clock.now())
+        room = limit - len(self._work)
+        with home.lock:
+            for name in self._order.next():
+                ready = home.ready.get(name)
+                rows: list[Row] = []
+                while ready and room > 0:
+                    number, job = ready.popleft()
+                    self._work[number] = job
+                    rows.append((number, job.jid, job.payload, None, home.clock.now()))
+                    room -= 1
+                if rows:
+                    home.taken += len(rows)
+                    found.append((self._parts[name], rows))
+        return found
+
+    def settle(self, results: Sequence[Result], outputs: Sequence[Outgoing | OutgoingJob]) -> None:
+        home = self.home
+        with home.lock:
+            for result in results:
+                for row in result.rows:
+                    job = self._work.pop(row[0], None)
+                    if job is None:
+                        continue
+                    home.taken -= 1
+                    verdict = result.others.get(row[0])
+                    if isinstance(verdict, Again):
+                        again = job._replace(payload=verdict.payload or job.payload, at=verdict.at, future=None)
+                        heapq.heappush(home.later, (verdict.at, row[0], "retry", again))
+                    elif isinstance(verdict, Dead) and verdict.payload is not None:
+                        home.buried.append(job._replace(payload=verdict.payload, at=home.clock.now(), future=None))
+            home.settle(outputs, results)
+        home.ring()
+
+    def close(self) -> None:
+        self._unwatch()
+        with self.home.lock:
+            for number, job in reversed(self._work.items()):
+                self.home.ready.setdefault(job.queue, deque()).appendleft((number, job))
+                self.home.taken -= 1
+            self._work = {}
+        self.home.ring()

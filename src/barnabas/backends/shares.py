@@ -1,0 +1,74 @@
+"""What every log backend does alike: fair shares of a group's partitions, and the account of a partition in hand."""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+from zlib import crc32
+
+from barnabas.engine.ledger import Intervals, Ledger, Straight
+from barnabas.message import Key
+from barnabas.ports import Part, Result
+
+M = TypeVar("M", bound=Hashable)
+P = TypeVar("P", bound=Hashable)
+
+
+def partition_of(key: Key, count: int, spin: int) -> int:
+    """The partition of a key (crc32; `spin` spreads messages without one)."""
+    if key is None:
+        return spin % count
+    return crc32(key.encode() if type(key) is str else key) % count  # type: ignore[arg-type, union-attr]
+
+
+def fair(members: Sequence[M], partitions: Sequence[P], owners: Mapping[P, M]) -> dict[P, M]:
+    """Who is to own which partition: shares differ by one at most, and as few as possible change hands."""
+    if not members:
+        return {}
+    least, extra = divmod(len(partitions), len(members))
+    owned: dict[M, list[P]] = {m: [] for m in members}
+    for p in partitions:
+        if owners.get(p) in owned:
+            owned[owners[p]].append(p)
+    # Those who own most keep the shares that are one larger.
+    ranked = sorted(members, key=lambda m: -len(owned[m]))
+    share = {m: least + (1 if i < extra else 0) for i, m in enumerate(ranked)}
+    target: dict[P, M] = {}
+    for m in members:
+        for p in owned[m][: share[m]]:
+            target[p] = m
+    free = [p for p in partitions if p not in target]
+    for m in members:
+        missing = share[m] - min(len(owned[m]), share[m])
+        for p in free[:missing]:
+            target[p] = m
+        free = free[missing:]
+    return target
+
+
+def open_account(part: Part, ordered: bool, position: int, done: Intervals, attempts: Mapping[int, int]) -> None:
+    """Begin the account of a partition that was assigned, where its last owner left off."""
+    part.held = Straight(position, done) if ordered else Ledger(position, done)
+    part.attempts.update(attempts)
+
+
+def close_books(results: Iterable[Result]) -> set[Part]:
+    """Enter results into the accounts of their partitions; returns the partitions touched."""
+    touched = set()
+    for result in results:
+        part = result.part
+        touched.add(part)
+        if not result.rows:  # a failed attempt, to be kept
+            continue
+        part.held.finish(result.rows)
+        if part.attempts or part.crashes:
+            for row in result.rows:
+                part.attempts.pop(row[0], None)
+                part.crashes.pop(row[0], None)
+    return touched
+
+
+def by_target(outputs: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """Messages and jobs apart."""
+    messages, jobs = [], []
+    for output in outputs:
+        (messages if len(output) == 7 else jobs).append(output)
+    return messages, jobs

@@ -1,0 +1,26 @@
+"""Time is a parameter: whoever needs the time is handed a clock."""
+
+import time
+
+
+class Clock:
+    """The real time: `now()` in epoch seconds, `monotonic()` in seconds since some start."""
+
+    now = staticmethod(time.time)
+    monotonic = staticmethod(time.monotonic)
+
+
+class FakeClock(Clock):
+    """A clock for tests that moves only by `advance(seconds)`."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        self._now = now
+        self.now = self._read  # type: ignore[method-assign]
+        self.monotonic = self._read  # type: ignore[method-assign]
+
+    def _read(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Let `seconds` pass."""
+        self._now += seconds

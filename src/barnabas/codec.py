@@ -1,0 +1,93 @@
+"""Values to bytes and back: one pair of functions per topic, chosen once at declaration."""
+
+import typing
+from collections.abc import Callable
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import msgspec
+
+from barnabas.errors import DeclarationError
+from barnabas.message import Key
+
+Encode = Callable[[Any], bytes]
+Decode = Callable[[bytes], Any]
+_encode = msgspec.json.Encoder().encode
+
+
+def is_pydantic(type_: Any) -> bool:
+    """Whether `type_` is a pydantic model (asked without importing pydantic)."""
+    return isinstance(type_, type) and hasattr(type_, "__pydantic_validator__") and hasattr(type_, "model_validate_json")
+
+
+def make_codec(owner: str, type_: Any, codec: str) -> tuple[Encode, Decode]:
+    """The encoder and decoder for values of `type_`. `codec` is "json" or "raw" (bytes as they are)."""
+    if codec == "raw":
+        if type_ not in (None, bytes):
+            raise DeclarationError(f'{owner}: codec="raw" carries bytes, not {type_!r}; leave the type out or use codec="json"')
+        return _raw, _raw
+    if codec != "json":
+        raise DeclarationError(f'{owner}: codec={codec!r} is unknown; use "json" or "raw"')
+    if is_pydantic(type_):
+        return (lambda value: value.model_dump_json().encode()), type_.model_validate_json
+    try:
+        return _encode, msgspec.json.Decoder(Any if type_ is None else type_).decode
+    except TypeError as error:
+        raise DeclarationError(
+            f"{owner}: type {type_!r} cannot be decoded from JSON ({error}); use a msgspec Struct, a dataclass, a "
+            'TypedDict, a pydantic model or a plain type, or bytes with codec="raw"'
+        ) from None
+
+
+def _raw(value: Any) -> bytes:
+    if type(value) is bytes:
+        return value
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    raise TypeError(f'codec="raw" carries bytes, not {type(value).__name__}')
+
+
+def make_key(owner: str, type_: Any, key: str | Callable[[Any], Any] | None) -> Callable[[Any], Key] | None:
+    """The function that takes a value's key: from a field's name, or the caller's own function. None: no key."""
+    if key is None:
+        return None
+    if callable(key):
+        return lambda value: as_key(key(value))
+    if not isinstance(key, str):
+        raise DeclarationError(f"{owner}: key={key!r} is neither a field's name nor a function of the value")
+    names = field_names(type_)
+    if names is not None and key not in names:
+        raise DeclarationError(f"{owner}: key={key!r} is not a field of {type_.__name__}; its fields are {', '.join(names)}")
+    get: Callable[[Any], Any] = itemgetter(key) if _is_mapping(type_) else attrgetter(key)
+    if names is not None and typing.get_type_hints(type_).get(key) is str:
+        return get
+    return lambda value: as_key(get(value))
+
+
+def as_key(key: Any) -> Key:
+    """A key as it is stored: text and bytes as they are, None for none, numbers as their decimal text."""
+    if key is None or type(key) is str or type(key) is bytes:
+        return key  # type: ignore[no-any-return]
+    if isinstance(key, int) and not isinstance(key, bool):
+        return str(key)
+    if isinstance(key, str | bytes):
+        return str(key) if isinstance(key, str) else bytes(key)
+    if hasattr(key, "hex") and hasattr(key, "int"):  # a UUID
+        return str(key)
+    raise TypeError(f"a key is text, bytes, a whole number, a UUID or None, not {type(key).__name__}: give key= a function")
+
+
+def field_names(type_: Any) -> list[str] | None:
+    """The fields of a Struct, dataclass, TypedDict or pydantic model; None where they are not known."""
+    if type_ is None or typing.get_origin(type_) is not None or not isinstance(type_, type):
+        return None
+    if is_pydantic(type_):
+        return list(type_.model_fields)  # type: ignore[attr-defined]
+    if issubclass(type_, msgspec.Struct) or hasattr(type_, "__dataclass_fields__") or typing.is_typeddict(type_):
+        return list(typing.get_type_hints(type_))
+    return None
+
+
+def _is_mapping(type_: Any) -> bool:
+    origin = typing.get_origin(type_) or type_
+    return origin is None or typing.is_typeddict(type_) or (isinstance(origin, type) and issubclass(origin, dict))

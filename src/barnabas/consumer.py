@@ -1,0 +1,152 @@
+"""What `@app.consumer(...)` declares: checked here, compiled to a Handler when a worker starts."""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from barnabas.engine.handler import Handler, Route, make_route
+from barnabas.engine.observe import Observers
+from barnabas.engine.respond import RespondTo, respond_to
+from barnabas.errors import DeclarationError
+from barnabas.retry import Retry
+from barnabas.state.table import Table
+from barnabas.topic import Topic
+
+OPTIONS = (
+    "name", "group", "start", "concurrency", "order", "retry", "on_dead", "timeout", "responds", "tables", "hooks", "batch",
+)  # fmt: skip
+
+
+class Batch:
+    """How a batch handler is fed: up to `max` messages of one partition, or what came within `wait` seconds."""
+
+    __slots__ = ("max", "wait")
+
+    def __init__(self, max: int = 1000, wait: float = 0.5) -> None:
+        if isinstance(max, bool) or not isinstance(max, int) or max < 1:
+            raise DeclarationError(f"Batch(max={max!r}): give the most messages of a batch, 1 or more")
+        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait < float("inf"):
+            raise DeclarationError(f"Batch(wait={wait!r}): give the seconds a batch may wait to fill up, 0 or more")
+        self.max = max
+        self.wait = float(wait)
+
+
+def refuse_unknown(what: str, options: dict[str, Any], known: Sequence[str]) -> None:
+    """Raise for the first option that does not exist, with the one that was probably meant."""
+    for option, value in options.items():
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1)
+            hint = f"did you mean {near[0]}=?" if near else f"it knows {', '.join(known)}"
+            raise DeclarationError(f"{what}: unknown option {option}={value!r}; {hint}")
+
+
+class Consumer:
+    """A consumer of one or several topics: one subscription, one consumer group."""
+
+    def __init__(self, app: Any, topics: Sequence[Topic[Any]], target: Any, **options: Any) -> None:
+        default = getattr(target, "__name__", type(target).__name__)
+        self.name: str = options.get("name") or default
+        self.owner = f"consumer {self.name!r}"
+        refuse_unknown(self.owner, options, OPTIONS)
+        self.app = app
+        self.topics = list(topics)
+        self.target = target
+        self.is_class = inspect.isclass(target)
+        self.group: str = options.get("group") or f"{app.name}-{self.name}"
+        self.start = options.get("start", "earliest")
+        self.concurrency: int = options.get("concurrency", 1)
+        self.order: str = options.get("order") or ("partition" if self.concurrency == 1 else "key")
+        self.retry: Retry = options.get("retry", Retry())
+        self.on_dead: str = options.get("on_dead", "topic")
+        self.timeout: float | None = options.get("timeout")
+        self.tables: list[Table[Any]] = list(options.get("tables", ()))
+        self.hooks = list(options.get("hooks", ()))
+        self.batch: Batch = options.get("batch") or Batch()
+        self._check(options)
+        self.responds: list[RespondTo] = [
+            r if isinstance(r, RespondTo) else respond_to(r) for r in self._list("responds", options)
+        ]
+        self.instance: Any = None
+        routes = self.routes(target)
+        if options.get("batch") is not None and not routes[0].params.batch:
+            self._refuse("batch", options["batch"], "it belongs to a batch handler, whose first parameter is list[T]")
+
+    def _refuse(self, option: str, value: Any, way_out: str) -> None:
+        raise DeclarationError(f"{self.owner}: {option}={value!r}: {way_out}")
+
+    def _list(self, option: str, options: dict[str, Any]) -> list[Any]:
+        value = options.get(option, ())
+        if not isinstance(value, list | tuple):
+            self._refuse(option, value, f"give a list: {option}=[...]")
+        return list(value)
+
+    def _check(self, options: dict[str, Any]) -> None:
+        for option in ("name", "group"):
+            value = getattr(self, option)
+            if not isinstance(value, str) or not value or any(c in value for c in "/\n\x00"):
+                self._refuse(option, value, "give a text without slashes and line breaks")
+        if not self.topics or not all(isinstance(t, Topic) for t in self.topics):
+            self._refuse("topics", self.topics, "give a topic, as app.topic(...) returns it, or a list of them")
+        if self.start not in ("earliest", "latest"):
+            self._refuse("start", self.start, 'give "earliest" or "latest"; `barnabas reset` moves an existing group')
+        n = self.concurrency
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 10_000:
+            self._refuse("concurrency", n, "give a whole number from 1 to 10000: deliveries in work at once per process")
+        if self.order not in ("key", "partition", "none"):
+            self._refuse("order", self.order, 'give "key", "partition" or "none"')
+        if not isinstance(self.retry, Retry):
+            self._refuse("retry", self.retry, "give Retry(times, ...), Retry(0) for none")
+        if self.on_dead not in ("topic", "skip", "stop"):
+            self._refuse("on_dead", self.on_dead, 'give "topic" (the dead-letter topic), "skip" (and count) or "stop"')
+        if self.timeout is not None and (isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or self.timeout <= 0):
+            self._refuse("timeout", self.timeout, "give the seconds one run may take, above 0, or None")
+        for table in self._list("tables", options):
+            if not isinstance(table, Table):
+                self._refuse("tables", table, "give tables, as app.table(...) returns them")
+        if self.tables and self.order == "none":
+            self._refuse("order", "none", 'tables need an order; use "key" or "partition"')
+        if self.tables and not self.retry.ordered:
+            self._refuse("retry", "Retry(ordered=False)", "tables need an order; use Retry(..., ordered=True)")
+        if options.get("batch") is not None and not isinstance(options["batch"], Batch):
+            self._refuse("batch", options["batch"], "give Batch(max=1000, wait=0.5)")
+        self._list("hooks", options)
+
+    def _function(self, holder: Any, topic: Topic[Any]) -> Any:
+        """The function for one topic: the method named like it, else `process`."""
+        if not self.is_class:
+            return holder
+        method = topic.name.replace(".", "_").replace("-", "_")
+        function = getattr(holder, method, None) or getattr(holder, "process", None)
+        if function is None:
+            raise DeclarationError(
+                f"{self.owner}: the class has neither a method {method!r} for topic {topic.name!r} nor `process`"
+            )
+        return function
+
+    def routes(self, holder: Any) -> list[Route]:
+        """One route a topic. `holder` is the function, or the class's instance (the class itself at declaration)."""
+        routes = []
+        for topic in self.topics:
+            function = self._function(holder, topic)
+            if not callable(function):
+                self._refuse("handler", function, "give a function, an async function or a class")
+            if inspect.isclass(holder):
+                function = function.__get__(object())
+            routes.append(make_route(self.owner, topic, function))
+        if len({inspect.iscoroutinefunction(r.function) for r in routes}) > 1:
+            raise DeclarationError(f"{self.owner}: its methods are partly async; make all of them `async def`, or none")
+        if len({r.params.batch for r in routes}) > 1:
+            raise DeclarationError(f"{self.owner}: its methods take partly batches; make all take list[T], or none")
+        return routes
+
+    def compile(self, observers: Observers, hooks: Sequence[Any]) -> Handler:
+        """The handler for one worker; a class is instantiated here."""
+        self.instance = self.target() if self.is_class else None
+        return Handler(self, self.routes(self.instance if self.is_class else self.target), hooks, observers)
+
+    @property
+    def subscriptions(self) -> list[Topic[Any]]:
+        """The topics it reads: its own, and the retry topics of its group where retries give up order."""
+        own = list(self.topics)
+        return own if self.retry.ordered else own + [t.retry_topic(self.group) for t in own]

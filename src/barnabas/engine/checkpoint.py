@@ -1,0 +1,48 @@
+"""The one commit order: flush outputs, commit state, settle the source. One transaction where all three live together."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from barnabas.errors import SendError
+from barnabas.future import Future
+from barnabas.message import Outgoing, OutgoingJob
+from barnabas.ports import Result, Source
+
+FLUSH = 60.0  # seconds that outputs may take to become durable elsewhere before the checkpoint fails (and is repeated)
+
+
+def checkpoint(source: Source, sinks: Callable[[Any], Any], results: Sequence[Result]) -> int:
+    """Settle `results`. Outputs for the source's own home ride in its transaction, others are durable before it.
+
+    Returns the number of outputs. Raises what the sink or the source raises; nothing is settled then.
+    """
+    own: list[Outgoing | OutgoingJob] = []
+    away: dict[Any, list[Outgoing | OutgoingJob]] = {}
+    for result in results:
+        for output in result.outputs:
+            sink = sinks(output)
+            if sink is source.atomic:
+                own.append(output)
+            else:
+                away.setdefault(sink, []).append(output)
+    for sink, outputs in away.items():
+        _flush(sink, outputs)
+    source.settle(results, own)
+    return len(own) + sum(len(outputs) for outputs in away.values())
+
+
+def _flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> None:
+    """Make these durable. Each gets a future of its own for this try: the caller's resolves with the last one."""
+    tries = []
+    for output in outputs:
+        future: Future[Any] = Future()
+        tries.append((output._replace(future=future), output.future, future))
+    sink.send([output for output, _, _ in tries])
+    for output, _, future in tries:
+        try:
+            future.result(FLUSH)
+        except Exception as error:
+            raise SendError(f"an output to {getattr(output[0], 'name', output[0])!r} could not be stored: {error}") from error
+    for _, asked, future in tries:
+        if asked is not None:
+            asked.resolve(future.result(0))

@@ -1,0 +1,82 @@
+"""What a handler has sent and written so far: held back until it returns, thrown away if it fails."""
+
+from contextvars import ContextVar
+from typing import Any
+
+from barnabas.future import Future
+from barnabas.message import Key, Outgoing, OutgoingJob, Row
+from barnabas.ports import Part
+
+Cells = dict[tuple[str, Any], bytes | None]
+
+
+def cause_of(part: Part, row: Row) -> str:
+    """What names a delivery for good: a repeat of it has the same cause, so its sends get the same ids."""
+    if part.partition < 0:  # a job keeps its id over retries
+        return f"{part.topic}/{row[1]!r}"
+    return f"{part.group}/{part.topic}/{part.partition}/{row[0]}"
+
+
+class Hand:
+    """The sends and table writes of the delivery a worker has in hand. `used` says that there are any."""
+
+    __slots__ = ("cells", "keys", "open", "outputs", "respond", "row", "run", "sent", "tables", "used")
+
+    def __init__(self, tables: Any = None) -> None:
+        self.open = False
+        self.used = False
+        self.sent = 0
+        self.run: Any = None
+        self.row: Any = None
+        self.outputs: list[Outgoing | OutgoingJob] = []
+        self.cells: Cells = {}
+        self.tables = tables
+        self.respond: Any = None
+        self.keys: set[Key] | None = set()  # None where one call has a whole batch in hand
+
+    def is_current(self) -> bool:
+        """Whether the caller is the handler (or a task it started) whose sends are held back here."""
+        return self.open and CURRENT.get() is self
+
+    def add(self, output: Outgoing | OutgoingJob) -> None:
+        """Hold this back until the handler returns."""
+        self.outputs.append(output)
+        self.used = True
+
+    def future(self, derive: Any) -> Future[Any]:
+        """A future for a send that is held back; its id is derived from the cause when somebody asks."""
+        self.sent = index = self.sent + 1
+        part, row = self.run.part, self.row
+        return Future(lambda: derive(cause_of(part, row), index), self)
+
+    def has_key(self, key: Key) -> bool:
+        """Whether a message of the batch in hand has this key."""
+        if self.keys is None:
+            self.keys = {row[1] for row in self.run.rows}
+        return key in self.keys
+
+    def keep(self) -> None:
+        """The handler succeeded: what it sent and wrote becomes part of its run's result."""
+        run = self.run
+        if self.outputs:
+            run.outputs += self.outputs
+            self.outputs = []
+        if self.cells:
+            self.tables.keep(run.part, self.cells)
+            run.cells.update(self.cells)
+            self.cells = {}
+        self.used = False
+        self.sent = 0
+
+    def drop(self) -> None:
+        """The handler failed: nothing of it leaves."""
+        for output in self.outputs:
+            if output.future is not None:
+                output.future.resolve(None)
+        self.outputs = []
+        self.cells = {}
+        self.used = False
+        self.sent = 0
+
+
+CURRENT: ContextVar[Hand | None] = ContextVar("barnabas_hand", default=None)

@@ -1,0 +1,324 @@
+"""A user's function or class, compiled once at start: how its parameters are bound, and what a failure becomes."""
+
+import inspect
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from barnabas.codec import make_codec
+from barnabas.engine.hand import CURRENT
+from barnabas.engine.hooks import wrap
+from barnabas.engine.lanes import Run
+from barnabas.engine.observe import Failed, Observers
+from barnabas.engine.respond import Respond, make_answer
+from barnabas.errors import BarnabasError, DeclarationError
+from barnabas.message import Delivery, Headers, Outgoing, Row
+from barnabas.retry import decide
+from barnabas.verdict import Again, Dead
+
+RETRIED = "barnabas-retry-"  # headers of a message on its way through a retry topic
+
+
+class Stop(BarnabasError):
+    """A message is dead and its consumer says on_dead="stop": the process stops without settling it."""
+
+
+class Params(NamedTuple):
+    """What a function's parameters ask for, in their order: "value", "delivery", "respond"."""
+
+    kinds: list[str]
+    value: Any  # the value's annotation without list[] and None, or Any
+    batch: bool
+    optional: bool  # the annotation allows None
+    returns_none: bool  # the return annotation allows None
+
+
+def _strip_none(annotation: Any) -> tuple[Any, bool]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        rest = [a for a in typing.get_args(annotation) if a is not type(None)]
+        if len(rest) < len(typing.get_args(annotation)):
+            return (rest[0] if len(rest) == 1 else typing.Union[tuple(rest)]), True  # noqa: UP007
+    return annotation, annotation is type(None)
+
+
+def bind_params(owner: str, function: Callable[..., Any], topic_type: Any = Any) -> Params:
+    """Read a handler's signature once. Refuses parameters that nothing can be bound to."""
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception as error:
+        raise DeclarationError(f"{owner}: its annotations cannot be read ({error}); import the names they use") from None
+    kinds: list[str] = []
+    value: Any = Any
+    batch = optional = False
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints.get(parameter.name, Any)
+        inner = typing.get_args(hint)[0] if typing.get_origin(hint) is list and typing.get_args(hint) else None
+        if hint is Respond:
+            kinds.append("respond")
+        elif hint is Delivery or typing.get_origin(hint) is Delivery:
+            kinds.append("delivery")
+        elif inner is Delivery or typing.get_origin(inner) is Delivery:
+            kinds.append("deliveries")
+        elif "value" not in kinds and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            batch = inner is not None and not kinds and hint != topic_type
+            value, optional = _strip_none(inner if batch else hint)
+            kinds.append("value")
+        elif parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            raise DeclarationError(
+                f"{owner}: nothing can be bound to its parameter {parameter.name!r} ({hint!r}); a handler takes the "
+                "value, and if it asks by annotation a Delivery and a Respond"
+            )
+    if "delivery" in kinds and batch:
+        raise DeclarationError(f"{owner}: a batch handler gets its deliveries as list[Delivery]")
+    if "deliveries" in kinds and not batch:
+        raise DeclarationError(f"{owner}: list[Delivery] belongs to a batch handler, whose first parameter is list[T]")
+    returns = hints.get("return", Any)
+    return Params(kinds, value, batch, optional, returns is not Any and _strip_none(returns)[1])
+
+
+class Route(NamedTuple):
+    """How the values of one topic are decoded and which function takes them."""
+
+    topic: Any
+    function: Callable[..., Any]
+    params: Params
+    decode: Callable[[bytes], Any]
+
+
+def make_route(owner: str, topic: Any, function: Callable[..., Any]) -> Route:
+    """Bind one topic to one function: the annotation decides how values are decoded, else the topic's type."""
+    params = bind_params(f"{owner}: {getattr(function, '__name__', function)}", function, topic.type)
+    if "value" not in params.kinds and not params.kinds:
+        raise DeclarationError(f"{owner}: the handler takes no parameter; its first one is the value")
+    decode = topic.decode
+    if params.value is not Any and params.value != topic.type and topic.codec == "json":
+        decode = make_codec(owner, params.value, "json")[1]
+    return Route(topic, function, params, decode)
+
+
+class Handler:
+    """A consumer compiled for one subscription. Its fields are what the worker's loop needs, chosen once."""
+
+    def __init__(self, consumer: Any, routes: Sequence[Route], hooks: Sequence[Any], observers: Observers) -> None:
+        first = routes[0]
+        self.consumer = consumer
+        self.name: str = consumer.name
+        self.group: str = consumer.group
+        self.timeout: float | None = consumer.timeout
+        self.timed = self.timeout is not None
+        self.observers = observers
+        self.tables: Any = None  # the worker's Cells, if the consumer has tables
+        self.batch = consumer.batch if first.params.batch else None
+        self.awaited = inspect.iscoroutinefunction(first.function)
+        self.routes = {r.topic.name: r for r in routes}
+        for r in routes:
+            self.routes[r.topic.retry_name(self.group)] = r
+        self.optional = any(r.params.optional for r in routes)
+        self._hooked = bool(hooks)
+        self._deliveries = "deliveries" in first.params.kinds
+        same = len(routes) == 1 or (len({r.function for r in routes}) == 1 and len({id(r.decode) for r in routes}) == 1)
+        plain = same and first.params.kinds == ["value"] and not hooks and not self.optional and not self.batch
+        self.decode = first.decode if plain else None
+        function: Callable[..., Any] = first.function if same else (_call_async if self.awaited else _call)
+        self._dispatch = not same
+        self.function = wrap(function, hooks, self.awaited, self.name) if hooks else function
+        self.answer: Callable[[Any, Any], None] | None = None
+        if consumer.responds:
+            check = make_answer(
+                self.name, consumer.responds, self.batch is not None, all(r.params.returns_none for r in routes)
+            )
+            self.answer = lambda hand, out: check(hand, out, hand.respond)
+
+    def enter(self) -> None:
+        """A worker begins."""
+
+    def leave(self) -> None:
+        """A worker ends."""
+
+    def limit(self, run: Run) -> float | None:
+        """Seconds the delivery in hand may take."""
+        return self.timeout
+
+    def decoder(self, topic: str) -> Callable[[Any], Any]:
+        """How the values of this topic are decoded for a batch."""
+        route = self.routes[topic]
+        decode = route.decode
+        return (lambda data: None if data is None else decode(data)) if route.params.optional else decode
+
+    def delivery(self, part: Any, row: Row, value: Any) -> Delivery[Any]:
+        """The Delivery of a row, made when somebody asks for it; of a retried message, with its first address."""
+        offset, key, _, headers, timestamp = row
+        attempt = part.attempts.get(offset, 0) + 1
+        if headers and part.topic.endswith(f".retry.{self.group}"):
+            origin, headers = _origin(headers)
+            return Delivery(
+                origin["topic"].decode(),
+                int(origin["partition"]),
+                int(origin["offset"]),
+                key,
+                value,
+                headers,
+                timestamp,
+                int(origin["attempts"]) + attempt,
+                self.group,
+            )
+        return Delivery(part.topic, part.partition, offset, key, value, list(headers or ()), timestamp, attempt, self.group)
+
+    def bind(self, run: Run, row: Row) -> tuple[Any, ...]:
+        """The arguments of a call: by annotation, after the delivery for the hooks and the function of its topic."""
+        part = run.part
+        route = self.routes[part.topic]
+        data = row[2]
+        value = route.decode(data) if data is not None or not route.params.optional else None  # type: ignore[arg-type]
+        delivery: Any = None
+        if self._hooked or "delivery" in route.params.kinds:
+            delivery = self.delivery(part, row, value)
+        args: list[Any] = [delivery] if self._hooked else []
+        if self._dispatch:
+            args.append(route.function)
+        for kind in route.params.kinds:
+            if kind == "value":
+                args.append(value)
+            elif kind == "delivery":
+                args.append(delivery)
+            else:
+                args.append(self._respond())
+        return tuple(args)
+
+    def _respond(self) -> Respond:
+        hand = CURRENT.get()
+        respond = Respond()
+        if hand is not None:
+            hand.respond = respond
+        return respond
+
+    def call_batch(self, run: Run, rows: Sequence[Row], values: list[Any]) -> Any:
+        """Call a batch handler."""
+        deliveries = (
+            [self.delivery(run.part, row, value) for row, value in zip(rows, values, strict=True)]
+            if self._hooked or self._deliveries
+            else []
+        )
+        args: list[Any] = [deliveries] if self._hooked else []
+        route = self.routes[run.part.topic]
+        if self._dispatch:
+            args.append(route.function)
+        for kind in route.params.kinds:
+            args.append(values if kind == "value" else deliveries if kind == "deliveries" else self._respond())
+        return self.function(*args)
+
+    def failed(self, run: Run, row: Row, error: BaseException, now: float, whole: bool) -> float | None:
+        """What becomes of a row that failed: None if it has its outcome, else when it runs again (epoch seconds).
+
+        Raises Stop if it is dead and the consumer says on_dead="stop".
+        """
+        consumer, part = self.consumer, run.part
+        offset, data = row[0], row[2]
+        attempt = self.delivery(part, row, None).attempt
+        reason = None
+        if data is None and not self.routes[part.topic].params.optional:
+            self._say(part, offset, attempt, "skipped", "a null value, and the handler's annotation has no None", None)
+            return None
+        if not whole and data is not None:
+            reason = self._undecodable(part, data)
+        verdict = Dead(f"undecodable: {reason}") if reason else decide(consumer.retry, attempt, error, now)
+        if isinstance(verdict, Again):
+            if consumer.retry.ordered:
+                part.attempts[offset] = part.attempts.get(offset, 0) + 1
+                self._say(part, offset, attempt, "again", f"{type(error).__name__}: {error}", error)
+                return verdict.at
+            run.outputs.append(self._retry_message(part, row, attempt, verdict.at))
+            self._say(part, offset, attempt, "retry topic", f"{type(error).__name__}: {error}", error)
+            return None
+        if whole:
+            for other in run.rows:  # one more run for each alone: only the culprits die
+                part.attempts[other[0]] = max(part.attempts.get(other[0], 0), consumer.retry.times)
+            return None
+        return self.bury(run, row, verdict.reason, error, attempt, now)
+
+    def bury(self, run: Run, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> None:
+        """A row is dead: to the dead-letter topic, skipped and counted, or a stop of the process."""
+        on_dead = "topic" if reason.startswith("undecodable") and self.consumer.on_dead == "skip" else self.consumer.on_dead
+        part = run.part
+        if on_dead == "stop":
+            self._say(part, row[0], attempt, "stop", reason, error)
+            raise Stop(f'{self.name}: {part.topic}[{part.partition}]@{row[0]} is dead and on_dead="stop": {reason}')
+        if on_dead == "topic":
+            run.outputs.append(self._dead_letter(part, row, reason, error, attempt, now))
+        self._say(part, row[0], attempt, "dead" if on_dead == "topic" else "skipped", reason, error)
+        part.attempts.pop(row[0], None)
+
+    def _undecodable(self, part: Any, data: bytes) -> str | None:
+        """Why this value cannot be decoded; None if it can, so the handler itself failed."""
+        try:
+            self.routes[part.topic].decode(data)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _say(self, part: Any, offset: int, attempt: int, outcome: str, reason: str, error: BaseException | None) -> None:
+        self.observers.failed(Failed(self.name, part.topic, part.partition, offset, attempt, outcome, reason, error))
+
+    def _retry_message(self, part: Any, row: Row, attempt: int, at: float) -> Outgoing:
+        delivery = self.delivery(part, row, None)
+        headers = [
+            *delivery.headers,
+            (RETRIED + "topic", delivery.topic.encode()),
+            (RETRIED + "partition", str(delivery.partition).encode()),
+            (RETRIED + "offset", str(delivery.offset).encode()),
+            (RETRIED + "attempts", str(attempt).encode()),
+            (RETRIED + "at", repr(at).encode()),
+        ]
+        topic = self.routes[part.topic].topic.retry_topic(self.group)
+        return Outgoing(topic, None, row[1], row[2], headers, row[4], None)
+
+    def _dead_letter(
+        self, part: Any, row: Row, reason: str, error: BaseException | None, attempt: int, now: float
+    ) -> Outgoing:
+        delivery = self.delivery(part, row, None)
+        topic = self.routes[part.topic].topic
+        trace = "".join(traceback.format_exception(error)) if error is not None else ""
+        headers = [
+            *delivery.headers,
+            ("barnabas-reason", reason.encode(errors="replace")[:2048]),
+            ("barnabas-exception", type(error).__qualname__.encode() if error is not None else b""),
+            ("barnabas-traceback", trace.encode(errors="replace")[-2048:]),
+            ("barnabas-attempts", str(attempt).encode()),
+            ("barnabas-group", self.group.encode()),
+            ("barnabas-topic", delivery.topic.encode()),
+            ("barnabas-partition", str(delivery.partition).encode()),
+            ("barnabas-offset", str(delivery.offset).encode()),
+            ("barnabas-time", repr(now).encode()),
+        ]
+        value = row[2]
+        if value is not None and len(value) > topic.dead_topic.limit:
+            headers.append(("barnabas-value-left-out", str(len(value)).encode()))
+            value = None
+        return Outgoing(topic.dead_topic, None, row[1], value, headers, now, None)
+
+
+def _origin(headers: Headers) -> tuple[dict[str, bytes], list[tuple[str, bytes]]]:
+    """The first address of a message in a retry topic, and its own headers."""
+    cut = len(RETRIED)
+    return (
+        {name[cut:]: value for name, value in headers if name.startswith(RETRIED)},
+        [(name, value) for name, value in headers if not name.startswith(RETRIED)],
+    )
+
+
+def retry_at(row: Row) -> float:
+    """When a message of a retry topic is due (epoch seconds)."""
+    return float(_origin(row[3] or ())[0].get("at", b"0"))
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+async def _call_async(function: Callable[..., Any], *args: Any) -> Any:
+    return await function(*args)

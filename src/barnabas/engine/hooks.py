@@ -1,0 +1,159 @@
+"""Hooks: generator functions around a handler. What stands before `yield` runs before it, what follows after it.
+
+Written once, driven by sync and async handlers alike; `enter`, `leave` and `fail` are shared, the two wrappers differ by
+one `await`. Async generators serve async handlers only.
+"""
+
+import inspect
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from typing import Any
+
+from barnabas.errors import DeclarationError
+from barnabas.verdict import Done
+
+Hook = Callable[[Any], Generator[None, Any, Any] | AsyncGenerator[None, Any]]
+
+
+def check_hook(hook: Any, kind: str) -> None:
+    """Refuse a hook that is not a generator function (around) or a plain function (before, after)."""
+    generator = inspect.isgeneratorfunction(hook) or inspect.isasyncgenfunction(hook)
+    if kind == "around" and not generator:
+        raise DeclarationError(
+            f"@app.around on {hook!r}: a hook is a generator function with one `yield`; for a plain function use "
+            "@app.before or @app.after"
+        )
+    if kind != "around" and (generator or inspect.iscoroutinefunction(hook) or not callable(hook)):
+        raise DeclarationError(f"@app.{kind} on {hook!r}: give a plain function; a generator belongs under @app.around")
+
+
+def before(function: Callable[[Any], Any]) -> Hook:
+    """A hook that calls `function(delivery)` before the handler."""
+
+    def hook(delivery: Any) -> Generator[None, Any, None]:
+        function(delivery)
+        yield
+
+    return hook
+
+
+def after(function: Callable[[Any, Any], Any]) -> Hook:
+    """A hook that calls `function(delivery, outcome)` after a handler that succeeded."""
+
+    def hook(delivery: Any) -> Generator[None, Any, None]:
+        outcome = yield
+        function(delivery, outcome)
+
+    return hook
+
+
+def wrap(function: Callable[..., Any], hooks: Sequence[Any], awaited: bool, owner: str) -> Callable[..., Any]:
+    """`function` with `hooks` around it, outermost first. The wrapper takes the delivery as an extra first argument."""
+    if any(inspect.isasyncgenfunction(hook) for hook in hooks):
+        if not awaited:
+            name = next(hook.__name__ for hook in hooks if inspect.isasyncgenfunction(hook))
+            raise DeclarationError(
+                f"{owner}: the hook {name} is an async generator and the handler is not async; make the hook a plain "
+                "generator (it then serves both kinds) or the handler `async def`"
+            )
+        return _wrap_mixed(function, hooks)
+
+    def enter(entered: list[Any], delivery: Any) -> None:
+        for hook in hooks:
+            generator = hook(delivery)
+            next(generator)
+            entered.append(generator)
+
+    if awaited:
+
+        async def hooked(delivery: Any, /, *args: Any) -> Any:
+            entered: list[Any] = []
+            try:
+                enter(entered, delivery)
+                out = await function(*args)
+            except BaseException as error:
+                return _fail(entered, error)
+            return _leave(entered, out)
+
+        return hooked
+
+    def hooked_sync(delivery: Any, /, *args: Any) -> Any:
+        entered: list[Any] = []
+        try:
+            enter(entered, delivery)
+            out = function(*args)
+        except BaseException as error:
+            return _fail(entered, error)
+        return _leave(entered, out)
+
+    return hooked_sync
+
+
+def _leave(entered: list[Any], out: Any) -> Any:
+    """After a success: each hook gets the outcome; an error of one is seen by those outside of it."""
+    while entered:
+        generator = entered.pop()
+        try:
+            generator.send(out)
+        except StopIteration:
+            continue
+        except BaseException as error:
+            return _fail(entered, error)
+        generator.close()
+        return _fail(entered, RuntimeError(f"the hook {generator.__name__} yielded twice; a hook has exactly one `yield`"))
+    return out
+
+
+def _fail(entered: list[Any], error: BaseException) -> None:
+    """After an error: each hook sees it, inside out. Returns if one says `return Done`, else raises: merely swallowing
+    an error does not make a delivery done, and a cancellation is nobody's to swallow."""
+    for generator in reversed(entered):
+        try:
+            generator.throw(error)
+        except StopIteration as stop:
+            if (stop.value is Done or isinstance(stop.value, Done)) and isinstance(error, Exception):
+                return
+        except BaseException as other:
+            error = other
+    raise error
+
+
+def _wrap_mixed(function: Callable[..., Any], hooks: Sequence[Any]) -> Callable[..., Any]:
+    """The wrapper for async handlers of which at least one hook is an async generator."""
+
+    async def hooked(delivery: Any, /, *args: Any) -> Any:
+        return await _onion(delivery, function, args, list(hooks))
+
+    return hooked
+
+
+async def _onion(delivery: Any, function: Callable[..., Any], args: tuple[Any, ...], hooks: list[Any]) -> Any:
+    if not hooks:
+        return await function(*args)
+    generator = hooks[0](delivery)
+    is_async = hasattr(generator, "asend")
+    if is_async:
+        await generator.asend(None)
+    else:
+        next(generator)
+    try:
+        out = await _onion(delivery, function, args, hooks[1:])
+    except BaseException as error:
+        try:
+            if is_async:
+                await generator.athrow(error)
+            else:
+                generator.throw(error)
+        except StopIteration as stop:
+            if stop.value is Done or isinstance(stop.value, Done):
+                return None
+        except StopAsyncIteration:
+            pass
+        raise
+    try:
+        if is_async:
+            await generator.asend(out)
+        else:
+            generator.send(out)
+    except (StopIteration, StopAsyncIteration):
+        pass
+    return out

@@ -1,0 +1,76 @@
+"""What watchers get: frozen records, one per settled batch and one per failure. They may look, never change."""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+log = logging.getLogger("barnabas")
+
+
+class Settled(msgspec.Struct, frozen=True):
+    """One settlement: how many rows of this consumer (or job queue) were settled, and how long that took (seconds)."""
+
+    name: str
+    count: int
+    outputs: int
+    seconds: float
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """One failed run, and what became of it: "again", "retry topic", "dead", "skipped" or "stop"."""
+
+    name: str
+    topic: str
+    partition: int
+    offset: int
+    attempt: int
+    outcome: str
+    reason: str
+    error: BaseException | None = None
+
+
+Observer = Callable[[Any], None]
+
+
+class Observers:
+    """All watchers of an app. One that raises is logged once and goes on being called."""
+
+    def __init__(self, watchers: Iterable[Observer] = ()) -> None:
+        self.watchers = list(watchers)
+        self.counts: dict[tuple[str, str], int] = {}
+        self._blamed: set[int] = set()
+
+    def count(self, name: str, outcome: str, n: int = 1) -> None:
+        """Count an outcome of a consumer or queue: "done", "again", "dead", "skipped", ..."""
+        self.counts[name, outcome] = self.counts.get((name, outcome), 0) + n
+
+    def tell(self, record: Any) -> None:
+        """Hand a record to every watcher."""
+        for watcher in self.watchers:
+            try:
+                watcher(record)
+            except Exception:
+                if id(watcher) not in self._blamed:
+                    self._blamed.add(id(watcher))
+                    log.exception("the observer %r failed (said once; it goes on being called)", watcher)
+
+    def failed(self, record: Failed) -> None:
+        """Count a failure, log it, tell the watchers."""
+        self.count(record.name, record.outcome)
+        level = logging.WARNING if record.outcome in ("again", "retry topic") else logging.ERROR
+        if log.isEnabledFor(level):
+            log.log(
+                level,
+                "%s: %s[%d]@%d, attempt %d: %s (%s)",
+                record.name,
+                record.topic,
+                record.partition,
+                record.offset,
+                record.attempt,
+                record.outcome,
+                record.reason,
+                exc_info=record.error if level == logging.ERROR else None,
+            )
+        self.tell(record)

@@ -1,0 +1,85 @@
+"""Responders: which topics a consumer answers on, and the check that it kept its word."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from barnabas.engine.hand import Hand
+from barnabas.errors import DeclarationError, ResponderError
+from barnabas.message import Message
+
+
+class RespondTo:
+    """A declared answer: the topic, whether every delivery must give it, and whether one may give several."""
+
+    __slots__ = ("multiple", "required", "topic")
+
+    def __init__(self, topic: Any, required: bool, multiple: bool) -> None:
+        self.topic = topic
+        self.required = required
+        self.multiple = multiple
+
+
+def respond_to(topic: Any, *, required: bool = True, multiple: bool = False) -> RespondTo:
+    """Declare an answer in `responds=[...]`: `required` by every delivery, at most once unless `multiple`."""
+    for name, value in (("required", required), ("multiple", multiple)):
+        if not isinstance(value, bool):
+            raise DeclarationError(f"respond_to({name}={value!r}): give True or False")
+    if not hasattr(topic, "outgoing"):
+        raise DeclarationError(f"respond_to({topic!r}): give a topic, as app.topic(...) returns it")
+    return RespondTo(topic, required, multiple)
+
+
+class Respond:
+    """What a handler that asks for it answers with: `respond(topic, value)`. Kept until the handler returns."""
+
+    __slots__ = ("answers",)
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[Any, Any, Any]] = []
+
+    def __call__(self, topic: Any, value: Any, *, key: Any = None) -> None:
+        """Answer on `topic`, one of those declared in `responds=[...]`; sent when the handler has returned."""
+        self.answers.append((topic, value, key))
+
+
+def make_answer(
+    owner: str, declared: Sequence[RespondTo], batch: bool, optional: bool
+) -> Callable[[Hand, Any, Respond | None], None]:
+    """The function that checks a handler's answers and puts them into its hand, in the order of their first use."""
+    by_topic = {d.topic: d for d in declared}
+    only = declared[0].topic if len(declared) == 1 else None
+    required = [] if optional else [d.topic for d in declared if d.required]
+
+    def answer(hand: Hand, out: Any, respond: Respond | None) -> None:
+        answers = list(respond.answers) if respond is not None else []
+        if out is not None:
+            if only is None:
+                raise ResponderError(
+                    f"{owner} returned a value but answers on {len(declared)} topics; say which with a Respond parameter"
+                )
+            answers += [(only, value, None) for value in (out if batch and isinstance(out, list) else [out])]
+        uses: dict[Any, int] = {}
+        for topic, _, _ in answers:
+            uses[topic] = uses.get(topic, 0) + 1
+            if topic not in by_topic:
+                raise ResponderError(
+                    f"{owner} answered on {getattr(topic, 'name', topic)!r}, which is not in its responds=["
+                    f"{', '.join(t.name for t in by_topic)}]; add it there"
+                )
+            if uses[topic] > 1 and not by_topic[topic].multiple and not batch:
+                raise ResponderError(
+                    f"{owner} answered on {topic.name!r} twice; if it may, declare respond_to({topic.name}, multiple=True)"
+                )
+        for topic in required:
+            if topic not in uses:
+                raise ResponderError(
+                    f"{owner} did not answer on {topic.name!r}; if it need not, declare "
+                    f"respond_to({topic.name}, required=False) or annotate the handler with `-> T | None`"
+                )
+        for topic, value, key in answers:
+            if isinstance(value, Message):
+                hand.add(topic.outgoing(value.value, value.key, value.headers or None, value.timestamp))
+            else:
+                hand.add(topic.outgoing(value, key))
+
+    return answer

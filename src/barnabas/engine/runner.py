@@ -1,0 +1,258 @@
+"""One subscription at work: fetch, hand over, settle. The fetch thread's loop; it never runs user code."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from barnabas.engine.alone import Alone, Gate
+from barnabas.engine.checkpoint import checkpoint
+from barnabas.engine.crew import Crew
+from barnabas.engine.handler import retry_at
+from barnabas.engine.observe import Observers, Settled
+from barnabas.message import Row
+from barnabas.ports import Part, Result, Source
+
+log = logging.getLogger("barnabas")
+
+class Runner:
+    """A source, its crews (one; a queue with sync and async jobs has two), and the loop between them.
+
+    `limit` is the most messages in flight per partition; `interval` the longest time (seconds) a result waits for its
+    settlement while there is other work. `ahead`: seconds of work to take ahead, where rows have no order (jobs).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        crews: Sequence[Crew],
+        *,
+        clock: Any,
+        observers: Observers,
+        sinks: Callable[[Any], Any],
+        gate: Gate,
+        route: Callable[[Row], int] | None = None,
+        limit: int = 2000,
+        interval: float = 0.1,
+        grace: float = 5.0,
+        ahead: float | None = None,
+        on_parts: Callable[[str, list[Part]], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.crews = list(crews)
+        self.clock = clock
+        self.observers = observers
+        self.limit = limit
+        self.grace = grace
+        self.error: BaseException | None = None
+        self.stopping = False
+        self.finished = threading.Event()
+        self.overrun = threading.Event()
+        self.parts: list[Part] = []
+        self.begins: Callable[[], Any] | None = None
+        self.ends: Callable[[], Any] | None = None
+        self._interval = interval
+        self._sinks = sinks
+        self._ahead = ahead
+        self._route = route
+        self._on_parts = on_parts
+        self._alone = Alone(self, gate)
+        self._unsettled: list[Result] = []
+        self._count = 0
+        self._settled_at = 0.0
+        self._away: str | None = None
+        for crew in self.crews:
+            crew.wake = self.wake
+            crew.enough = max(1, limit // 4)
+        gate.runners.append(self)
+
+    def attach(self, source: Source) -> None:
+        """Give the runner its source (which needed the runner as its listener)."""
+        self.source = source
+
+    def wake(self) -> None:
+        """End the wait of the fetch thread."""
+        self.source.wake()
+
+    # The loop.
+
+    def run(self) -> None:
+        """The fetch thread: until `stop`, then settle what is finished and leave."""
+        try:
+            while not self.stopping:
+                if self._stopped_by_crew():
+                    break
+                self._guard(self.step, 1.0)
+            self._end()
+        except BaseException as error:
+            self.error = error
+            log.exception("%s: the fetch thread failed", self.name)
+        finally:
+            self.finished.set()
+
+    def _stopped_by_crew(self) -> bool:
+        for crew in self.crews:
+            if crew.error is not None:
+                self.error = crew.error
+                return True
+        return False
+
+    def _guard(self, act: Callable[[float], Any], timeout: float) -> bool:
+        """Do it; where the backend cannot, say so once, wait a little, and let the loop try again."""
+        try:
+            act(timeout)
+        except Exception as error:
+            if self._away != repr(error):
+                self._away = repr(error)
+                log.error("%s: the backend failed, trying again every second: %s", self.name, error, exc_info=error)
+            self.finished.wait(1.0 if not self.stopping else 0.2)
+            return False
+        if self._away is not None:
+            self._away = None
+            log.warning("%s: the backend works again", self.name)
+        return True
+
+    def step(self, timeout: float) -> bool:
+        """One turn: settle, unpark, fetch, hand over. True if it did anything."""
+        moved = self._settle_if_due()
+        now = self.clock.monotonic()
+        wait = timeout
+        for crew in self.crews:
+            crew.unpark(now)
+            due = crew.lanes.next_parked()
+            if due is not None:
+                wait = min(wait, max(0.0, due - now))
+        if self._unsettled:
+            wait = min(wait, max(0.0, self._settled_at + self._interval - now))
+        batches: list[tuple[Part, Sequence[Row]]] = []
+        if self._alone:
+            batches = self._alone.step()
+            wait = min(wait, 0.01)
+        batches += self.source.fetch(self._room(), 0.0 if batches else wait)
+        if batches:
+            self._hand_over(batches)
+        return moved or bool(batches)
+
+    def _room(self) -> int:
+        """The most deliveries in flight (of a partition). Jobs are taken only as far ahead as they can start soon: what
+        waits here, another process could be doing."""
+        if self._ahead is None:
+            return self.limit
+        return min(self.limit, sum(c.size + int(c.size * self._ahead / max(c.pace, 1e-6)) for c in self.crews))
+
+    def _hand_over(self, batches: list[tuple[Part, Sequence[Row]]]) -> None:
+        ready = []
+        for part, rows in batches:
+            if part.crashes:
+                rows = self._alone.sift(part, rows)
+            if part.topic.endswith(f".retry.{part.group}"):
+                self._park_until_due(part, rows)
+            elif rows:
+                ready.append((part, rows))
+        if not ready:
+            return
+        if self._route is None:
+            self.crews[0].put(ready)
+            return
+        for part, rows in ready:
+            by_crew: dict[int, list[Row]] = {}
+            for row in rows:
+                by_crew.setdefault(self._route(row), []).append(row)
+            for index, own in by_crew.items():
+                self.crews[index].put([(part, own)])
+
+    def crew_of(self, row: Row) -> Crew:
+        """The crew that runs this row."""
+        return self.crews[self._route(row) if self._route is not None else 0]
+
+    def _park_until_due(self, part: Part, rows: Sequence[Row]) -> None:
+        """Messages of a retry topic wait for their time; those of one key wait for each other no more."""
+        ahead = self.clock.monotonic() - self.clock.now()
+        for row in rows:
+            self.crews[0].lanes.put_later(part, row, retry_at(row) + ahead)
+
+    # Settling.
+
+    def _settle_if_due(self) -> bool:
+        for crew in self.crews:
+            for result in crew.collect():
+                self._unsettled.append(result)
+                self._count += len(result.rows)
+        if not self._unsettled:
+            return False
+        now = self.clock.monotonic()
+        if self._count < self.limit // 4 and now - self._settled_at < self._interval:
+            if any(crew.lanes.ready or crew.busy() for crew in self.crews):
+                return False
+        self.settle()
+        return True
+
+    def settle(self) -> None:
+        """Settle all results there are: outputs, then state, then positions."""
+        for crew in self.crews:
+            self._unsettled += crew.collect()
+        results = [r for r in self._unsettled if not r.part.closed]
+        began = self.clock.monotonic()
+        if results:
+            outputs = checkpoint(self.source, self._sinks, results)
+            count = sum(len(r.rows) for r in results)
+            for crew in self.crews:
+                if crew.handler.tables is not None:
+                    crew.handler.tables.settled(results)
+            self.observers.count(self.name, "done", count - sum(len(r.others) for r in results))
+            if self.observers.watchers:
+                self.observers.tell(Settled(self.name, count, outputs, self.clock.monotonic() - began))
+        self._unsettled = []
+        self._count = 0
+        self._settled_at = began
+
+    # Rebalances: called by the source inside fetch, on the fetch thread.
+
+    def assigned(self, parts: list[Part]) -> None:
+        """Partitions came."""
+        self.parts += parts
+        if self._on_parts is not None:
+            self._on_parts("assigned", parts)
+
+    def revoked(self, parts: list[Part]) -> None:
+        """Partitions go: drop what waits of them, give what runs a bounded grace, settle it, discard the rest."""
+        for part in parts:
+            part.until = 0.0  # workers stop before their next delivery
+        deadline = self.clock.monotonic() + self.grace
+        while any(crew.busy(parts) for crew in self.crews) and self.clock.monotonic() < deadline:
+            self.finished.wait(0.005)
+        for crew in self.crews:
+            for slot, run in enumerate(crew.current):
+                if run is not None and run.part in parts:
+                    crew.cancel(slot, run, "release")
+        try:
+            self.settle()
+        except Exception as error:
+            log.error("%s: what was done of revoked partitions could not be settled and will run again: %s", self.name, error)
+        for part in parts:
+            for crew in self.crews:
+                crew.lanes.drop(part)
+            self._alone.forget(part)
+        self.parts = [p for p in self.parts if p not in parts]
+        if self._on_parts is not None:
+            self._on_parts("revoked", parts)
+
+    # Stopping.
+
+    def stop(self) -> None:
+        """Fetch no more; `finished` is set when all that ended in time is settled and the source is closed."""
+        self.stopping = True
+        for crew in self.crews:
+            crew.stop()
+        self.wake()
+
+    def _end(self) -> None:
+        """Wait for the deliveries in hand (the worker decides how long), settle them, give the rest back."""
+        for crew in self.crews:
+            crew.stop()
+        while any(crew.busy() for crew in self.crews) and not self.overrun.is_set() and self.error is None:
+            self.overrun.wait(0.01)
+        for _ in range(5):
+            if self._guard(lambda _: self.settle(), 0.0):
+                break
+        self._guard(lambda _: self.source.close(), 0.0)

@@ -1,0 +1,135 @@
+"""The hot path: one coroutine a worker takes a run, calls the handler for each row, gives the run back.
+
+A thread drives it with one `send(None)` (it never suspends there), an event loop runs it as a task; `if awaited` is the
+only difference. What a message pays here is paid by every message, so: locals, no objects, and one look at the clock
+that serves the claim's end, a stop, a revocation and the settling of long runs at once.
+"""
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from barnabas.engine.hand import CURRENT, Hand
+
+if TYPE_CHECKING:
+    from barnabas.engine.crew import Crew
+
+SLOT = 3  # numbers a worker keeps in the box: partition id, offset in work, how many from there
+
+
+async def work(crew: "Crew", slot: int) -> None:
+    """Run deliveries one at a time until the crew says stop (`take` gives None and there is nothing to wait for)."""
+    handler = crew.handler
+    function, decode, bind, answer = handler.function, handler.decode, handler.bind, handler.answer
+    awaited, tables = handler.awaited, handler.tables
+    take, monotonic, box, at_box = crew.take, crew.monotonic, crew.box, slot * SLOT + crew.base + 1
+    hand = Hand(tables)
+    CURRENT.set(hand)
+    while True:
+        run = take(slot)
+        if run is None:
+            if await crew.idle(slot):
+                continue
+            return
+        hand.run, hand.open = run, True
+        until = crew.begin(slot, run)
+        done = 0
+        parked = None
+        for row in run.rows:
+            if monotonic() > until:
+                until = crew.breathe(slot, run, done)
+                if until < 0:
+                    break
+                if awaited:
+                    await asyncio.sleep(0)
+            box[at_box] = row[0]
+            if awaited:  # a hand a message: tasks that outlive the handler must not send into the next one's
+                hand = Hand(tables)
+                hand.run, hand.open = run, True
+                CURRENT.set(hand)
+            hand.row = row
+            try:
+                out: Any = function(decode(row[2])) if decode is not None else function(*bind(run, row))
+                if awaited:
+                    out = await out
+                if answer is not None:
+                    answer(hand, out)
+            except (Exception, asyncio.CancelledError) as error:
+                hand.drop()
+                hand.open = not awaited
+                parked = crew.failed(slot, run, row, error)
+                if parked is not None:
+                    break
+            else:
+                if hand.used:
+                    hand.keep()
+                hand.open = not awaited
+            done += 1
+        hand.open = False
+        crew.end(slot, run, done, parked)
+
+
+async def work_batches(crew: "Crew", slot: int) -> None:
+    """The same for batch handlers: one call a run. A failing batch is retried whole; when its attempts are spent its
+    messages run as batches of one, so that only culprits die."""
+    handler = crew.handler
+    box, at_box = crew.box, slot * SLOT + crew.base + 1
+    while True:
+        run = crew.take(slot)
+        if run is None:
+            if await crew.idle(slot):
+                continue
+            return
+        if crew.begin(slot, run) < 0:
+            crew.end(slot, run, 0, None)
+            continue
+        box[at_box], box[at_box + 1] = run.rows[0][0], len(run.rows)
+        error = await _call(crew, run, run.rows)
+        parked = None
+        done = len(run.rows)
+        if error is not None:
+            first = run.rows[0]
+            parked = crew.failed(slot, run, first, error, whole=True)
+            if parked is not None:
+                done = 0
+            else:
+                for done, row in enumerate(run.rows):  # noqa: B007
+                    if crew.breathe(slot, run, done) < 0:
+                        break
+                    box[at_box], box[at_box + 1] = row[0], 1
+                    error = await _call(crew, run, [row])
+                    if error is not None:
+                        parked = crew.failed(slot, run, row, error)
+                        if parked is not None:
+                            break
+                else:
+                    done = len(run.rows)
+        crew.end(slot, run, done, parked)
+
+
+async def _call(crew: "Crew", run: Any, rows: list[Any]) -> BaseException | None:
+    """Call the batch handler for these rows, without those that cannot be decoded: they are dead on their own."""
+    handler = crew.handler
+    hand = Hand(handler.tables)
+    hand.run, hand.row, hand.open, hand.keys = run, rows[0], True, None
+    CURRENT.set(hand)
+    decode = handler.decoder(run.part.topic)
+    try:
+        values = [decode(row[2]) for row in rows]
+    except Exception:
+        values, rows = crew.decode_each(run, rows)
+    if not values:
+        return None
+    try:
+        out = handler.call_batch(run, rows, values)
+        if handler.awaited:
+            out = await out
+        if handler.answer is not None:
+            handler.answer(hand, out)
+    except (Exception, asyncio.CancelledError) as error:
+        hand.drop()
+        return error
+    finally:
+        hand.open = False
+    if hand.used:
+        hand.keep()
+    return None

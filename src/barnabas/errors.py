@@ -1,0 +1,69 @@
+"""Every error Barnabas raises on purpose. Each says what happened, the likely cause and the setting to touch."""
+
+
+class BarnabasError(Exception):
+    """The root of all errors of this package."""
+
+
+class DeclarationError(BarnabasError):
+    """A topic, consumer, job, table or hook was declared in a way that cannot work."""
+
+
+class SettingError(DeclarationError):
+    """A setting has an unknown name, a wrong type or a value out of range."""
+
+
+class BackendError(BarnabasError):
+    """A backend refused or cannot be reached; the driver's own error is the cause."""
+
+
+class SendError(BarnabasError):
+    """A message or job could not be made durable."""
+
+
+class ValueTooLarge(SendError):
+    """An encoded value is over the topic's limit (`value_limit`, bytes)."""
+
+
+class BufferFull(SendError):
+    """The send buffer stayed full for `send_timeout` seconds."""
+
+
+class UnknownTopic(SendError):
+    """A topic or partition that does not exist in the backend."""
+
+
+class WaitInHandler(BarnabasError):
+    """A handler waited for a future of its own send, which leaves only after the handler returned."""
+
+
+class ResponderError(BarnabasError):
+    """A handler broke its declared answers: unregistered topic, second use, or a required one missing."""
+
+
+class TableError(BarnabasError):
+    """A table was used outside of a consumer that names it, or under a key that is not the message's."""
+
+
+class TimedOut(BarnabasError):
+    """A handler ran longer than its `timeout`."""
+
+
+class Fenced(BackendError):
+    """The partition or job belongs to another process by now; what was done for it is discarded."""
+
+
+class Reject(Exception):
+    """Raised by a handler: this message or job is dead now, with this reason; no further attempts."""
+
+    def __init__(self, reason: str = "rejected") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class RetryAfter(Exception):
+    """Raised by a handler: run this message or job again in `seconds`; it counts as an attempt."""
+
+    def __init__(self, seconds: float, reason: str = "") -> None:
+        super().__init__(reason or f"retry after {seconds} s")
+        self.seconds = seconds

@@ -1,0 +1,156 @@
+"""The future of a send: one object that a thread waits for with `.result()` and a coroutine with `await`.
+
+Lean on purpose: a send makes one, and most are never waited for. `concurrent.futures.Future` makes a lock and a
+condition each (four times the price of everything else in a send); here they are made when somebody waits.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Generator
+from typing import Any, Generic, TypeVar
+
+from barnabas.errors import WaitInHandler
+
+T = TypeVar("T")
+_PENDING: Any = object()
+_LOCK = threading.Lock()  # guards the registration of waiters, of all futures: a rare and short act
+log = logging.getLogger("barnabas.send")
+unseen_failures = 0
+
+
+class _Failure:
+    """A failed outcome. Dropped without anybody having looked, it says so: nothing is lost in silence."""
+
+    __slots__ = ("error", "seen")
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self.seen = False
+
+    def __del__(self) -> None:
+        if not self.seen:
+            global unseen_failures
+            unseen_failures += 1
+            log.error("a send failed and nobody looked at its future: %s: %s", type(self.error).__name__, self.error)
+
+
+class Future(Generic[T]):
+    """The outcome of a send or enqueue, resolved when it is durable. Safe in any thread and any event loop."""
+
+    __slots__ = ("_hand", "_id", "_value", "_waiters")
+
+    def __init__(self, id: Any = None, hand: Any = None) -> None:
+        self._value: Any = _PENDING
+        self._waiters: list[Callable[[], None]] | None = None
+        self._id = id
+        self._hand = hand
+
+    @property
+    def id(self) -> str | None:
+        """The job id, or the id derived from the cause of a send inside a handler; None for other messages."""
+        value = self._id
+        return value() if callable(value) else value
+
+    def done(self) -> bool:
+        """Whether the outcome is known."""
+        return self._value is not _PENDING
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the outcome, at most `timeout` seconds (TimeoutError), and return it or raise its error."""
+        if self._value is _PENDING:
+            self._refuse_in_handler()
+            event = threading.Event()
+            if self._watch(event.set) and not event.wait(timeout):
+                raise TimeoutError(f"not durable after {timeout} s; it may still become so: see barnabas check")
+        return self._outcome()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait as `result` does; return the error, or None if there was none."""
+        try:
+            self.result(timeout)
+        except BaseException as error:
+            if isinstance(self._value, _Failure) and self._value.error is error:
+                return error
+            raise
+        return None
+
+    def add_done_callback(self, callback: Callable[["Future[T]"], Any]) -> None:
+        """Call `callback(future)` once the outcome is known: at once if it is, else in the thread that resolves it."""
+        if not self._watch(lambda: callback(self)):
+            callback(self)
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if self._value is _PENDING:
+            self._refuse_in_handler()
+            import asyncio
+
+            loop = asyncio.get_running_loop()
+            waiter = loop.create_future()
+
+            def wake() -> None:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+            def resolved() -> None:
+                try:
+                    loop.call_soon_threadsafe(wake)
+                except RuntimeError:  # that loop has ended, and with it whoever waited
+                    log.debug("the event loop that awaited a send is closed")
+
+            if self._watch(resolved):
+                yield from waiter
+        return self._outcome()
+
+    # What follows is for sinks.
+
+    def resolve(self, value: Any) -> None:
+        """Set the outcome. A tuple is a stored row whose first item, a Topic, makes the Message when asked for."""
+        self._value = value
+        self._hand = None
+        # The waiter registers before it looks at the value again, the resolver sets the value before it looks at the
+        # waiters: under the interpreter lock at least one of them sees the other.
+        if self._waiters is not None:
+            self._wake()
+
+    def fail(self, error: BaseException) -> None:
+        """Set the error as the outcome."""
+        self.resolve(_Failure(error))
+
+    def _wake(self) -> None:
+        with _LOCK:
+            waiters, self._waiters = self._waiters, None
+        for waiter in waiters or ():
+            waiter()
+
+    def _watch(self, waiter: Callable[[], None]) -> bool:
+        with _LOCK:
+            if self._value is not _PENDING:
+                return False
+            self._waiters = [*(self._waiters or ()), waiter]
+        if self._value is not _PENDING:
+            self._wake()
+        return True
+
+    def _refuse_in_handler(self) -> None:
+        hand = self._hand
+        if hand is not None and hand.is_current():
+            raise WaitInHandler(
+                "a send inside a handler leaves after the handler returned, so waiting for it here would never end; "
+                "to send at once, whatever becomes of this message, use send(..., now=True)"
+            )
+
+    def _outcome(self) -> T:
+        value = self._value
+        if type(value) is _Failure:
+            value.seen = True
+            raise value.error
+        if type(value) is tuple:
+            self._value = value = value[0].stored(value)
+        return value  # type: ignore[no-any-return]
+
+
+def resolved(value: Any, id: Any = None) -> Future[Any]:
+    """A future whose outcome is known already."""
+    future: Future[Any] = Future(id)
+    future.resolve(value)
+    return future

@@ -1,0 +1,254 @@
+"""The handle that `@app.job(...)` returns: a plain function that can also be enqueued."""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+
+from barnabas.consumer import refuse_unknown
+from barnabas.engine.hand import CURRENT
+from barnabas.errors import DeclarationError, SendError
+from barnabas.future import Future, resolved
+from barnabas.jobs.payload import PayloadError, build, derived_jid, new_jid
+from barnabas.message import OutgoingJob
+
+OPTIONS = ("queue", "retry", "name", "timeout", "dead", "hooks")
+_NEEDED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class Job:
+    """A job of an app. Calling it calls the function; `enqueue` stores it for a worker, in Sidekiq's JSON."""
+
+    def __init__(self, app: Any, function: Callable[..., Any], **options: Any) -> None:
+        self.name: str = options.get("name") or getattr(function, "__name__", "")
+        self.owner = f"job {self.name!r}"
+        refuse_unknown(self.owner, options, OPTIONS)
+        self.app = app
+        self.function = function
+        self.queue: str = options.get("queue", "default")
+        self.retry: bool | int = options.get("retry", 25)
+        self.timeout: float | None = options.get("timeout")
+        self.dead: bool = options.get("dead", True)
+        self.hooks = list(options.get("hooks", ()))
+        self._check()
+        self._signature = inspect.signature(function)
+        self._plan()
+        functools.update_wrapper(self, function)
+
+    def _refuse(self, option: str, value: Any, way_out: str) -> None:
+        raise DeclarationError(f"{self.owner}: {option}={value!r}: {way_out}")
+
+    def _check(self) -> None:
+        if not callable(self.function) or inspect.isclass(self.function):
+            self._refuse("function", self.function, "decorate a function, sync or async")
+        if not isinstance(self.name, str) or not self.name or self.name == "<lambda>":
+            self._refuse("name", self.name, "give the job a name: it is what the queue stores")
+        check_queue(self.owner, self.queue)
+        if not isinstance(self.retry, int) or self.retry < 0:
+            self._refuse("retry", self.retry, "give the number of retries (0: none), True for 25, or False")
+        if self.timeout is not None and (isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or self.timeout <= 0):
+            self._refuse("timeout", self.timeout, "give the seconds one run may take, above 0, or None")
+        if not isinstance(self.dead, bool):
+            self._refuse("dead", self.dead, "give False if a job out of retries is to vanish (counted), else True")
+
+    def _plan(self) -> None:
+        """Read the signature once: how many arguments, and how stored ones are decoded by their annotations."""
+        parameters = list(self._signature.parameters.values())
+        try:
+            hints = typing.get_type_hints(self.function)
+        except Exception as error:
+            raise DeclarationError(f"{self.owner}: its annotations cannot be read ({error}); import the names they use") from None
+        fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
+        self._rest = False
+        for p in parameters:
+            hint = hints.get(p.name, Any)
+            if p.kind is p.VAR_POSITIONAL:
+                self._rest = True
+            elif p.kind not in _NEEDED:
+                self._refuse("parameter", p.name, "a job's arguments are stored in order; keyword-only ones cannot be")
+            elif p.default is p.empty:
+                fields.append((f"a{len(fields)}", hint))
+            else:
+                fields.append((f"a{len(fields)}", hint | msgspec.UnsetType if hint is not Any else Any, msgspec.UNSET))
+        self._least = sum(1 for f in fields if len(f) == 2)
+        self._most = len(fields)
+        try:
+            shape = msgspec.defstruct("Args", fields, array_like=True, forbid_unknown_fields=not self._rest)
+            self._decode = msgspec.json.Decoder(shape).decode
+        except TypeError as error:
+            raise DeclarationError(f"{self.owner}: its arguments cannot be decoded by their annotations: {error}") from None
+        self._free = msgspec.json.Decoder(list[Any]).decode
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<job {self.name}>"
+
+    def decode_args(self, data: Any) -> tuple[Any, ...]:
+        """Stored arguments as the function's annotations ask for them. Raises msgspec.ValidationError on a mismatch."""
+        args = msgspec.structs.astuple(self._decode(data))
+        if self._rest:
+            return args[: self._most] + tuple(self._free(data)[self._most :])
+        if self._least < self._most and msgspec.UNSET in args:
+            return args[: args.index(msgspec.UNSET)]
+        return args
+
+    # Enqueueing.
+
+    def _positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        if not kwargs and self._least <= len(args) and (len(args) <= self._most or self._rest):
+            return args
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise SendError(f"{self.owner} cannot be enqueued: {error}; it takes {self._signature}") from None
+        bound.apply_defaults() if kwargs else None
+        return bound.args
+
+    def _outgoing(self, args: tuple[Any, ...], at: float | None, queue: str | None, retry: Any, now: bool) -> OutgoingJob | None:
+        hand = CURRENT.get()
+        held = hand is not None and hand.open and not now
+        if held:
+            future: Future[str] = hand.future(derived_jid)  # type: ignore[union-attr]
+            jid: str = future.id  # type: ignore[assignment]
+        else:
+            jid = new_jid()
+            future = Future(jid)
+        hooks = self.app.enqueue_hooks
+        extra = None if self.dead else {"dead": False}
+        try:
+            payload = build(
+                self.name,
+                args,
+                queue=queue or self.queue,
+                retry=self.retry if retry is None else retry,
+                jid=jid,
+                now=self.app.clock.now(),
+                at=at is not None,
+                extra=extra,
+            )
+        except PayloadError as error:
+            raise SendError(f"{self.owner} cannot be enqueued: {error}") from error
+        target = queue or self.queue
+        if hooks:
+            changed = _apply(hooks, payload)
+            if changed is None:
+                return None
+            payload, target = changed
+        return OutgoingJob(target, payload, at, jid, future)
+
+    def _enqueue(self, args: tuple[Any, ...], kwargs: dict[str, Any], at: float | None, queue: str | None = None, retry: Any = None, now: bool = False) -> Future[str]:
+        out = self._outgoing(self._positions(args, kwargs), at, queue, retry, now)
+        if out is None:
+            return resolved(None)
+        hand = CURRENT.get()
+        if hand is not None and hand.open and not now:
+            hand.add(out)
+        else:
+            self.app.jobs.send((out,))
+        return out.future  # type: ignore[no-any-return]
+
+    def _after(self, delay: float | timedelta) -> float:
+        seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds != seconds:
+            raise SendError(f"enqueue_in({delay!r}): give seconds or a timedelta")
+        return float(self.app.clock.now() + max(0.0, seconds))
+
+    def enqueue(self, *args: Any, **kwargs: Any) -> Future[str]:
+        """Store a job; the future gives its id once it is durable (None if a before_enqueue hook refused it).
+
+        Keywords are bound to positions. Inside a handler the job leaves when the handler has returned. Raises
+        SendError for arguments that do not fit the function or cannot be stored.
+        """
+        return self._enqueue(args, kwargs, None)
+
+    def enqueue_in(self, delay: float | timedelta, *args: Any, **kwargs: Any) -> Future[str]:
+        """Store a job that runs after `delay` (seconds or a timedelta)."""
+        return self._enqueue(args, kwargs, self._after(delay))
+
+    def enqueue_at(self, when: float | datetime, *args: Any, **kwargs: Any) -> Future[str]:
+        """Store a job that runs at `when`: epoch seconds, or a datetime (a naive one is local time)."""
+        return self._enqueue(args, kwargs, _at(when))
+
+    def enqueue_many(self, arguments: Iterable[tuple[Any, ...]]) -> Future[list[str]]:
+        """Store one job for each tuple of arguments; the future gives their ids once all are durable."""
+        return self.options().enqueue_many(arguments)
+
+    def options(self, *, queue: str | None = None, retry: bool | int | None = None, now: bool = False) -> "Options":
+        """The same job with other options for the next call: `job.options(queue="slow").enqueue(...)`."""
+        if queue is not None:
+            check_queue(self.owner, queue)
+        if retry is not None and (not isinstance(retry, int) or retry < 0):
+            self._refuse("retry", retry, "give the number of retries (0: none), True for 25, or False")
+        return Options(self, queue, retry, now)
+
+
+class Options:
+    """A job with other options, as `job.options(...)` returns it."""
+
+    def __init__(self, job: Job, queue: str | None, retry: bool | int | None, now: bool) -> None:
+        self._job = job
+        self._with = (queue, retry, now)
+
+    def enqueue(self, *args: Any, **kwargs: Any) -> Future[str]:
+        """As Job.enqueue."""
+        return self._job._enqueue(args, kwargs, None, *self._with)
+
+    def enqueue_in(self, delay: float | timedelta, *args: Any, **kwargs: Any) -> Future[str]:
+        """As Job.enqueue_in."""
+        return self._job._enqueue(args, kwargs, self._job._after(delay), *self._with)
+
+    def enqueue_at(self, when: float | datetime, *args: Any, **kwargs: Any) -> Future[str]:
+        """As Job.enqueue_at."""
+        return self._job._enqueue(args, kwargs, _at(when), *self._with)
+
+    def enqueue_many(self, arguments: Iterable[tuple[Any, ...]]) -> Future[list[str]]:
+        """As Job.enqueue_many."""
+        job = self._job
+        hand = CURRENT.get()
+        held = hand is not None and hand.open and not self._with[2]
+        out = []
+        for args in arguments:
+            made = job._outgoing(job._positions(tuple(args), {}), None, *self._with)
+            if made is not None:
+                out.append(made)
+        jids = [o.jid for o in out]
+        if not out:
+            return resolved(jids)
+        last = out[-1]
+        out = [o._replace(future=None) for o in out[:-1]] + [last]
+        many: Future[list[str]] = Future(hand=hand if held else None)
+        last.future.add_done_callback(lambda f: many.resolve(jids) if f.exception() is None else many.fail(f.exception()))
+        if held:
+            for o in out:
+                hand.add(o)  # type: ignore[union-attr]
+        else:
+            job.app.jobs.send(out)
+        return many
+
+
+def check_queue(owner: str, queue: Any) -> None:
+    """Refuse a queue's name that Sidekiq's web page could not show."""
+    if not isinstance(queue, str) or not queue or not all(c.isascii() and (c.isalnum() or c in "_:.-") for c in queue):
+        raise DeclarationError(f"{owner}: queue={queue!r}: a queue's name has letters, digits and _ : . - only")
+
+
+def _at(when: float | datetime) -> float:
+    at = when.timestamp() if isinstance(when, datetime) else when
+    if isinstance(at, bool) or not isinstance(at, int | float) or at != at:
+        raise SendError(f"enqueue_at({when!r}): give epoch seconds or a datetime")
+    return float(at)
+
+
+def _apply(hooks: list[Callable[[dict[str, Any]], Any]], payload: bytes) -> tuple[bytes, str] | None:
+    """Let the before_enqueue hooks change the job's fields; None if one returned False."""
+    fields = msgspec.json.decode(payload)
+    for hook in hooks:
+        if hook(fields) is False:
+            return None
+    return msgspec.json.encode(fields), fields["queue"]

@@ -1,0 +1,1 @@
+"""Jobs: what is known about them apart from where they are stored."""

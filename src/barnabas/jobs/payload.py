@@ -1,0 +1,355 @@
+"""A job on the wire: Sidekiq's JSON, byte for byte (`facts/sidekiq.md` 1.0, 1.1, 2.4). Pure: no I/O, no threads.
+
+The bytes matter: Sidekiq moves entries by their exact text, so what we write must be what Ruby's generator would write.
+msgspec's output is that (compact, UTF-8 and "/" raw, lower-case \\u00xx) with one exception: Ruby writes a float below
+1e-4 or a whole one from 1e15 up with an exponent (`1.0e-05`, `1.0e+15`), and its versions differ. Timestamps never come
+near; avoid such floats in arguments, or accept that rescheduling the job in Sidekiq's web page leaves a second copy.
+
+Two dialects of time: Sidekiq 6 and 7 write float seconds, Sidekiq 8 integer milliseconds. Both are read; float seconds
+are written, because every version understands those.
+"""
+
+import math
+import os
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+
+from barnabas.errors import BarnabasError
+
+MAX_DEPTH = 100  # Ruby's parser refuses deeper nesting; the job's own braces and the list of arguments are two of them
+MAX_MESSAGE = 10_000  # characters of `error_message` that Sidekiq keeps
+DEFAULT_RETRY = 25  # what `retry: true` means
+
+_PLAIN = frozenset({int, str, bool, type(None)})  # arguments of these types need no look at what they became
+_OWN = frozenset({"retry", "queue", "class", "args", "jid", "created_at", "enqueued_at", "at"})
+_encode = msgspec.json.Encoder().encode
+_raws = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_strings = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_surrogates = re.compile("[\ud800-\udfff]")
+
+
+class PayloadError(BarnabasError):
+    """A job that cannot be written as Sidekiq's JSON, or bytes that are not such a job; the text says why."""
+
+
+# -- ids ---------------------------------------------------------------------------------------------------------------
+
+_jids: list[str] = []
+
+
+def new_jid() -> str:
+    """A fresh job id: 96 random bits as 24 lower-case hex digits.
+
+    Cut from blocks of the system's own randomness (one system call for 256 ids), so ids cannot be guessed and no two
+    processes share a sequence. `pop` and `extend` are atomic, so any thread may call it.
+    """
+    try:
+        return _jids.pop()
+    except IndexError:
+        block = os.urandom(12 * 256).hex()
+        _jids.extend([block[at : at + 24] for at in range(24, len(block), 24)])
+        return block[:24]
+
+
+os.register_at_fork(after_in_child=_jids.clear)  # or parent and child would hand out the same ids
+
+
+def derived_jid(cause: str, index: int) -> str:
+    """The id of the `index`-th job sent by a handler while it worked on `cause`: a repeat of it carries the same id."""
+    return blake2b(f"{cause}:{index}".encode(errors="surrogatepass"), digest_size=12).hexdigest()
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+class _Job(msgspec.Struct, gc=False):
+    retry: bool | int
+    queue: str
+    name: str = msgspec.field(name="class")
+    args: Sequence[Any]
+    jid: str
+    created_at: float
+    enqueued_at: float | msgspec.UnsetType = msgspec.UNSET
+
+
+def build(
+    name: str,
+    args: Sequence[Any],
+    *,
+    queue: str,
+    retry: bool | int,
+    jid: str | None = None,
+    now: float,
+    at: bool = False,
+    extra: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The JSON of a new job. `now`: epoch seconds. `at`: it is scheduled, so `enqueued_at` is left out.
+
+    `extra`: further Sidekiq options (`dead`, `tags`, `retry_for`, ...), written between queue and class. Arguments are
+    anything msgspec encodes. Raises PayloadError, naming the argument, for NaN and infinity, halves of surrogate pairs,
+    nesting deeper than 100 in all, and types without a JSON form: what Ruby could not read must not be stored.
+    """
+    now = float(now)  # an integer would be read as milliseconds by Sidekiq 8
+    jid = jid or new_jid()
+    job: _Job | dict[str, Any]
+    if extra:
+        if clash := sorted(_OWN.intersection(extra)):
+            raise PayloadError(f"job {name!r}: Barnabas writes {clash[0]!r} itself; leave it out of `extra`")
+        job = {"retry": retry, "queue": queue, **extra, "class": name, "args": args, "jid": jid, "created_at": now}
+        if not at:
+            job["enqueued_at"] = now
+    else:
+        job = _Job(retry, queue, name, args, jid, now, msgspec.UNSET if at else now)
+    try:
+        data = _encode(job)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        _check(name, args, extra)
+        raise PayloadError(f"job {name!r} cannot be written as JSON: {error}") from error
+    # msgspec writes NaN as null, and depth needs brackets: most jobs pay for no closer look. (`in` is slower than find)
+    if (extra or not _PLAIN.issuperset(map(type, args))) and (
+        data.find(b"null") >= 0 or (len(data) > 2 * MAX_DEPTH and data.count(b"[") + data.count(b"{") > MAX_DEPTH)
+    ):
+        _check(name, args, extra)
+    return data
+
+
+def _check(name: str, args: Sequence[Any], extra: Mapping[str, Any] | None) -> None:
+    """Raise PayloadError for the first argument or option that Ruby could not read back."""
+    for index, value in enumerate(args, 1):
+        if fault := _fault(value, 2):
+            raise PayloadError(f"job {name!r}, argument {index} ({type(value).__name__}): {fault}")
+    for key, value in (extra or {}).items():
+        if fault := _fault(value, 1):
+            raise PayloadError(f"job {name!r}, option {key!r} ({type(value).__name__}): {fault}")
+
+
+def _fault(value: object, depth: int) -> str | None:
+    try:
+        data = _encode(value)
+        if b"null" in data and not _finite(msgspec.to_builtins(value, str_keys=True, enc_hook=_unknown)):
+            return "NaN and infinity do not exist in JSON; send None or a string"
+    except UnicodeEncodeError:
+        return "it holds half a surrogate pair, which is no text; repair it, or send the bytes as base64"
+    except RecursionError:
+        return f"it is nested deeper than {MAX_DEPTH} levels or contains itself; send it flatter, or its id"
+    except (TypeError, ValueError, OverflowError) as error:
+        return f"it has no JSON form ({error}); send its id, or a str, number, list or dict"
+    if len(data) > 2 * (MAX_DEPTH - depth) and depth + _depth(data) > MAX_DEPTH:
+        return f"it is nested deeper than {MAX_DEPTH} levels, which Ruby refuses to read; send it flatter, or its id"
+    return None
+
+
+def _unknown(value: object) -> None:
+    """Raw, already JSON and so without NaN, is the one type that encodes but has no builtin form."""
+
+
+def _finite(value: object) -> bool:
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is dict:
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, list | tuple) else True
+
+
+def _depth(data: bytes) -> int:
+    """How deep the lists and objects of this JSON are nested."""
+    depth = deepest = 0
+    for byte in _strings.sub(b"", data):
+        if byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return deepest
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+class Payload(
+    msgspec.Struct,
+    frozen=True,
+    gc=False,
+    rename={
+        "name": "class",
+        "raw_created_at": "created_at",
+        "raw_enqueued_at": "enqueued_at",
+        "raw_failed_at": "failed_at",
+        "raw_retried_at": "retried_at",
+    },
+):
+    """What a worker needs to know of a job. Unknown keys are skipped here and kept by `failed` and `enqueued`.
+
+    `args` is the list's JSON, undecoded, and keeps the job's bytes alive. `retry`: True (25 times), False (no retry, no
+    dead entry), a number, or None where the sender left it out: then the job's own declaration decides.
+    """
+
+    name: str
+    args: msgspec.Raw
+    jid: str = ""
+    queue: str = "default"
+    retry: bool | int | None = None
+    retry_count: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] | None = None
+    retry_for: Any = None
+    dead: Any = None
+    # Any, since a job must not die of a foreign timestamp
+    raw_created_at: Any = None
+    raw_enqueued_at: Any = None
+    raw_failed_at: Any = None
+    raw_retried_at: Any = None
+
+    @property
+    def attempt(self) -> int:
+        """Which run this is, from 1. (The first failure stores a retry_count of 0; "Retry now" takes one off.)"""
+        return 1 if self.retry_count is None else max(1, self.retry_count + 2)
+
+    @property
+    def created_at(self) -> float | None:
+        """When the job was made: epoch seconds."""
+        return seconds(self.raw_created_at)
+
+    @property
+    def enqueued_at(self) -> float | None:
+        """When it last entered a queue: epoch seconds; None if it was never due yet."""
+        return seconds(self.raw_enqueued_at)
+
+    @property
+    def failed_at(self) -> float | None:
+        """When it failed first: epoch seconds."""
+        return seconds(self.raw_failed_at)
+
+    @property
+    def retried_at(self) -> float | None:
+        """When it failed last, if more than once: epoch seconds."""
+        return seconds(self.raw_retried_at)
+
+
+_payload = msgspec.json.Decoder(Payload).decode
+
+
+def seconds(stamp: object) -> float | None:
+    """Epoch seconds of a timestamp in a job: a JSON float is seconds, an integer milliseconds; else None."""
+    if type(stamp) is float:
+        return stamp
+    return stamp / 1000 if type(stamp) is int else None
+
+
+def parse(data: bytes) -> Payload:
+    """Read a job's JSON. Raises PayloadError, with the reason, for bytes that are not a job."""
+    try:
+        payload = _payload(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PayloadError(f"not a Sidekiq job: {error}") from error
+    if memoryview(payload.args)[0] != 91:  # "["
+        raise PayloadError(f"not a Sidekiq job: `args` must be a list, not {bytes(payload.args)[:40]!r}")
+    return payload
+
+
+def _fields(data: bytes) -> dict[str, Any]:
+    try:
+        return _raws(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PayloadError(f"not a Sidekiq job: {error}") from error
+
+
+def enqueued(data: bytes, now: float) -> bytes:
+    """The job as it enters its queue at `now` (epoch seconds), due by schedule or for a retry.
+
+    Every other value keeps its bytes. Raises PayloadError for what is not a JSON object.
+    """
+    fields = _fields(data)
+    fields["enqueued_at"] = float(now)
+    return _encode(fields)
+
+
+# -- failing -----------------------------------------------------------------------------------------------------------
+
+
+class Failed(NamedTuple):
+    """What becomes of a failed job.
+
+    kind: "again" (run it at `at`, epoch seconds), "dead" (to the dead set, entered at `at`) or "drop" (it asked for no
+    dead entry: count it, run the death callbacks, let it go). payload: its new JSON. reason: a sentence, "" for again.
+    """
+
+    kind: Literal["again", "dead", "drop"]
+    payload: bytes
+    at: float
+    reason: str
+
+
+def failed(
+    data: bytes,
+    error: BaseException,
+    now: float,
+    *,
+    default_retry: bool | int = DEFAULT_RETRY,
+    rand: Callable[[], float] = random.random,
+    delay: Callable[[int, BaseException], float | None] | None = None,
+    queue: str | None = None,
+    final: bool = False,
+) -> Failed:
+    """Write a failure at `now` (epoch seconds) into the job and decide what becomes of it, as Sidekiq does.
+
+    The next run is after count**4 + 15 seconds, or after `delay(count, error)` where that is a positive number, plus
+    a jitter of 0 to 9 seconds times count + 1; count is 0 for the first retry. default_retry: for jobs that leave
+    `retry` out or say true (True means 25). queue: the one it was taken from, where a retry goes back to unless the
+    job names a `retry_queue`. final: no retry whatever the job says (rejected; arguments that do not fit).
+    `retry_for` (seconds since the first failure) replaces the count, as in Sidekiq 8.1. Every value not set here keeps
+    its bytes. Raises PayloadError for what is not a job; an error of `delay` passes through.
+    """
+    job = parse(data)
+    now = float(now)
+    fields = _fields(data)
+    if "retry_queue" in fields:
+        fields["queue"] = fields["retry_queue"]
+    elif queue is not None:
+        fields["queue"] = queue
+    fields["error_message"] = _message(error)
+    fields["error_class"] = _class(error)
+    count = 0 if job.retry_count is None else job.retry_count + 1
+    fields["failed_at" if job.retry_count is None else "retried_at"] = now
+    fields["retry_count"] = count
+    payload = _encode(fields)
+
+    retry = job.retry
+    if retry is None or retry is True:
+        retry = default_retry
+    limit = DEFAULT_RETRY if retry is True else int(retry)
+    if final:
+        reason = f"not retried: {_class(error)}"
+    elif retry is False:
+        return Failed("drop", payload, now, "failed, and retry is false")
+    elif not (reason := _exhausted(job, count, limit, now)):
+        wait = delay(count, error) if delay is not None else None
+        if wait is None or not 0 < wait < math.inf:
+            wait = count**4 + 15
+        return Failed("again", payload, now + wait + int(rand() * 10) * (count + 1), "")
+    return Failed("drop" if job.dead is False else "dead", payload, now, reason)
+
+
+def _exhausted(job: Payload, count: int, limit: int, now: float) -> str:
+    """Why there is no further retry, or ""."""
+    window = job.retry_for
+    if isinstance(window, int | float) and window and window is not True:
+        over = (job.failed_at or now) + window < now
+        return f"failed for longer than retry_for, {window} s" if over else ""
+    return f"failed {count + 1} times, and retry is {limit}" if count >= limit else ""
+
+
+def _message(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception as second:  # an error's own __str__ must not cost the job
+        text = f"({type(second).__name__} while reading the message of {type(error).__name__})"
+    return _surrogates.sub("\ufffd", text[:MAX_MESSAGE])
+
+
+def _class(error: BaseException) -> str:
+    kind = type(error)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,162 @@
+"""Jobs at work: which function a stored job names, how its arguments are read, and what a failure becomes."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from barnabas.engine.handler import Stop
+from barnabas.engine.hooks import wrap
+from barnabas.engine.lanes import Run
+from barnabas.engine.observe import Failed, Observers
+from barnabas.errors import BarnabasError, Reject, RetryAfter, TimedOut
+from barnabas.jobs.payload import Payload, PayloadError, failed, parse
+from barnabas.message import Delivery, Row
+from barnabas.verdict import Again, Dead
+
+
+class UnknownJob(BarnabasError):
+    """A stored job names something that this app does not declare."""
+
+
+class BadArguments(BarnabasError):
+    """A stored job's arguments do not fit its function."""
+
+
+class _Name(msgspec.Struct):
+    name: str = msgspec.field(name="class")
+
+
+_name = msgspec.json.Decoder(_Name).decode
+
+
+class Entry:
+    """One declared job, compiled: its function with its hooks around it."""
+
+    __slots__ = ("awaited", "function", "hooked", "job")
+
+    def __init__(self, job: Any, hooks: Sequence[Any]) -> None:
+        self.job = job
+        self.awaited = inspect.iscoroutinefunction(job.function)
+        self.hooked = bool(hooks)
+        self.function: Callable[..., Any] = wrap(job.function, hooks, self.awaited, job.name) if hooks else job.function
+
+
+class JobHandler:
+    """All sync, or all async, jobs of an app: the same face to a crew as a consumer's Handler."""
+
+    decode = None
+    answer = None
+    tables = None
+    batch = None
+    group = ""
+
+    def __init__(self, name: str, entries: Mapping[str, Entry], awaited: bool, observers: Observers) -> None:
+        self.name = name
+        self.awaited = awaited
+        self.observers = observers
+        self._entries = entries
+        self.timed = any(e.job.timeout for e in entries.values())
+        self.function: Callable[..., Any] = _call_async if awaited else _call
+
+    def enter(self) -> None:
+        """A worker begins."""
+
+    def leave(self) -> None:
+        """A worker ends."""
+
+    def limit(self, run: Run) -> float | None:
+        """Seconds the delivery in hand may take."""
+        return run.limit
+
+    def bind(self, run: Run, row: Row) -> tuple[Any, ...]:
+        """The function of a stored job and its arguments."""
+        payload = parse(row[2])  # type: ignore[arg-type]
+        entry = self._entries.get(payload.name)
+        if entry is None:
+            raise UnknownJob(
+                f"no job {payload.name!r} is declared here; declare it, start the worker that has it on this queue "
+                f"({payload.queue!r}), or give it a queue of its own"
+            )
+        try:
+            args = entry.job.decode_args(payload.args)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise BadArguments(f"the arguments of {payload.name!r} do not fit its function: {error}") from None
+        if self.timed:
+            run.limit = entry.job.timeout
+        if entry.hooked:
+            return (entry.function, self._delivery(run, row, payload, args), *args)
+        return (entry.function, *args)
+
+    def _delivery(self, run: Run, row: Row, payload: Payload, args: tuple[Any, ...]) -> Delivery[Any]:
+        at = payload.created_at or row[4]
+        return Delivery(run.part.topic, -1, row[0], payload.jid, args, [], at, payload.attempt, payload.name)
+
+    def failed(self, run: Run, row: Row, error: BaseException, now: float, whole: bool) -> None:
+        """Write the failure into the job and decide as Sidekiq does: to the retry set, to the dead set, or dropped."""
+        data: bytes = row[2]  # type: ignore[assignment]
+        try:
+            payload = parse(data)
+        except PayloadError as rubbish:
+            self._note(run, row, "rubbish", 1, Dead(f"undecodable: {rubbish}", data), rubbish)
+            return
+        entry = self._entries.get(payload.name)
+        final = isinstance(error, Reject | BadArguments)
+        delay = (lambda count, e: e.seconds) if isinstance(error, RetryAfter) else None
+        outcome = failed(
+            data,
+            error,
+            now,
+            default_retry=entry.job.retry if entry is not None else True,
+            delay=delay,
+            queue=run.part.topic,
+            final=final,
+        )
+        verdict: Again | Dead
+        if outcome.kind == "again":
+            verdict = Again(outcome.at, outcome.payload)
+        elif outcome.kind == "drop" and entry is not None:
+            verdict = Dead(f"dropped: {outcome.reason}", None)
+        else:
+            verdict = Dead(outcome.reason, outcome.payload)
+        self._note(run, row, payload.name, payload.attempt, verdict, error)
+
+    def bury(self, run: Run, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> None:
+        """A job is dead whatever it says itself: it took its process with it too often."""
+        data: bytes = row[2]  # type: ignore[assignment]
+        try:
+            data = failed(data, error or BarnabasError(reason), now, final=True).payload
+        except PayloadError:
+            pass
+        self._note(run, row, run.part.topic, attempt, Dead(reason, data), error)
+
+    def _note(self, run: Run, row: Row, name: str, attempt: int, verdict: Again | Dead, error: BaseException | None) -> None:
+        run.others[row[0]] = verdict
+        if isinstance(verdict, Again):
+            outcome, reason = "again", f"{type(error).__name__}: {error}"
+        else:
+            outcome, reason = ("dead" if verdict.payload is not None else "dropped"), verdict.reason
+        shown = error if not isinstance(error, Stop | TimedOut | BadArguments | UnknownJob | PayloadError) else None
+        self.observers.failed(Failed(name, run.part.topic, -1, row[0], attempt, outcome, reason, shown))
+
+
+def router(entries: Mapping[str, Entry]) -> Callable[[Row], int]:
+    """Which crew runs a row: 0 for sync jobs (and what nobody knows), 1 for async ones."""
+    async_names = {name for name, entry in entries.items() if entry.awaited}
+
+    def route(row: Row) -> int:
+        try:
+            return 1 if _name(row[2]).name in async_names else 0  # type: ignore[arg-type]
+        except Exception:
+            return 0
+
+    return route
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+async def _call_async(function: Callable[..., Any], *args: Any) -> Any:
+    return await function(*args)

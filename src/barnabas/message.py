@@ -1,0 +1,65 @@
+"""What is carried: messages as they are stored, deliveries as they are handed to a handler."""
+
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+Key: TypeAlias = str | bytes | None
+Headers: TypeAlias = Sequence[tuple[str, bytes]]
+
+# On the hot path a stored message is a plain row of its batch: offset (or job number), key, value, headers,
+# timestamp. A tuple costs 1 ns where an object costs 140 and more.
+Row: TypeAlias = tuple[int, Key, bytes | None, Headers | None, float]
+
+
+class Message(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
+    """One message of a topic; partition and offset are -1 until it is stored. Timestamp in epoch seconds."""
+
+    topic: str = ""
+    value: T
+    key: Key = None
+    headers: Headers = ()
+    timestamp: float | None = None
+    partition: int = -1
+    offset: int = -1
+
+
+class Delivery(msgspec.Struct, Generic[T], frozen=True):
+    """One message in hand: its fields, the attempt (from 1) and the consumer group.
+
+    For a job: the topic is its queue, the key its job id, the value the tuple of its arguments, the group its name.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    key: Key
+    value: T
+    headers: Headers
+    timestamp: float
+    attempt: int
+    group: str
+
+
+class Outgoing(NamedTuple):
+    """A message on its way into a topic: what a sink needs to store it, and the future to resolve (if any)."""
+
+    topic: Any  # the Topic handle
+    partition: int | None
+    key: Key
+    value: bytes | None
+    headers: Headers | None
+    timestamp: float
+    future: Any
+
+
+class OutgoingJob(NamedTuple):
+    """A job on its way into a queue: Sidekiq's JSON, due time in epoch seconds (None: now), its future (if any)."""
+
+    queue: str
+    payload: bytes
+    at: float | None
+    jid: str
+    future: Any

@@ -1,0 +1,132 @@
+"""The doors between the engine and the backends: what one needs of the other, and nothing more."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from barnabas.message import Outgoing, OutgoingJob, Row
+from barnabas.verdict import Verdict
+
+FOREVER = float("inf")
+
+
+class Part:
+    """One partition (or queue) in this process's hands, from its assignment to its revocation.
+
+    `until` (monotonic seconds) is when the claim on it ends unless renewed: no delivery starts after it. `attempts`
+    and `crashes` count failed runs and lost processes of offsets that are still open.
+    """
+
+    __slots__ = ("attempts", "cells", "closed", "crashes", "group", "held", "id", "lanes", "partition", "topic", "until")
+
+    def __init__(self, topic: str, partition: int, id: int, group: str = "") -> None:
+        self.topic = topic
+        self.partition = partition
+        self.id = id
+        self.group = group
+        self.until = FOREVER
+        self.closed = False
+        self.attempts: dict[int, int] = {}
+        self.crashes: dict[int, int] = {}
+        self.lanes: dict[Any, Any] = {}
+        self.cells: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})  # unsettled, settled
+        self.held: Any = None  # the source's own account of this partition
+
+
+class Result(NamedTuple):
+    """What came of a stretch of rows of one partition: all are done but those that `others` names by row number."""
+
+    part: Part
+    rows: Sequence[Row]
+    outputs: list[Outgoing | OutgoingJob]
+    cells: dict[tuple[str, str | bytes | int], bytes | None]
+    others: dict[int, Verdict]
+
+
+class Listener(Protocol):
+    """Who is told that partitions come and go: called inside `fetch`, on the fetch thread."""
+
+    def assigned(self, parts: list[Part]) -> None:
+        """These partitions are ours from now on."""
+
+    def revoked(self, parts: list[Part]) -> None:
+        """These are to be given up: finish or drop what is in hand, settle it, then return."""
+
+
+class Source(Protocol):
+    """Where deliveries come from. Touched by exactly one thread (`wake` by any)."""
+
+    atomic: Any  # the home that settles outputs and cells in the same transaction, or None
+
+    def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
+        """New rows, at most `limit` unsettled ones per partition; waits up to `timeout` seconds for the first."""
+
+    def settle(self, results: Sequence[Result], outputs: Sequence[Outgoing | OutgoingJob]) -> None:
+        """Make these results durable in one step, with `outputs` if this source's home takes them."""
+
+    def wake(self) -> None:
+        """End a waiting `fetch` at once."""
+
+    def close(self) -> None:
+        """Leave: whatever is unsettled is given back."""
+
+
+class Sink(Protocol):
+    """Where messages and jobs leave. Safe in any thread."""
+
+    def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
+        """Take these; each one's future resolves when it is durable. Waits for room, or raises BufferFull."""
+
+    def flush(self, timeout: float) -> int:
+        """Wait until all taken is durable, at most `timeout` seconds; the number of those that are not."""
+
+
+class TopicState(NamedTuple):
+    """A topic as it is stored: its partitions' first and next offsets, and the bytes they hold."""
+
+    name: str
+    partitions: list[tuple[int, int, int]]  # first offset, next offset, bytes
+
+
+class Backend(Sink, Protocol):
+    """What a URL opens: a place for topics, for jobs, or for both."""
+
+    url: str
+    closed: bool
+
+    def declare(self, topics: Iterable[Any]) -> None:
+        """Create the topics that are missing; refuse a partition count that differs from the stored one."""
+
+    def log(self, group: str, topics: Sequence[Any], *, start: str, ordered: bool, listener: Listener) -> Source:
+        """A source of these topics for this consumer group, from `start` where the group has no position. `ordered`: each
+        partition's rows are finished in the order they come."""
+
+    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> Source:
+        """A source of jobs: the queues in strict order, or by weight."""
+
+    def cell(self, table: str, key: Any) -> bytes | None:
+        """A table's cell as it was last settled."""
+
+    def cells(self, table: str) -> Iterable[tuple[Any, bytes]]:
+        """All cells of a table."""
+
+    def box(self, workers: int) -> tuple[Any, int]:
+        """Memory for that many workers to say what they have in work, and where in it they begin. It outlives a killed
+        process where there are several."""
+
+    def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
+        """Messages and jobs that are ready or in work for these, in any process; 0 means drained."""
+
+    def waiting(self, queues: Sequence[str]) -> dict[str, int]:
+        """How many jobs wait for a time to come ("scheduled", "retry") or are "dead"."""
+
+    def topics(self) -> list[TopicState]:
+        """All topics that are stored."""
+
+    def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
+        """Stored rows of one partition from `offset` on."""
+
+    def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
+        """Call `wake` whenever something may have been stored; returns what ends it."""
+
+    def close(self) -> None:
+        """Flush and leave."""

@@ -1,0 +1,95 @@
+"""When a failed message runs again, and when it is given up: pure functions of policy, attempt, error and time."""
+
+import random
+from collections.abc import Callable, Sequence
+
+from barnabas.errors import DeclarationError, Reject, ResponderError, RetryAfter
+from barnabas.verdict import Again, Dead
+
+Errors = type[BaseException] | tuple[type[BaseException], ...]
+
+
+def exponential(retry: int) -> float:
+    """1, 2, 4, ... seconds, at most 60: the default wait before the n-th retry."""
+    return min(60.0, 2.0 ** min(retry - 1, 6))
+
+
+class Retry:
+    """How a consumer retries. `times` counts retries after the first run.
+
+    backoff: seconds before a retry: one number for all, a sequence (its last repeats), or a function of the retry's
+    number (from 1). jitter: this share of the wait is added at random (0.1 = up to a tenth). on: errors that are
+    retried; give_up_on: errors that are not. ordered: True retries in place, so that the key's lane waits and order
+    holds; False sends the message through a retry topic and **gives up order** for it.
+    """
+
+    __slots__ = ("backoff", "give_up_on", "jitter", "on", "ordered", "times")
+
+    def __init__(
+        self,
+        times: int = 5,
+        *,
+        backoff: float | Sequence[float] | Callable[[int], float] = exponential,
+        jitter: float = 0.1,
+        on: Errors = Exception,
+        give_up_on: Errors = (),
+        ordered: bool = True,
+    ) -> None:
+        if isinstance(times, bool) or not isinstance(times, int) or times < 0:
+            raise DeclarationError(f"Retry(times={times!r}): give the number of retries after the first run, 0 or more")
+        if not callable(backoff) and not _seconds(backoff):
+            raise DeclarationError(
+                f"Retry(backoff={backoff!r}): give seconds, a list of seconds or a function of the retry's number"
+            )
+        if isinstance(jitter, bool) or not isinstance(jitter, int | float) or not 0 <= jitter <= 1:
+            raise DeclarationError(f"Retry(jitter={jitter!r}): give a share of the wait between 0 and 1")
+        for name, errors in (("on", on), ("give_up_on", give_up_on)):
+            if not all(
+                isinstance(e, type) and issubclass(e, BaseException) for e in (errors if isinstance(errors, tuple) else (errors,))
+            ):
+                raise DeclarationError(f"Retry({name}={errors!r}): give an exception class or a tuple of them")
+        if not isinstance(ordered, bool):
+            raise DeclarationError(f"Retry(ordered={ordered!r}): give True (in place, order holds) or False (retry topic)")
+        self.times = times
+        self.backoff = backoff
+        self.jitter = jitter
+        self.on = on
+        self.give_up_on = give_up_on
+        self.ordered = ordered
+
+    def wait(self, retry: int, rand: Callable[[], float] = random.random) -> float:
+        """Seconds to wait before the retry of this number (from 1)."""
+        backoff = self.backoff
+        if callable(backoff):
+            seconds = float(backoff(retry))
+        elif isinstance(backoff, Sequence):
+            seconds = float(backoff[min(retry, len(backoff)) - 1])
+        else:
+            seconds = float(backoff)
+        return max(0.0, seconds) * (1 + self.jitter * rand())
+
+
+def _seconds(backoff: object) -> bool:
+    values = backoff if isinstance(backoff, Sequence) and not isinstance(backoff, str) else [backoff]
+    return bool(values) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < float("inf") for v in values
+    )
+
+
+def decide(
+    policy: Retry, attempt: int, error: BaseException, now: float, rand: Callable[[], float] = random.random
+) -> Again | Dead:
+    """What becomes of a delivery whose run number `attempt` (from 1) ended in `error` at `now` (epoch seconds)."""
+    if isinstance(error, Reject):
+        return Dead(f"rejected: {error.reason}")
+    if isinstance(error, ResponderError):  # a retry cannot mend a broken declaration
+        return Dead(f"responder: {error}")
+    if isinstance(error, policy.give_up_on):
+        return Dead(f"gave up on {type(error).__name__}: {error}")
+    if not isinstance(error, (policy.on, RetryAfter) if isinstance(policy.on, type) else (*policy.on, RetryAfter)):
+        return Dead(f"not retried: {type(error).__name__}: {error}")
+    if attempt > policy.times:
+        return Dead(f"failed {attempt} times, last with {type(error).__name__}: {error}")
+    if isinstance(error, RetryAfter):
+        return Again(now + error.seconds)
+    return Again(now + policy.wait(attempt, rand))

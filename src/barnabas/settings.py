@@ -1,0 +1,335 @@
+"""Settings: code < `barnabas.toml` < `BARNABAS_*` environment < command line; the later one wins.
+
+The body of `Settings` is the table of all of them. Code is checked at once, so that a declaration fails where it
+stands; file and environment are not looked at before the first value is asked for.
+"""
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from barnabas.errors import SettingError
+
+FILE = "barnabas.toml"
+URL = "sqlite:///barnabas.db"
+SCHEMES = ("sqlite", "memory", "kafka", "redis", "rediss", "jobs")
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+QUEUE_NAME = re.compile(r"[A-Za-z0-9_:.-]+")  # Sidekiq's web page answers 404 for any other (facts/sidekiq.md 1.0)
+_SECRET = re.compile(r"passw|passphrase|secret|token|jaas|\.pem$", re.IGNORECASE)
+_PASSWORD = re.compile(r"(://[^:@/\s]*:)\S+(?=@)|([?&]password=)[^&\s]+")
+_LIST = "`barnabas check` lists all settings"
+
+
+class Row(NamedTuple):
+    """One line of `barnabas check`; `value` has its passwords masked."""
+
+    name: str
+    value: Any
+    unit: str
+    origin: str
+    doc: str
+
+
+class _Wrong(Exception):
+    """A value that an option refuses; the text completes "it must be ..."."""
+
+
+# -- kinds: each turns what was said into the value, or raises _Wrong --------------------------------------------------
+
+
+def _number(option: "Option", value: Any) -> Any:
+    real = option.unit == "seconds"  # all else is counted
+    if type(value) is not int and not (real and type(value) is float and value < math.inf):
+        raise _Wrong(option.range)
+    if not option.low <= value <= option.high:
+        raise _Wrong(option.range)
+    return float(value) if real else value
+
+
+def _choice(option: "Option", value: Any) -> Any:
+    for choice in option.choices:
+        if str(value).lower() == choice.lower():
+            return choice
+    raise _Wrong(f"one of {', '.join(option.choices)}{_meant(value, option.choices)}")
+
+
+def _app(option: "Option", value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.]+:[\w.]+", value):
+        raise _Wrong('MODULE:NAME, such as "shop:app"')
+    return value
+
+
+def _url(option: "Option", value: Any) -> Any:
+    scheme, colon, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if not colon or scheme not in SCHEMES:
+        raise _Wrong(f"a URL such as {URL}; the schemes are {', '.join(SCHEMES)}{_meant(scheme, SCHEMES)}")
+    if scheme == "sqlite" and not re.match(r"///(?!:memory:)[^?]", rest):
+        raise _Wrong("sqlite:///FILE.db (relative), sqlite:////FOLDER/FILE.db (absolute) or memory: (no file)")
+    if scheme in ("kafka", "redis", "rediss") and not re.match(r"//[^/]", rest):
+        raise _Wrong(f"{scheme}://HOST:PORT")
+    return value
+
+
+def _queues(option: "Option", value: Any) -> Any:
+    names = list(value) if isinstance(value, list | tuple | dict) else []
+    if not names or not all(isinstance(name, str) and QUEUE_NAME.fullmatch(name) for name in names):
+        raise _Wrong('a list of queues (strict order) or queues = weights; names use letters, digits and "_:.-"')
+    weights = value.values() if isinstance(value, dict) else ()
+    if not all(type(weight) is int and 1 <= weight <= 1000 for weight in weights):
+        raise _Wrong("queues with whole weights from 1 to 1000, such as {mail = 5, low = 1}")
+    if len(set(names)) < len(names):
+        raise _Wrong("a list that names each queue once; to favour one give weights: {mail = 5, low = 1}")
+    return dict(value) if isinstance(value, dict) else names
+
+
+def _table(option: "Option", value: Any) -> Any:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise _Wrong(f"a table: {option.doc}")
+    return value
+
+
+class Option:
+    """One setting: its kind, default, a line about it, unit and bounds. As an attribute it gives the value."""
+
+    name = env = key = ""  # in code; the variable; the place in the file
+    low: float = 0
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+    entries: "Mapping[str, Option]" = MappingProxyType({})  # of a table, by name; "*" is any name
+
+    def __init__(
+        self, read: Callable[["Option", Any], Any], default: Any, doc: str, unit: str = "", **more: Any
+    ) -> None:
+        self.read, self.default, self.doc, self.unit = read, default, doc, unit
+        self.__dict__.update(more)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.env, self.key = name, self.env or f"BARNABAS_{name.upper()}", self.key or name
+
+    def __get__(self, settings: "Settings | None", owner: type | None = None) -> Any:
+        if settings is None:
+            return self
+        settings._read()  # fills the instance's __dict__, which answers without us from then on
+        return settings.__dict__[self.name]
+
+    @property
+    def range(self) -> str:
+        """The numbers it takes, in words."""
+        kind = "a number of seconds" if self.unit == "seconds" else f"a whole number{self.unit and f' of {self.unit}'}"
+        return f"{kind} from {self.low:,} " + (f"to {self.high:,}" if self.high < math.inf else "up")
+
+    def parse(self, text: str) -> Any:
+        """What a text from the environment or the command line stands for."""
+        if self.read is _queues and not text.startswith(("[", "{")):
+            return [name.strip() for name in text.split(",")]
+        try:
+            return text if self.read in (_url, _app, _choice) else json.loads(text)
+        except ValueError:
+            return text
+
+
+TOPIC = {
+    "partitions": Option(_number, None, "partitions of the topic, instead of the code's", low=1, high=10_000),
+    "retention_age": Option(_number, None, "messages are kept this long", "seconds"),
+    "retention_size": Option(_number, None, "and while the topic is not larger than this", "bytes"),
+}
+DRIVER = {"*": Option(lambda option, value: value, None, "handed to the driver, which checks it")}
+_option: Any = Option  # so that an attribute has the type of its value, as annotated
+
+
+class Settings:
+    """The settings of one app; `settings.stop_timeout` gives a value, `settings.origin(name)` where it came from.
+
+    code: what the app was declared with. flags: the command line; None means not given, in both. file: instead of
+    `barnabas.toml` in the working directory. environ: instead of `os.environ`. SettingError is raised for unknown names
+    and refused values, at once for code and flags, else at the first use.
+    """
+
+    events: str = _option(_url, URL, "where topics live", env="BARNABAS_EVENTS_URL", key="events.url")
+    jobs: str = _option(_url, URL, "where queues live", env="BARNABAS_JOBS_URL", key="jobs.url")
+    app: str | None = _option(_app, None, "the app that commands work on, as MODULE:NAME")
+    processes: int = _option(_number, 1, "worker processes of one `barnabas run`", low=1, high=1024)
+    threads: int = _option(_number, 10, "sync jobs at a time in a process", key="jobs.threads", low=1, high=10_000)
+    coroutines: int = _option(_number, 100, "async jobs at a time", key="jobs.coroutines", low=1, high=1_000_000)
+    queues: list[str] | dict[str, int] | None = _option(
+        _queues, None, "a list (strict order) or weights; unset: those of the declared jobs", key="jobs.queues"
+    )
+    stop_timeout: float = _option(_number, 25.0, "a stop waits this long for work in hand", "seconds")
+    send_timeout: float = _option(_number, 30.0, "a send waits this long for room in the buffer", "seconds")
+    buffer_messages: int = _option(_number, 10_000, "sends that may wait for the backend", "messages", low=1)
+    buffer_bytes: int = _option(_number, 64 * 1024 * 1024, "their size altogether", "bytes", low=1)
+    value_limit: int = _option(_number, 1024 * 1024, "the largest encoded value of a message", "bytes", low=1)
+    session_timeout: float = _option(_number, 10.0, "a silent process loses its partitions", "seconds", low=0.1)
+    checkpoint_interval: float = _option(_number, 0.1, "the longest time between checkpoints", "seconds", high=60)
+    log_format: str = _option(_choice, "text", "shape of log lines", choices=("text", "json"))
+    log_level: str = _option(_choice, "INFO", "least severity that is logged", choices=LEVELS)
+    topics: dict[str, dict[str, Any]] = _option(
+        _table, {}, "per topic, over the code", entries={"*": Option(_table, {}, ", ".join(TOPIC), entries=TOPIC)}
+    )
+    kafka: dict[str, Any] = _option(_table, {}, "options of librdkafka, as it spells them", entries=DRIVER)
+    redis: dict[str, Any] = _option(_table, {}, "options of redis-py, as it spells them", entries=DRIVER)
+
+    def __init__(
+        self,
+        code: Mapping[str, Any] | None = None,
+        *,
+        flags: Mapping[str, Any] | None = None,
+        file: str | os.PathLike[str] | None = None,
+        environ: Mapping[str, str] | None = None,
+        ignore_file: bool = False,
+        ignore_env: bool = False,
+    ) -> None:
+        self.code = {name: value for name, value in (code or {}).items() if value is not None}
+        self._flags = {name: value for name, value in (flags or {}).items() if value is not None}
+        self._source: dict[str, Any] = {"file": file, "ignore_file": ignore_file, "ignore_env": ignore_env}
+        self._environ = {} if ignore_env else os.environ if environ is None else environ
+        for said in self._layers(None, {}):
+            said.check()
+
+    def override(self, **flags: Any) -> "Settings":
+        """The same settings with these values of the command line on top (None: not given)."""
+        given = {name: value for name, value in flags.items() if value is not None}
+        return Settings(self.code, flags={**self._flags, **given}, environ=self._environ, **self._source)
+
+    def origin(self, name: str) -> str:
+        """Where a value came from: "default", "code", "barnabas.toml:/its/path", a variable or an option's name.
+
+        Entries of tables have origins of their own: `origin("topics.orders.partitions")`, `origin("kafka.linger.ms")`.
+        """
+        rows = self._read()
+        if name not in rows:
+            raise SettingError(f"{name} is not a setting{_meant(name, rows)}; {_LIST}")
+        return rows[name].origin
+
+    def rows(self) -> list[Row]:
+        """Every setting in the order of declaration, tables entry by entry; passwords are masked."""
+        rows = self._read()
+        names = [name for top in OPTIONS for name in [n for n in rows if n.startswith(f"{top}.")] or [top]]
+        return [rows[name]._replace(value=_masked(name, rows[name].value)) for name in names]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is ignored: variables that are named like settings and are none."""
+        known = {option.env for option in OPTIONS.values()}
+        strange = [name for name in self._environ if name.startswith("BARNABAS_") and name not in known]
+        return [f"{name} is set, is not a setting, and is ignored{_meant(name, known)}" for name in strange]
+
+    @property
+    def file(self) -> Path | None:
+        """The settings file, absolute, or None if there is none or it is ignored."""
+        named = self._source["file"]
+        path = Path(named or FILE).absolute()
+        return None if self._source["ignore_file"] or (named is None and not path.exists()) else path
+
+    def _read(self) -> dict[str, Row]:
+        """Lay the sources over each other, once: the values become attributes, their rows are returned."""
+        rows: dict[str, Row] = self.__dict__.get("_rows") or {}
+        if rows:
+            return rows
+        file = self.file
+        values: dict[str, Any] = {name: dict(o.default) if o.entries else o.default for name, o in OPTIONS.items()}
+        rows = {name: Row(name, values[name], o.unit, "default", o.doc) for name, o in OPTIONS.items()}
+        for said in self._layers(file, self._environ):
+            value, option, table, name = said.check(), said.known[said.name], values, ".".join(said.path)
+            for key in said.path[:-1]:
+                table = table.setdefault(key, {})
+            table[said.path[-1]] = value
+            rows[said.path[0]] = rows[said.path[0]]._replace(origin=said.origin)
+            rows[name] = Row(name, value, option.unit, said.origin, option.doc)
+        for name in ("events", "jobs"):
+            values[name] = _absolute(values[name], file.parent if file else Path.cwd())
+            rows[name] = rows[name]._replace(value=values[name])
+        self.__dict__.update(values, _rows=rows)
+        return rows
+
+    def _layers(self, file: Path | None, environ: Mapping[str, str]) -> "Iterator[_Said]":
+        for name, value in self.code.items():
+            yield from _said(name, OPTIONS, value, "code")
+        places = {option.key: option for option in OPTIONS.values()}
+        for place, value in (_toml(file) if file else {}).items():
+            yield from _said(place, places, value, f"{FILE}:{file}")
+        for name, option in OPTIONS.items():
+            if option.env in environ:
+                yield from _said(name, OPTIONS, option.parse(environ[option.env]), option.env)
+        for name, value in self._flags.items():
+            parsed = OPTIONS[name].parse(value) if name in OPTIONS and isinstance(value, str) else value
+            yield from _said(name, OPTIONS, parsed, f"--{name.replace('_', '-')}")
+
+
+OPTIONS: dict[str, Option] = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
+
+
+class _Said(NamedTuple):
+    """One value as a source gave it, in that source's spelling; `known` is what it could have spelled."""
+
+    name: str
+    path: tuple[str, ...]
+    value: Any
+    origin: str
+    known: Mapping[str, Option]
+
+    def check(self) -> Any:
+        """The value in its type. Raises SettingError."""
+        what = f"{self.name} = {_masked(self.name, self.value)!r} (from {self.origin})"
+        option = self.known.get(self.name)
+        if option is None:
+            raise SettingError(f"{what} is not a setting{_meant(self.name, self.known)}; {_LIST}")
+        try:
+            return option.read(option, self.value)
+        except _Wrong as wrong:
+            default = f" (the default is {option.default!r})" if option.default else ""
+            raise SettingError(f"{what} must be {wrong}. Change it there, or remove it{default}.") from None
+
+
+def _said(name: str, known: Mapping[str, Option], value: Any, origin: str, *path: str) -> "Iterator[_Said]":
+    """A value, or the entries of a table one by one, so that each is checked and remembered by itself."""
+    option = known.get(name)
+    said = _Said(name, path or (option.name if option else name,), value, origin, known)
+    if option is None or not option.entries:
+        yield said
+        return
+    for key, inner in said.check().items():
+        names = {f"{name}.{key if entry == '*' else entry}": o for entry, o in option.entries.items()}
+        yield from _said(f"{name}.{key}", names, inner, origin, *said.path, key)
+
+
+def _meant(word: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _masked(name: str, value: Any) -> Any:
+    """The value as it may be shown: no passwords."""
+    if isinstance(value, str):
+        return "***" if _SECRET.search(name) else _PASSWORD.sub(r"\1\2***", value)
+    return {key: _masked(key, inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def _absolute(url: str, folder: Path) -> str:
+    """A sqlite URL with its path made absolute; any other as it is."""
+    if not url.startswith("sqlite:///"):
+        return url
+    path, mark, query = url[10:].partition("?")
+    return f"sqlite:///{os.path.normpath(folder / path)}{mark}{query}"
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    """What the file says, by place; [events] and [jobs] are opened up: "jobs.threads"."""
+    import tomllib  # only who has a file pays for its reader
+
+    try:
+        found = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read ({error.strerror}); name another settings file, or none") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise SettingError(f"{path} is not a TOML file: {error}; mend it there") from error
+    for section in ("events", "jobs"):
+        if isinstance(found.get(section), dict):
+            found.update({f"{section}.{name}": value for name, value in found.pop(section).items()})
+    return found

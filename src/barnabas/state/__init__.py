@@ -1,0 +1,1 @@
+"""Keyed state that is committed together with the position it was read at."""

@@ -1,0 +1,159 @@
+"""Tables: keyed state that a consumer uses as a mapping, settled in the same step as its position."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from barnabas.codec import as_key
+from barnabas.engine.hand import CURRENT, Hand
+from barnabas.errors import DeclarationError, TableError
+from barnabas.message import Key
+from barnabas.ports import Part, Result
+
+T = TypeVar("T")
+_ABSENT: Any = object()
+_encode = msgspec.msgpack.Encoder().encode
+KEPT = 100_000  # settled cells kept in memory per partition
+
+
+class Cells:
+    """The tables of one consumer at work. Cells are kept encoded, so what a handler reads is always a copy.
+
+    A cell written is looked for in this order: the delivery's own writes, what ran before it and is not settled, what
+    was settled lately, the store.
+    """
+
+    def __init__(self, names: Iterable[str], rekeyed: bool, load: Callable[[str, Any], bytes | None]) -> None:
+        self.names = frozenset(names)
+        self.rekeyed = rekeyed
+        self._load = load
+        self._lock = threading.Lock()
+
+    def read(self, hand: Hand, table: str, key: Key) -> bytes | None:
+        """A cell as the delivery in hand sees it."""
+        cell = (table, key)
+        data = hand.cells.get(cell, _ABSENT)
+        if data is _ABSENT:
+            unsettled, settled = hand.run.part.cells
+            data = unsettled.get(cell, _ABSENT)
+            if data is _ABSENT:
+                data = settled.get(cell, _ABSENT)
+                if data is _ABSENT:
+                    data = settled[cell] = self._load(table, key)
+        return data  # type: ignore[no-any-return]
+
+    def keep(self, part: Part, cells: dict[Any, bytes | None]) -> None:
+        """A delivery succeeded: who comes after it sees its writes."""
+        with self._lock:
+            part.cells[0].update(cells)
+
+    def settled(self, results: Iterable[Result]) -> None:
+        """These results are durable: their cells, if still the newest, need no longer be held."""
+        with self._lock:
+            for result in results:
+                unsettled, settled = result.part.cells
+                if len(settled) > KEPT:
+                    settled.clear()
+                for cell, data in result.cells.items():
+                    if unsettled.get(cell, _ABSENT) is data:
+                        settled[cell] = data
+                        del unsettled[cell]
+
+
+class Table(Generic[T]):
+    """A named mapping of keys to values of one type. Inside a handler whose consumer names it in `tables=[...]`: read,
+    assign, delete; only assignment writes, reads are copies. From outside: `with table.open() as view`, read-only."""
+
+    def __init__(self, app: Any, name: str, type_: Any) -> None:
+        self.app = app
+        self.name = name
+        self.type = type_
+        try:
+            self._decode = msgspec.msgpack.Decoder(Any if type_ is None else type_).decode
+        except TypeError as error:
+            raise DeclarationError(
+                f"table {name!r}: type {type_!r} cannot be stored ({error}); use a msgspec Struct, a dataclass, a "
+                "TypedDict or a plain type"
+            ) from None
+
+    def _hand(self, key: Any) -> tuple[Hand, Key]:
+        hand = CURRENT.get()
+        if hand is None or not hand.open or hand.tables is None or self.name not in hand.tables.names:
+            raise TableError(
+                f"the table {self.name!r} is used outside of a handler that owns it; name it in the consumer's "
+                f"tables=[...], or read it from outside: with {self.name}.open() as view"
+            )
+        stored = as_key(key)
+        if not hand.tables.rekeyed and hand.row[1] != stored and not hand.has_key(stored):
+            raise TableError(
+                f"the table {self.name!r} is used under the key {key!r} while the message's key is {hand.row[1]!r}: another "
+                "partition, so another process, may own that key; send the messages under that key, or declare the "
+                "topic rekeyed=True if all messages of one table key share a partition"
+            )
+        return hand, stored
+
+    def __getitem__(self, key: Any) -> T:
+        hand, stored = self._hand(key)
+        data = hand.tables.read(hand, self.name, stored)
+        if data is None:
+            raise KeyError(key)
+        return self._decode(data)  # type: ignore[no-any-return]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The value under `key`, or `default`."""
+        hand, stored = self._hand(key)
+        data = hand.tables.read(hand, self.name, stored)
+        return default if data is None else self._decode(data)
+
+    def __contains__(self, key: Any) -> bool:
+        hand, stored = self._hand(key)
+        return hand.tables.read(hand, self.name, stored) is not None
+
+    def __setitem__(self, key: Any, value: T) -> None:
+        hand, stored = self._hand(key)
+        hand.cells[self.name, stored] = _encode(value)
+        hand.used = True
+
+    def __delitem__(self, key: Any) -> None:
+        if key not in self:
+            raise KeyError(key)
+        hand, stored = self._hand(key)
+        hand.cells[self.name, stored] = None
+        hand.used = True
+
+    def open(self) -> "View[T]":
+        """A read-only view from outside, as of what is settled: `with totals.open() as view: view["AA"]`."""
+        return View(self.app.events, self.name, self._decode)
+
+
+class View(Mapping[str, T]):
+    """A table as it was last settled. Read-only."""
+
+    def __init__(self, backend: Any, name: str, decode: Callable[[bytes], T]) -> None:
+        self._backend = backend
+        self._name = name
+        self._decode = decode
+
+    def __enter__(self) -> "View[T]":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __getitem__(self, key: Any) -> T:
+        data = self._backend.cell(self._name, as_key(key))
+        if data is None:
+            raise KeyError(key)
+        return self._decode(data)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (key for key, _ in self._backend.cells(self._name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def items(self) -> Any:
+        """Pairs of key and value."""
+        return [(key, self._decode(data)) for key, data in self._backend.cells(self._name)]

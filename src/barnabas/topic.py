@@ -1,0 +1,277 @@
+"""The handle that `app.topic(...)` returns: what is sent, and how its values are encoded."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+from barnabas.codec import as_key, make_codec, make_key
+from barnabas.engine.hand import CURRENT
+from barnabas.errors import DeclarationError, SendError, ValueTooLarge
+from barnabas.future import Future
+from barnabas.message import Headers, Key, Message, Outgoing
+
+T = TypeVar("T")
+_UNSET: Any = object()
+CHUNK = 2000  # messages that send_many hands over at once
+DEAD_EXTRA = 64 * 1024  # bytes that a dead topic allows beyond its source
+
+
+class Retention:
+    """How long a topic keeps its messages: `age` in seconds, `size` in bytes; None: no limit by that measure.
+
+    On `sqlite:` and `memory:` nothing is dropped that a group has not settled, unless `force`.
+    """
+
+    __slots__ = ("age", "force", "size")
+
+    def __init__(self, age: float | None = 7 * 86400.0, size: int | None = None, force: bool = False) -> None:
+        for name, value in (("age", age), ("size", size)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+                unit = "seconds" if name == "age" else "bytes"
+                raise DeclarationError(f"Retention({name}={value!r}): give {unit} above 0, or None for no limit")
+        if not isinstance(force, bool):
+            raise DeclarationError(f"Retention(force={force!r}): give True to drop even what a group has not read")
+        self.age = age
+        self.size = size
+        self.force = force
+
+
+class Topic(Generic[T]):
+    """A topic of an app. Sends from any thread or event loop, at any time, with no worker running."""
+
+    def __init__(
+        self,
+        app: Any,
+        name: str,
+        type_: Any = None,
+        *,
+        key: str | Callable[[Any], Any] | None = None,
+        partitions: int | None = None,
+        codec: str = "json",
+        retention: Retention | None = None,
+        limit: int = 1 << 20,
+        rekeyed: bool = False,
+        parent: "Topic[Any] | None" = None,
+    ) -> None:
+        owner = f"topic {name!r}"
+        self.app = app
+        self.name = name
+        self.type = type_
+        self.codec = codec
+        self.partitions = partitions
+        self.retention = retention or Retention()
+        self.limit = limit
+        self.rekeyed = rekeyed
+        self.parent = parent
+        self.encode, self.decode = make_codec(owner, type_, codec)
+        self._key = make_key(owner, type_, key)
+        self._family: dict[str, Topic[Any]] = {}
+
+    def __repr__(self) -> str:
+        return f"<topic {self.name}>"
+
+    # Relatives: where this topic's failures go.
+
+    @property
+    def dead_topic(self) -> "Topic[bytes]":
+        """The topic of this one's dead letters, `<topic>.dead`: raw bytes, 64 KiB more than the source allows."""
+        return self._relative(f"{self.name}.dead", self.limit + DEAD_EXTRA)
+
+    def retry_name(self, group: str) -> str:
+        """The name of the topic through which a group retries out of order."""
+        return f"{self.name}.retry.{group}"
+
+    def retry_topic(self, group: str) -> "Topic[bytes]":
+        """The topic through which a group retries out of order, read by that group alone."""
+        return self._relative(self.retry_name(group), self.limit + DEAD_EXTRA)
+
+    def _relative(self, name: str, limit: int) -> "Topic[bytes]":
+        topic = self._family.get(name)
+        if topic is None:
+            topic = Topic(
+                self.app, name, partitions=self.partitions, codec="raw", retention=self.retention, limit=limit, parent=self
+            )
+            self._family[name] = topic
+        return topic
+
+    # Sending.
+
+    def outgoing(
+        self,
+        value: Any,
+        key: Any = None,
+        headers: Headers | None = None,
+        timestamp: float | None = None,
+        partition: int | None = None,
+        future: Any = None,
+    ) -> Outgoing:
+        """Encode a value for this topic. Raises ValueTooLarge, or SendError if it cannot be encoded."""
+        try:
+            if value is None:
+                data = None
+            else:
+                data = self.encode(value)
+                if len(data) > self.limit:
+                    raise self._too_large(len(data))
+                if key is None and self._key is not None:
+                    key = self._key(value)
+            if key is not None and type(key) is not str:
+                key = as_key(key)
+        except SendError:
+            raise
+        except Exception as error:
+            raise SendError(f"a value for topic {self.name!r} cannot be encoded: {type(error).__name__}: {error}") from error
+        if headers:
+            headers = _checked_headers(headers)
+        return Outgoing(self, partition, key, data, headers, self.app.clock.now() if timestamp is None else timestamp, future)
+
+    def _too_large(self, size: int) -> ValueTooLarge:
+        return ValueTooLarge(
+            f"a value for topic {self.name!r} has {size} bytes, its limit is {self.limit}; send a reference to the "
+            f"data instead, or raise the limit: app.topic({self.name!r}, ..., limit=BYTES) or the setting value_limit"
+        )
+
+    def send(
+        self,
+        value: T | None,
+        *,
+        key: Key = None,
+        headers: Headers | None = None,
+        timestamp: float | None = None,
+        partition: int | None = None,
+        now: bool = False,
+    ) -> Future[Message[T]]:
+        """Send one message; the future gives the stored Message once it is durable. None with a key is a tombstone.
+
+        timestamp: epoch seconds, the present by default. Inside a handler the message leaves when the handler has
+        returned, unless `now`. Raises SendError (not encodable), ValueTooLarge, BufferFull (after `send_timeout`).
+        """
+        hand = CURRENT.get()
+        if hand is not None and hand.open and not now:
+            held: Future[Message[T]] = hand.future(_message_id)
+            hand.add(self.outgoing(value, key, headers, timestamp, partition, held))
+            return held
+        future: Future[Message[T]] = Future()
+        self.app.events.send((self.outgoing(value, key, headers, timestamp, partition, future),))
+        return future
+
+    def send_many(self, values: Iterable[Any]) -> Future[int]:
+        """Send many values, or Messages where key, headers or timestamp differ; the future gives the count once all
+        are durable. Inside a handler they leave when it has returned."""
+        hand = CURRENT.get()
+        if hand is not None and hand.open:
+            count = 0
+            for value in values:
+                hand.add(self._from(value))
+                count += 1
+            future = hand.future(_message_id)
+            if count:
+                last = hand.outputs.pop()
+                hand.add(last._replace(future=_Counted(future, count)))
+            else:
+                future.resolve(0)
+            return future
+        return self._send_many(values)
+
+    def _send_many(self, values: Iterable[Any]) -> Future[int]:
+        future: Future[int] = Future()
+        total = _Total(future)
+        chunk: list[Outgoing] = []
+        try:
+            for value in values:
+                chunk.append(self._from(value))
+                if len(chunk) == CHUNK:
+                    total.add(self.app.events, chunk)
+                    chunk = []
+        except BaseException:
+            if chunk:
+                total.add(self.app.events, chunk)
+            raise
+        if chunk:
+            total.add(self.app.events, chunk)
+        total.end()
+        return future
+
+    def _from(self, value: Any) -> Outgoing:
+        if type(value) is Message:
+            if value.topic not in ("", self.name):
+                raise SendError(f"a Message for topic {value.topic!r} was given to topic {self.name!r}")
+            partition = value.partition if value.partition >= 0 else None
+            return self.outgoing(value.value, value.key, value.headers or None, value.timestamp, partition)
+        return self.outgoing(value)
+
+    def stored(self, row: tuple[Any, ...]) -> Message[T]:
+        """The Message of a row that a sink stored: (topic, partition, offset, key, value, headers, timestamp)."""
+        _, partition, offset, key, value, headers, timestamp = row
+        return Message(
+            topic=self.name,
+            value=None if value is None else self.decode(value),
+            key=key,
+            headers=headers or (),
+            timestamp=timestamp,
+            partition=partition,
+            offset=offset,
+        )
+
+
+class _Total:
+    """Counts the chunks of one send_many; resolves its future with the number of messages when all are durable."""
+
+    def __init__(self, future: Future[int]) -> None:
+        self.future = future
+        self.count = 0
+        self.open = 1
+        self.error: BaseException | None = None
+
+    def add(self, sink: Any, chunk: list[Outgoing]) -> None:
+        last: Future[Any] = Future()
+        self.count += len(chunk)
+        self.open += 1
+        last.add_done_callback(self._done)
+        chunk[-1] = chunk[-1]._replace(future=last)
+        try:
+            sink.send(chunk)
+        except BaseException as error:
+            last.fail(error)
+            raise
+
+    def _done(self, last: Future[Any]) -> None:
+        self.error = self.error or last.exception()
+        self.end()
+
+    def end(self) -> None:
+        self.open -= 1
+        if self.open == 0 and not self.future.done():
+            if self.error is not None:
+                self.future.fail(self.error)
+            else:
+                self.future.resolve(self.count)
+
+
+class _Counted:
+    """Stands for the future of the last message of a send_many inside a handler: resolves with their number."""
+
+    __slots__ = ("count", "future")
+
+    def __init__(self, future: Future[int], count: int) -> None:
+        self.future = future
+        self.count = count
+
+    def resolve(self, value: Any) -> None:
+        self.future.resolve(None if value is None else self.count)
+
+    def fail(self, error: BaseException) -> None:
+        self.future.fail(error)
+
+
+def _message_id(cause: str, index: int) -> str:
+    return f"{cause}/{index}"
+
+
+def _checked_headers(headers: Headers) -> list[tuple[str, bytes]]:
+    checked = []
+    for pair in headers.items() if isinstance(headers, dict) else headers:
+        name, value = pair
+        if not isinstance(name, str) or not isinstance(value, bytes | str):
+            raise SendError(f"the header {pair!r} is not a pair of text and bytes")
+        checked.append((name, value.encode() if isinstance(value, str) else value))
+    return checked

@@ -1,0 +1,288 @@
+"""One process at work: its runners, its event loop, its watchdog; from start to a stop that loses nothing."""
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from barnabas.app import App
+from barnabas.consumer import Consumer
+from barnabas.engine.alone import Gate
+from barnabas.engine.crew import Crew, LoopCrew, ThreadCrew
+from barnabas.engine.runner import Runner
+from barnabas.engine.work import SLOT
+from barnabas.errors import DeclarationError
+from barnabas.jobs.work import Entry, JobHandler, router
+from barnabas.ports import Backend, Part
+from barnabas.state.table import Cells
+
+log = logging.getLogger("barnabas")
+RECYCLE = 75  # exit status of a process that ends because a handler hangs: its supervisor starts another
+
+
+def chosen(app: App, only: Iterable[str] = (), skip: Iterable[str] = ()) -> tuple[list[Consumer], list[str] | dict[str, int]]:
+    """The consumers and queues to run: all, or those named by --only and --except ("queue:NAME" names a queue).
+
+    A job's name stands for its queue. Raises DeclarationError for a name that nothing has.
+    """
+    queues = app.settings.queues
+    if queues is None:
+        queues = list(dict.fromkeys(job.queue for job in app.job_handlers.values()))
+
+    def names(wanted: Iterable[str]) -> set[str]:
+        found = set()
+        for name in wanted:
+            if name in app.job_handlers:
+                name = f"queue:{app.job_handlers[name].queue}"
+            if name not in app.consumers and name.removeprefix("queue:") not in (queues if name.startswith("queue:") else ()):
+                known = [*app.consumers, *(f"queue:{q}" for q in queues)]
+                raise DeclarationError(f"nothing is named {name!r}; there are {', '.join(known) or 'no consumers and no queues'}")
+            found.add(name)
+        return found
+
+    wanted, unwanted = names(only), names(skip)
+
+    def runs(name: str) -> bool:
+        return (not wanted or name in wanted) and name not in unwanted
+
+    consumers = [c for c in app.consumers.values() if runs(c.name)]
+    if isinstance(queues, dict):
+        return consumers, {q: w for q, w in queues.items() if runs(f"queue:{q}")}
+    return consumers, [q for q in queues if runs(f"queue:{q}")]
+
+
+class Worker:
+    """The runners of one process. `inline=True` makes crews that nobody drives (tests)."""
+
+    def __init__(self, app: App, *, only: Iterable[str] = (), skip: Iterable[str] = (), inline: bool = False) -> None:
+        self.app = app
+        self.consumers, self.queues = chosen(app, only, skip)
+        if not self.consumers and not self.queues:
+            raise DeclarationError("there is nothing to run: the app has no consumer and no job (or --only left none)")
+        self.inline = inline
+        self.gate = Gate()
+        self.runners: list[Runner] = []
+        self.recycling: str | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._threads: list[threading.Thread] = []
+        self._stopping = threading.Event()
+        self._close: list[Callable[[], Any]] = []
+
+    # Building.
+
+    def build(self) -> None:
+        """Open the sources and make the runners."""
+        try:
+            for consumer in self.consumers:
+                self._consumer(consumer)
+            if self.queues:
+                self._jobs()
+        except BaseException:
+            for runner in self.runners:
+                if hasattr(runner, "source"):
+                    runner.source.close()
+            raise
+
+    def _crew(self, handler: Any, order: str, size: int, backend: Backend) -> Crew:
+        box, base = backend.box(size)
+        kind = Crew if self.inline else LoopCrew if handler.awaited else ThreadCrew
+        crew = kind(handler, order, size, self.app.clock, box=box, base=base)
+        if isinstance(crew, LoopCrew):
+            crew.loop = self._event_loop()
+        return crew
+
+    def _runner(self, name: str, crews: list[Crew], **options: Any) -> Runner:
+        app = self.app
+        runner = Runner(
+            name,
+            crews,
+            clock=app.clock,
+            observers=app.observers,
+            sinks=lambda output: app.events if len(output) == 7 else app.jobs,
+            gate=self.gate,
+            interval=app.settings.checkpoint_interval,
+            **options,
+        )
+        self.runners.append(runner)
+        return runner
+
+    def _consumer(self, consumer: Consumer) -> None:
+        app, events = self.app, self.app.events
+        handler = consumer.compile(app.observers, [*app.hooks, *consumer.hooks])
+        if consumer.tables:
+            rekeyed = any(t.rekeyed for t in consumer.topics)
+            handler.tables = Cells((t.name for t in consumer.tables), rekeyed, events.cell)
+        crew = self._crew(handler, consumer.order, consumer.concurrency, events)
+        instance = consumer.instance
+
+        def on_parts(what: str, parts: list[Part]) -> None:
+            method = getattr(instance, what, None)
+            if method is not None:
+                try:
+                    crew.call(method, [(p.topic, p.partition) for p in parts], timeout=5.0)
+                except Exception as error:
+                    log.error("%s: its %s() failed: %r", consumer.name, what, error)
+
+        runner = self._runner(consumer.name, [crew], on_parts=on_parts if instance is not None else None)
+        runner.ends = getattr(instance, "tear_down", None)
+        runner.begins = getattr(instance, "set_up", None)
+        ordered = consumer.order == "partition"
+        runner.attach(
+            events.log(consumer.group, consumer.subscriptions, start=consumer.start, ordered=ordered, listener=runner)
+        )
+
+    def _jobs(self) -> None:
+        app, jobs = self.app, self.app.jobs
+        entries = {name: Entry(job, [*app.hooks, *job.hooks]) for name, job in app.job_handlers.items()}
+        kinds = {entry.awaited for entry in entries.values()} or {False}
+        crews = []
+        for awaited, size in ((False, app.settings.threads), (True, app.settings.coroutines)):
+            if awaited in kinds:
+                crews.append(self._crew(JobHandler("jobs", entries, awaited, app.observers), "none", size, jobs))
+        route = router(entries) if len(crews) == 2 else None
+        runner = self._runner("jobs", crews, route=route, limit=1000, ahead=None if self.inline else 0.05)
+        runner.attach(jobs.queues(self.queues, runner))
+
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        if self.loop is None:
+            self.loop = loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=self._run_loop, args=(loop,), name="barnabas-loop", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self.loop
+
+    def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+        finally:
+            loop.close()
+
+    # Running.
+
+    def start(self) -> None:
+        """Run the on_start hooks and begin. Raises what a hook or a backend raises."""
+        for hook in self.app.start_hooks:
+            hook()
+        self.build()
+        for runner in self.runners:
+            for crew in runner.crews:
+                crew.start()
+            if runner.begins is not None:
+                runner.crews[0].call(runner.begins, timeout=60.0)
+            thread = threading.Thread(target=runner.run, name=f"{runner.name}-fetch", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        if any(c.handler.timed for r in self.runners for c in r.crews):
+            threading.Thread(target=self._watch, name="barnabas-watchdog", daemon=True).start()
+
+    def failed(self) -> BaseException | None:
+        """The error that ended a runner, if any did."""
+        return next((r.error for r in self.runners if r.error is not None), None)
+
+    def drained(self) -> bool:
+        """Whether nothing is left to do for what this worker runs, in any process."""
+        app = self.app
+        if any(c.busy() or c.results or c.lanes.ready for r in self.runners for c in r.crews):
+            return False
+        for _ in range(2 if app.events is not app.jobs else 1):
+            if app.events.flush(0) or app.jobs.flush(0):
+                return False
+            groups = {c.group: [t.name for t in c.subscriptions] for c in self.consumers}
+            if groups and app.events.open_work(groups, []):
+                return False
+            if self.queues and app.jobs.open_work({}, list(self.queues)):
+                return False
+        return True
+
+    def stop(self, timeout: float | None = None) -> list[str]:
+        """Stop fetching, finish what is in hand within `timeout` seconds, settle, leave, run the on_stop hooks.
+
+        Returns the names of handlers that held the stop up (their deliveries are given back), with where they are.
+        """
+        timeout = self.app.settings.stop_timeout if timeout is None else timeout
+        self._stopping.set()
+        deadline = time.monotonic() + timeout
+        for runner in self.runners:
+            runner.stop()
+        for runner in self.runners:
+            runner.finished.wait(max(0.0, deadline - time.monotonic()))
+        held = [line for runner in self.runners if not runner.finished.is_set() for line in self._release(runner)]
+        for runner in self.runners:
+            runner.overrun.set()
+            runner.finished.wait(5.0)
+            if runner.ends is not None and not held:
+                try:
+                    runner.crews[0].call(runner.ends, timeout=5.0)
+                except Exception as error:
+                    log.error("%s: its tear_down() failed: %r", runner.name, error)
+        for hook in self.app.stop_hooks:
+            try:
+                hook()
+            except Exception:
+                log.exception("the on_stop hook %r failed", hook)
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+        return held
+
+    def _release(self, runner: Runner) -> list[str]:
+        """Cancel what can be cancelled, and say what held the stop up."""
+        held = []
+        for crew in runner.crews:
+            for slot, run in enumerate(crew.current):
+                if run is not None:
+                    crew.cancel(slot, run, "release")
+                    held.append(f"{runner.name}, at {run.part.topic}[{run.part.partition}]@{crew.box[crew.base + slot * SLOT + 1]}: {self._where(crew, slot)}")
+        return held
+
+    def _where(self, crew: Crew, slot: int) -> str:
+        """The stack of a worker, innermost last."""
+        if isinstance(crew, ThreadCrew):
+            frame = sys._current_frames().get(crew.threads[slot].ident or 0)
+            return "".join(traceback.format_stack(frame)[-3:]) if frame is not None else "ended"
+        if isinstance(crew, LoopCrew):
+            return "".join(str(frame) for frame in crew.tasks[slot].get_stack()[-3:])
+        return "inline"
+
+    # Timeouts. A sweep that compares what is in work costs a message nothing.
+
+    def _watch(self) -> None:
+        seen: dict[tuple[int, int], tuple[Any, int, float]] = {}
+        while not self._stopping.wait(0.05):
+            for number, crew in enumerate(c for r in self.runners for c in r.crews):
+                for slot, run in enumerate(crew.current):
+                    limit = crew.handler.limit(run) if run is not None else None
+                    if run is None or limit is None:
+                        seen.pop((number, slot), None)
+                        continue
+                    self._sweep(crew, slot, run, limit, (number, slot), seen)
+
+    def _sweep(self, crew: Crew, slot: int, run: Any, limit: float, at: tuple[int, int], seen: dict[Any, Any]) -> None:
+        offset, now = crew.box[crew.base + slot * SLOT + 1], time.monotonic()
+        last = seen.get(at)
+        if last is None or last[0] is not run or last[1] != offset:
+            seen[at] = (run, offset, now)
+            return
+        spent = now - last[2]
+        if spent < limit:
+            return
+        if not crew.cancel(slot, run, "timeout"):
+            if (id(run), offset) not in crew.late:
+                crew.late.add((id(run), offset))
+                where = f"{run.part.topic}[{run.part.partition}]@{offset}"
+                log.error("%s: %s runs longer than its timeout of %s s:\n%s", crew.handler.name, where, limit, self._where(crew, slot))
+            elif spent >= 2 * limit and self.recycling is None:
+                crew.abandon(slot, run)
+                self.recycling = f"{crew.handler.name} hangs at {run.part.topic}[{run.part.partition}]@{offset}, twice its timeout of {limit} s"
+                log.error("%s: this process ends and lets another go on", self.recycling)
+
+    def exit_now(self) -> None:
+        """End at once; a hanging thread cannot be ended otherwise. What is unsettled will be delivered again."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(RECYCLE)
