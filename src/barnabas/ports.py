@@ -60,8 +60,8 @@ class Source(Protocol):
     def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
         """New rows, at most `limit` unsettled ones per partition; waits up to `timeout` seconds for the first."""
 
-    def settle(self, results: Sequence[Result], outputs: Sequence[Outgoing | OutgoingJob]) -> None:
-        """Make these results durable in one step, with `outputs` if this source's home takes them."""
+    def settle(self, results: Sequence[Result]) -> None:
+        """Make these results, with their outputs and cells, durable in one step. May be called again with the same."""
 
     def wake(self) -> None:
         """End a waiting `fetch` at once."""

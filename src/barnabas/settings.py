@@ -4,8 +4,6 @@ The body of `Settings` is the table of all of them. Code is checked at once, so 
 stands; file and environment are not looked at before the first value is asked for.
 """
 
-import difflib
-import json
 import math
 import os
 import re
@@ -13,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import msgspec
 
 from barnabas.errors import SettingError
 
@@ -36,18 +36,18 @@ class Row(NamedTuple):
     doc: str
 
 
+Kind = Callable[["Option", Any], Any]  # turns what was said into the value, or raises _Wrong
+Place = tuple[tuple[str, ...], Row]  # where in the values, and what
+
+
 class _Wrong(Exception):
     """A value that an option refuses; the text completes "it must be ..."."""
 
 
-# -- kinds: each turns what was said into the value, or raises _Wrong --------------------------------------------------
-
-
 def _number(option: "Option", value: Any) -> Any:
     real = option.unit == "seconds"  # all else is counted
-    if type(value) is not int and not (real and type(value) is float and value < math.inf):
-        raise _Wrong(option.range)
-    if not option.low <= value <= option.high:
+    fits = type(value) is int or (real and type(value) is float and value < math.inf)
+    if not fits or not option.low <= value <= option.high:
         raise _Wrong(option.range)
     return float(value) if real else value
 
@@ -79,7 +79,7 @@ def _url(option: "Option", value: Any) -> Any:
 def _queues(option: "Option", value: Any) -> Any:
     names = list(value) if isinstance(value, list | tuple | dict) else []
     if not names or not all(isinstance(name, str) and QUEUE_NAME.fullmatch(name) for name in names):
-        raise _Wrong('a list of queues (strict order) or queues = weights; names use letters, digits and "_:.-"')
+        raise _Wrong('a list of queues (strict order), or queues with weights; names use letters, digits and "_:.-"')
     weights = value.values() if isinstance(value, dict) else ()
     if not all(type(weight) is int and 1 <= weight <= 1000 for weight in weights):
         raise _Wrong("queues with whole weights from 1 to 1000, such as {mail = 5, low = 1}")
@@ -103,9 +103,7 @@ class Option:
     choices: tuple[str, ...] = ()
     entries: "Mapping[str, Option]" = MappingProxyType({})  # of a table, by name; "*" is any name
 
-    def __init__(
-        self, read: Callable[["Option", Any], Any], default: Any, doc: str, unit: str = "", **more: Any
-    ) -> None:
+    def __init__(self, read: Kind, default: Any, doc: str, unit: str = "", **more: Any) -> None:
         self.read, self.default, self.doc, self.unit = read, default, doc, unit
         self.__dict__.update(more)
 
@@ -129,8 +127,8 @@ class Option:
         if self.read is _queues and not text.startswith(("[", "{")):
             return [name.strip() for name in text.split(",")]
         try:
-            return text if self.read in (_url, _app, _choice) else json.loads(text)
-        except ValueError:
+            return text if self.read in (_url, _app, _choice) else msgspec.json.decode(text)
+        except (msgspec.DecodeError, ValueError):
             return text
 
 
@@ -189,8 +187,8 @@ class Settings:
         self._flags = {name: value for name, value in (flags or {}).items() if value is not None}
         self._source: dict[str, Any] = {"file": file, "ignore_file": ignore_file, "ignore_env": ignore_env}
         self._environ = {} if ignore_env else os.environ if environ is None else environ
-        for said in self._layers(None, {}):
-            said.check()
+        self._known: dict[str, Row] = {}
+        list(self._layers(None, {}))  # check code and flags now
 
     def override(self, **flags: Any) -> "Settings":
         """The same settings with these values of the command line on top (None: not given)."""
@@ -229,79 +227,68 @@ class Settings:
 
     def _read(self) -> dict[str, Row]:
         """Lay the sources over each other, once: the values become attributes, their rows are returned."""
-        rows: dict[str, Row] = self.__dict__.get("_rows") or {}
-        if rows:
-            return rows
+        if self._known:
+            return self._known
         file = self.file
         values: dict[str, Any] = {name: dict(o.default) if o.entries else o.default for name, o in OPTIONS.items()}
         rows = {name: Row(name, values[name], o.unit, "default", o.doc) for name, o in OPTIONS.items()}
-        for said in self._layers(file, self._environ):
-            value, option, table, name = said.check(), said.known[said.name], values, ".".join(said.path)
-            for key in said.path[:-1]:
+        for path, row in self._layers(file, self._environ):
+            table = values
+            for key in path[:-1]:
                 table = table.setdefault(key, {})
-            table[said.path[-1]] = value
-            rows[said.path[0]] = rows[said.path[0]]._replace(origin=said.origin)
-            rows[name] = Row(name, value, option.unit, said.origin, option.doc)
+            table[path[-1]] = row.value
+            rows[path[0]] = rows[path[0]]._replace(origin=row.origin)
+            rows[row.name] = row
         for name in ("events", "jobs"):
             values[name] = _absolute(values[name], file.parent if file else Path.cwd())
             rows[name] = rows[name]._replace(value=values[name])
-        self.__dict__.update(values, _rows=rows)
+        self.__dict__.update(values, _known=rows)
         return rows
 
-    def _layers(self, file: Path | None, environ: Mapping[str, str]) -> "Iterator[_Said]":
+    def _layers(self, file: Path | None, environ: Mapping[str, str]) -> Iterator[Place]:
         for name, value in self.code.items():
-            yield from _said(name, OPTIONS, value, "code")
+            yield from _rows(name, OPTIONS, value, "code")
         places = {option.key: option for option in OPTIONS.values()}
         for place, value in (_toml(file) if file else {}).items():
-            yield from _said(place, places, value, f"{FILE}:{file}")
+            yield from _rows(place, places, value, f"{FILE}:{file}")
         for name, option in OPTIONS.items():
             if option.env in environ:
-                yield from _said(name, OPTIONS, option.parse(environ[option.env]), option.env)
+                yield from _rows(name, OPTIONS, option.parse(environ[option.env]), option.env)
         for name, value in self._flags.items():
             parsed = OPTIONS[name].parse(value) if name in OPTIONS and isinstance(value, str) else value
-            yield from _said(name, OPTIONS, parsed, f"--{name.replace('_', '-')}")
+            yield from _rows(name, OPTIONS, parsed, f"--{name.replace('_', '-')}")
 
 
 OPTIONS: dict[str, Option] = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
 
 
-class _Said(NamedTuple):
-    """One value as a source gave it, in that source's spelling; `known` is what it could have spelled."""
-
-    name: str
-    path: tuple[str, ...]
-    value: Any
-    origin: str
-    known: Mapping[str, Option]
-
-    def check(self) -> Any:
-        """The value in its type. Raises SettingError."""
-        what = f"{self.name} = {_masked(self.name, self.value)!r} (from {self.origin})"
-        option = self.known.get(self.name)
-        if option is None:
-            raise SettingError(f"{what} is not a setting{_meant(self.name, self.known)}; {_LIST}")
-        try:
-            return option.read(option, self.value)
-        except _Wrong as wrong:
-            default = f" (the default is {option.default!r})" if option.default else ""
-            raise SettingError(f"{what} must be {wrong}. Change it there, or remove it{default}.") from None
-
-
-def _said(name: str, known: Mapping[str, Option], value: Any, origin: str, *path: str) -> "Iterator[_Said]":
-    """A value, or the entries of a table one by one, so that each is checked and remembered by itself."""
-    option = known.get(name)
-    said = _Said(name, path or (option.name if option else name,), value, origin, known)
-    if option is None or not option.entries:
-        yield said
+def _rows(name: str, known: Mapping[str, Option], value: Any, origin: str, *path: str) -> Iterator[Place]:
+    """Check a value; give its place and row, or those of a table's entries. Raises SettingError."""
+    option, what = known.get(name), f"{name} = {_masked(name, value)!r} (from {origin})"
+    if option is None:
+        raise SettingError(f"{what} is not a setting{_meant(name, known)}; {_LIST}")
+    try:
+        value = option.read(option, value)
+    except _Wrong as wrong:
+        default = f" (the default is {option.default!r})" if option.default else ""
+        raise SettingError(f"{what} must be {wrong}. Change it there, or remove it{default}.") from None
+    path = path or (option.name,)
+    if not option.entries:
+        yield path, Row(".".join(path), value, option.unit, origin, option.doc)
         return
-    for key, inner in said.check().items():
+    for key, inner in value.items():
         names = {f"{name}.{key if entry == '*' else entry}": o for entry, o in option.entries.items()}
-        yield from _said(f"{name}.{key}", names, inner, origin, *said.path, key)
+        yield from _rows(f"{name}.{key}", names, inner, origin, *path, key)
 
 
 def _meant(word: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), 1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    import difflib  # only a mistake pays for it
+
+    lower, names = str(word).lower(), {name.lower(): name for name in known}
+    # what all have in common, "barnabas_" say, would make everything look alike
+    skip = len(os.path.commonprefix([lower, *names]))  # noqa: RUF071
+    close = difflib.get_close_matches(lower[skip:], rest := {name[skip:]: names[name] for name in names}, 1)
+    return f" (did you mean {rest[close[0]]}?)" if close else ""
 
 
 def _masked(name: str, value: Any) -> Any:

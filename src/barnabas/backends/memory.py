@@ -159,10 +159,10 @@ class MemoryBackend:
     def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> "MemoryQueues":
         return MemoryQueues(self, queues, listener)
 
-    def settle(self, outputs: Iterable[Any], results: Iterable[Result]) -> None:
+    def settle(self, results: Iterable[Result]) -> None:
         """Store outputs and cells of results."""
-        self._store(outputs)
         for result in results:
+            self._store(result.outputs)
             for (table, key), data in result.cells.items():
                 if data is None:
                     self.tables.setdefault(table, {}).pop(key, None)
@@ -315,13 +315,13 @@ class MemoryLog:
                     found.append((part, rows))
         return found
 
-    def settle(self, results: Sequence[Result], outputs: Sequence[Outgoing | OutgoingJob]) -> None:
+    def settle(self, results: Sequence[Result]) -> None:
         home = self.home
         with home.lock:
             for part in close_books(results):
                 home.positions[self.group, part.topic, part.partition] = (*part.held.position(), dict(part.attempts))
-            home.settle(outputs, results)
-        if outputs:
+            home.settle(results)
+        if any(result.outputs for result in results):
             home.ring()
 
     def close(self) -> None:
@@ -380,7 +380,7 @@ class MemoryQueues:
                     found.append((self._parts[name], rows))
         return found
 
-    def settle(self, results: Sequence[Result], outputs: Sequence[Outgoing | OutgoingJob]) -> None:
+    def settle(self, results: Sequence[Result]) -> None:
         home = self.home
         with home.lock:
             for result in results:
@@ -395,7 +395,7 @@ class MemoryQueues:
                         heapq.heappush(home.later, (verdict.at, row[0], "retry", again))
                     elif isinstance(verdict, Dead) and verdict.payload is not None:
                         home.buried.append(job._replace(payload=verdict.payload, at=home.clock.now(), future=None))
-            home.settle(outputs, results)
+            home.settle(results)
         home.ring()
 
     def close(self) -> None:

@@ -16,19 +16,27 @@ def checkpoint(source: Source, sinks: Callable[[Any], Any], results: Sequence[Re
 
     Returns the number of outputs. Raises what the sink or the source raises; nothing is settled then.
     """
-    own: list[Outgoing | OutgoingJob] = []
     away: dict[Any, list[Outgoing | OutgoingJob]] = {}
+    settled = []
+    count = 0
     for result in results:
-        for output in result.outputs:
-            sink = sinks(output)
-            if sink is source.atomic:
-                own.append(output)
-            else:
-                away.setdefault(sink, []).append(output)
+        outputs = result.outputs
+        if outputs:
+            count += len(outputs)
+            own = []
+            for output in outputs:
+                sink = sinks(output)
+                if sink is source.atomic:
+                    own.append(output)
+                else:
+                    away.setdefault(sink, []).append(output)
+            if len(own) < len(outputs):
+                result = result._replace(outputs=own)
+        settled.append(result)
     for sink, outputs in away.items():
         _flush(sink, outputs)
-    source.settle(results, own)
-    return len(own) + sum(len(outputs) for outputs in away.values())
+    source.settle(settled)
+    return count
 
 
 def _flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> None:

@@ -175,6 +175,7 @@ class Payload(
     msgspec.Struct,
     frozen=True,
     gc=False,
+    kw_only=True,
     rename={
         "name": "class",
         "raw_created_at": "created_at",
@@ -189,19 +190,19 @@ class Payload(
     dead entry), a number, or None where the sender left it out: then the job's own declaration decides.
     """
 
+    # in the order of the wire, which msgspec reads fastest; Any, since a job must not die of a foreign timestamp
+    retry: bool | int | None = None
+    queue: str = "default"
     name: str
     args: msgspec.Raw
     jid: str = ""
-    queue: str = "default"
-    retry: bool | int | None = None
-    retry_count: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] | None = None
-    retry_for: Any = None
-    dead: Any = None
-    # Any, since a job must not die of a foreign timestamp
     raw_created_at: Any = None
     raw_enqueued_at: Any = None
     raw_failed_at: Any = None
+    retry_count: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] | None = None
     raw_retried_at: Any = None
+    retry_for: Any = None
+    dead: Any = None
 
     @property
     def attempt(self) -> int:

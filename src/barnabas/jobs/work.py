@@ -131,7 +131,9 @@ class JobHandler:
             pass
         self._note(run, row, run.part.topic, attempt, Dead(reason, data), error)
 
-    def _note(self, run: Run, row: Row, name: str, attempt: int, verdict: Again | Dead, error: BaseException | None) -> None:
+    def _note(
+        self, run: Run, row: Row, name: str, attempt: int, verdict: Again | Dead, error: BaseException | None
+    ) -> None:
         run.others[row[0]] = verdict
         if isinstance(verdict, Again):
             outcome, reason = "again", f"{type(error).__name__}: {error}"

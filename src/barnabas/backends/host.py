@@ -1,0 +1,190 @@
+"""What processes that share a file on one machine need of the system: taking turns, a doorbell, a sign of life.
+
+All of it stands in small files beside the database: `-turn` and `-next` (locks), `-bell` (touched after each commit),
+and `-p<number>` a process: locked while it lives (the system drops the lock at its death, even by SIGKILL, and keeps it
+through SIGSTOP), with a box in it that says since when it was not seen and what it has in work.
+"""
+
+import contextlib
+import ctypes
+import ctypes.util
+import errno
+import fcntl
+import mmap
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+BOX_NUMBERS = 64 * 1024  # 64-bit numbers in a process's box: place for 21,000 workers
+BEAT = 0  # the first number: monotonic nanoseconds of the last sign of life
+
+
+class Turn:
+    """Writers of all processes take turns: who waits takes the next door, then the main one, then lets the next go on.
+
+    With two doors nobody starves: SQLite's own busy_timeout lets one process wait for seconds (facts: sqlite.md).
+    """
+
+    def __init__(self, path: str) -> None:
+        self._next = os.open(path + "-next", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._main = os.open(path + "-turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        """Hold the turn."""
+        try:
+            fcntl.flock(self._main, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(self._next, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(self._main, fcntl.LOCK_EX)
+            finally:
+                fcntl.flock(self._next, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._main, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        os.close(self._next)
+        os.close(self._main)
+
+
+class Bell:
+    """A file that is touched after each commit; whoever watches it is woken by the system (inotify), else polls."""
+
+    IN_MODIFY = 2
+
+    def __init__(self, path: str) -> None:
+        self._path = path + "-bell"
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._end: tuple[int, int] | None = None
+        self._thread: threading.Thread | None = None
+
+    def ring(self) -> None:
+        """Wake the watchers of all processes."""
+        os.pwrite(self._fd, b"!", 0)
+
+    def watch(self, woken: Callable[[], None], safety: float = 1.0, poll: float = 0.005) -> None:
+        """Call `woken` in a thread of its own after rings, and every `safety` seconds (every `poll` without inotify)."""
+        self._end = os.pipe()
+        inotify = self._inotify()
+        self._thread = threading.Thread(target=self._listen, args=(woken, inotify, safety, poll), name="barnabas-bell", daemon=True)
+        self._thread.start()
+
+    def _inotify(self) -> int | None:
+        try:
+            libc = ctypes.CDLL(ctypes.util.find_library("c") or None, use_errno=True)
+            fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+            if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(self._path), self.IN_MODIFY) < 0:
+                return None
+            return fd
+        except (OSError, AttributeError):
+            return None
+
+    def _listen(self, woken: Callable[[], None], inotify: int | None, safety: float, poll: float) -> None:
+        assert self._end is not None
+        end = self._end[0]
+        waiting = select.poll()
+        waiting.register(end, select.POLLIN)
+        if inotify is not None:
+            waiting.register(inotify, select.POLLIN)
+        timeout = 1000 * (safety if inotify is not None else poll)
+        try:
+            while True:
+                events = waiting.poll(timeout)
+                if any(fd == end for fd, _ in events):
+                    return
+                if inotify is not None and events:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(inotify, 65536)
+                woken()
+                if events:
+                    time.sleep(0.0005)  # let rings of a busy time come together
+        finally:
+            if inotify is not None:
+                os.close(inotify)
+
+    def close(self) -> None:
+        """End the watching."""
+        if self._end is not None:
+            os.write(self._end[1], b"!")
+            if self._thread is not None and self._thread is not threading.current_thread():
+                self._thread.join(5.0)
+            os.close(self._end[0])
+            os.close(self._end[1])
+        os.close(self._fd)
+
+
+class Life:
+    """This process's own file: its lock says that it lives, its box when it was last seen and what it has in work."""
+
+    def __init__(self, path: str, number: int) -> None:
+        self.path = f"{path}-p{number}"
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(self._fd, 8 * BOX_NUMBERS)
+        self._map = mmap.mmap(self._fd, 8 * BOX_NUMBERS)
+        self.box: Any = memoryview(self._map).cast("q")
+        self._used = 3
+        self.beat()
+
+    def beat(self) -> None:
+        """A sign of life."""
+        self.box[BEAT] = time.monotonic_ns()
+
+    def places(self, workers: int) -> int:
+        """Room in the box for the workers of one crew; where it begins."""
+        base = self._used
+        self._used += 3 * workers
+        if self._used > BOX_NUMBERS:
+            raise ValueError(f"more than {BOX_NUMBERS // 3} concurrent deliveries in one process: lower concurrency=")
+        return base
+
+    def abandon(self) -> None:
+        """In a forked child: let go without unlocking what is the parent's."""
+        os.close(self._fd)
+
+    def close(self) -> None:
+        """End this life in order: nothing is in work."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        os.close(self._fd)
+
+
+def look(path: str, number: int) -> tuple[bool, float, list[tuple[int, int, int]]]:
+    """Another process: (is it dead, seconds since its last sign of life, what it had in work when it died).
+
+    What it had in work: (number of the position or queue, first offset or job, count).
+    """
+    name = f"{path}-p{number}"
+    try:
+        fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True, 0.0, []
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            beat = int.from_bytes(os.pread(fd, 8, 8 * BEAT), "little", signed=True)
+            return False, max(0.0, (time.monotonic_ns() - beat) / 1e9), []
+        data = os.pread(fd, 8 * BOX_NUMBERS, 0)
+        numbers = memoryview(data[: len(data) // 8 * 8]).cast("q")
+        work = [
+            (numbers[at], numbers[at + 1], numbers[at + 2]) for at in range(3, len(numbers) - 2, 3) if numbers[at] != 0
+        ]
+        return True, 0.0, work
+    finally:
+        os.close(fd)
+
+
+def forget(path: str, number: int) -> None:
+    """Remove the file of a process that is dead and dealt with."""
+    with contextlib.suppress(OSError):
+        os.unlink(f"{path}-p{number}")

@@ -1,0 +1,661 @@
+"""`sqlite:///FILE`: topics, queues and tables in one file that many processes share.
+
+Writers of all processes take turns at a lock file (host.Turn); whoever has the turn commits everybody's pending sends of
+its process in the same transaction (group commit). Readers have a connection of their own and never wait. Always apsw,
+never the standard library's sqlite3: that one waits a switch interval for every step (facts: sqlite.md).
+"""
+
+import atexit
+import json
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.resources import files
+from itertools import repeat
+from pathlib import Path
+from typing import Any, TypeVar
+
+import apsw
+import msgspec
+
+from barnabas.backends.host import Bell, Life, Turn, forget, look
+from barnabas.backends.shares import by_target, partition_of
+from barnabas.errors import BackendError, BufferFull, DeclarationError, SendError, UnknownTopic
+from barnabas.message import Headers, Key, Outgoing, OutgoingJob, Row
+from barnabas.ports import Listener, Source, TopicState
+
+T = TypeVar("T")
+log = logging.getLogger("barnabas")
+SCHEMA = 1
+DEFAULT_PARTITIONS = 6
+SHIFT = 40  # id of a record = partition's number << SHIFT | offset
+BATCH_COUNT, BATCH_BYTES = 1000, 256 * 1024  # the most a record holds
+Columns = tuple[list[Key], list[bytes | None], list[Headers | None] | None, list[float]]
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(
+    tuple[list[Any], list[bytes | None], list[list[tuple[str, bytes]] | None] | None, list[float]]
+).decode
+_open: "weakref.WeakSet[SqliteBackend]" = weakref.WeakSet()
+_inherited: list[Any] = []  # a forked child keeps its parent's handles untouched, here
+
+
+def open_backend(url: str, settings: Any, clock: Any) -> "SqliteBackend":
+    """Open the file of a URL, creating it if need be."""
+    backend = SqliteBackend(url, settings, clock)
+    _open.add(backend)
+    return backend
+
+
+def unpack(record: int, data: bytes) -> list[Row]:
+    """The rows of a stored record."""
+    keys, values, headers, times = _decode(data)
+    base = record & ((1 << SHIFT) - 1)
+    return list(zip(range(base, base + len(keys)), keys, values, headers or repeat(None), times, strict=False))
+
+
+def connect(path: str) -> apsw.Connection:
+    """A connection with the settings that every one of ours has."""
+    try:
+        db = apsw.Connection(path)
+        db.set_busy_timeout(10_000)  # against outside tools only: our own writers take turns
+        db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL")
+        return db
+    except apsw.Error as error:
+        raise BackendError(f"{path}: {type(error).__name__}: {error}; is it a SQLite file, and may this user write it?") from error
+
+
+class SqliteBackend:
+    """One file, as this process sees it."""
+
+    def __init__(self, url: str, settings: Any, clock: Any) -> None:
+        self.url = url
+        self.closed = False
+        self.clock = clock
+        self.path = url.removeprefix("sqlite:///")
+        self.session: float = settings.session_timeout
+        self._send_timeout: float = settings.send_timeout
+        self._most = (settings.buffer_messages, settings.buffer_bytes)
+        folder = Path(self.path).parent
+        if not folder.is_dir():
+            raise BackendError(f"{self.path}: the folder {folder} does not exist; create it or change the URL")
+        self._mutex = threading.RLock()  # the writing connection
+        self._reading = threading.Lock()  # the reading one
+        self._turn = Turn(self.path)
+        self._bell = Bell(self.path)
+        self._db = connect(self.path)
+        self._migrate()
+        self._reader = connect(self.path)
+        self.heads: dict[int, int] = {}
+        self.parts: dict[str, list[int]] = {}  # a topic's partitions by number; queues are in queue_ids
+        self.queue_ids: dict[str, int] = {}
+        self._names: dict[tuple[str, str], int] = {}
+        self._pending: list[Outgoing | OutgoingJob] = []
+        self._waiting = [0, 0]  # messages and bytes in the buffer
+        self._failed: BaseException | None = None
+        self._room = threading.Condition()
+        self._committer: threading.Thread | None = None
+        self._spin = int.from_bytes(os.urandom(2), "little")
+        self._life: Life | None = None
+        self.process = 0
+        self.sources: list[Any] = []
+        self._watchers: list[Callable[[], None]] = []
+        self._listening = False
+        self._keeper: threading.Thread | None = None
+        self._end = threading.Event()
+        self.refresh()
+
+    def _migrate(self) -> None:
+        with self._mutex, self._turn.take():
+            version = self._db.pragma("user_version")
+            if version == 0:
+                with self._db:
+                    self._db.execute(files("barnabas.backends").joinpath("sqlite.sql").read_text())
+            elif version > SCHEMA:
+                raise BackendError(f"{self.path} has schema {version}, this Barnabas knows {SCHEMA}: upgrade Barnabas, or use another file")
+
+    # Reading.
+
+    def query(self, sql: str, args: Sequence[Any] = ()) -> list[Any]:
+        """Rows of a read, from the reading connection."""
+        with self._reading:
+            return self._reader.execute(sql, args).fetchall()
+
+    def refresh(self) -> list[int]:
+        """Read the heads; returns the numbers of partitions and queues that changed."""
+        changed = []
+        heads = self.heads
+        for gid, next_ in self.query("SELECT gid, next FROM heads"):
+            if heads.get(gid) != next_:
+                heads[gid] = next_
+                changed.append(gid)
+        if any(gid not in self._known for gid in changed):
+            self._learn()
+        return changed
+
+    _known: frozenset[int] = frozenset()
+
+    def _learn(self) -> None:
+        rows = self.query("SELECT gid, topic, partition FROM heads ORDER BY gid")
+        self._known = frozenset(row[0] for row in rows)
+        parts: dict[str, list[int]] = {}
+        for gid, topic, partition in rows:
+            if partition == -1:
+                self.queue_ids[topic] = gid
+            elif partition >= 0:
+                parts.setdefault(topic, []).append(gid)
+        self.parts = parts
+
+    # Writing.
+
+    def write(self, act: Callable[[apsw.Connection], T]) -> T:
+        """Run `act` in one durable transaction, in turn, together with whatever is waiting in the send buffer."""
+        with self._mutex:
+            with self._turn.take():
+                pending = self._take_pending()
+                try:
+                    self._db.execute("BEGIN IMMEDIATE")
+                    try:
+                        stored = self._store(self._db, pending) if pending else []
+                        result = act(self._db)
+                        self._db.execute("COMMIT")
+                    except BaseException:
+                        if self._db.in_transaction:
+                            self._db.execute("ROLLBACK")
+                        self._heads_read = False
+                        raise
+                except BaseException:
+                    self._give_back(pending)
+                    raise
+            self._resolve(pending, stored)
+        self._bell.ring()
+        self._wake_own()
+        return result
+
+    _heads_read = False
+
+    def _take_pending(self) -> list[Outgoing | OutgoingJob]:
+        with self._room:
+            pending, self._pending = self._pending, []
+            return pending
+
+    def _give_back(self, pending: list[Outgoing | OutgoingJob]) -> None:
+        with self._room:
+            self._pending = pending + self._pending
+
+    def _resolve(self, pending: list[Outgoing | OutgoingJob], stored: list[tuple[Any, Any]]) -> None:
+        self.settled(stored)
+        if pending:
+            size = sum([len(out[3] or b"") for out in pending if len(out) == 7])
+            with self._room:
+                self._waiting[0] -= len(pending)
+                self._waiting[1] -= size
+                self._room.notify_all()
+
+    def _store(self, db: apsw.Connection, outgoing: Iterable[Outgoing | OutgoingJob]) -> list[tuple[Any, Any]]:
+        """Insert messages and jobs; returns the futures to resolve after the commit, and with what."""
+        messages, jobs = by_target(outgoing)
+        stored: list[tuple[Any, Any]] = []
+        if messages:
+            self._store_messages(db, messages, stored)
+        if jobs:
+            self._store_jobs(db, jobs, stored)
+        return stored
+
+    def _store_messages(self, db: apsw.Connection, messages: list[Outgoing], stored: list[tuple[Any, Any]]) -> None:
+        by_gid: dict[int, list[Outgoing]] = {}
+        parts = self.parts
+        for out in messages:
+            name = out[0].name
+            gids = parts.get(name)
+            if gids is None:
+                gids = self._create(db, out[0])
+                parts = self.parts
+            partition = out[1]
+            if partition is None:
+                key = out[2]
+                if key is None:
+                    self._spin += 1
+                partition = partition_of(key, len(gids), self._spin)
+            elif not 0 <= partition < len(gids):
+                stored.append((out[6], UnknownTopic(f"topic {name!r} has no partition {partition}; it has {len(gids)}")))
+                continue
+            rows = by_gid.get(gids[partition])
+            if rows is None:
+                by_gid[gids[partition]] = rows = []
+            rows.append(out)
+        for gid, rows in by_gid.items():
+            self._append(db, gid, rows, stored)
+
+    def _append(self, db: apsw.Connection, gid: int, rows: list[Outgoing], stored: list[tuple[Any, Any]]) -> None:
+        """Append rows to one partition, as records of at most BATCH_COUNT rows and about BATCH_BYTES."""
+        first = base = db.execute("SELECT next FROM heads WHERE gid = ?", (gid,)).fetchone()[0]
+        size = 0
+        while rows:
+            batch = rows[:BATCH_COUNT]
+            data = self._pack(batch)
+            while len(data) > BATCH_BYTES and len(batch) > 1:
+                batch = batch[: max(1, len(batch) * BATCH_BYTES // len(data))]
+                data = self._pack(batch)
+            rows = rows[len(batch) :]
+            times = [out[5] for out in batch]
+            db.execute("INSERT INTO records VALUES (?, ?, ?, ?)", (gid << SHIFT | base, len(batch), max(times), data))
+            size += len(data)
+            partition = None
+            for offset, out in enumerate(batch, base):
+                if out[6] is not None:
+                    if partition is None:
+                        partition = self.parts[out[0].name].index(gid)
+                    stored.append((out[6], (out[0], partition, offset, out[2], out[3], out[4], out[5])))
+            base += len(batch)
+        db.execute("UPDATE heads SET next = ?, bytes = bytes + ? WHERE gid = ?", (base, size, gid))
+        self.heads[gid] = max(self.heads.get(gid, 0), first)
+
+    def _pack(self, batch: list[Outgoing]) -> bytes:
+        _, _, keys, values, headers, times, _ = zip(*batch, strict=True)
+        return _encode((keys, values, headers if any(headers) else None, times))
+
+    def _store_jobs(self, db: apsw.Connection, jobs: list[OutgoingJob], stored: list[tuple[Any, Any]]) -> None:
+        now = self.clock.now()
+        rows, counts = [], {}
+        for queue, payload, at, jid, future in jobs:
+            qid = self.queue_ids.get(queue)
+            if qid is None:
+                qid = self._create_queue(db, queue)
+            later = at is not None and at > now
+            rows.append((qid, 2 if later else 0, at if later else None, jid, payload))
+            counts[qid] = counts.get(qid, 0) + 1
+            if future is not None:
+                stored.append((future, jid))
+        db.executemany("INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)", rows)
+        db.executemany("UPDATE heads SET next = next + ? WHERE gid = ?", [(n, qid) for qid, n in counts.items()])
+
+    # Topics, queues, names.
+
+    def declare(self, topics: Iterable[Any]) -> None:
+        for topic in topics:
+            known = self.parts.get(topic.name)
+            if known is not None and topic.partitions is not None and len(known) != topic.partitions:
+                raise DeclarationError(
+                    f"topic {topic.name!r}: partitions={topic.partitions}, but {self.path} has it with {len(known)}; leave "
+                    f"partitions out, or change it on purpose: barnabas topics apply"
+                )
+        missing = [t for t in topics if t.name not in self.parts]
+        if missing:
+            self.write(lambda db: [self._create(db, topic) for topic in missing])
+
+    def _create(self, db: apsw.Connection, topic: Any) -> list[int]:
+        """Create a topic's partitions where they are missing. Keeps what another process created meanwhile."""
+        found = [r[0] for r in db.execute("SELECT gid FROM heads WHERE topic = ? AND partition >= 0 ORDER BY gid", (topic.name,))]
+        for partition in range(0 if found else topic.partitions or self._partitions_of(topic)):
+            db.execute("INSERT INTO heads (topic, partition) VALUES (?, ?)", (topic.name, partition))
+            found.append(db.last_insert_rowid())
+        self.parts = {**self.parts, topic.name: found}
+        return found
+
+    def _partitions_of(self, topic: Any) -> int:
+        """A dead-letter or retry topic has as many partitions as its source."""
+        parent = topic.parent
+        return len(self.parts[parent.name]) if parent is not None and parent.name in self.parts else DEFAULT_PARTITIONS
+
+    def _create_queue(self, db: apsw.Connection, queue: str) -> int:
+        row = db.execute("SELECT gid FROM heads WHERE topic = ? AND partition = -1", (queue,)).fetchone()
+        if row is None:
+            db.execute("INSERT INTO heads (topic, partition) VALUES (?, -1)", (queue,))
+            row = (db.last_insert_rowid(),)
+        self.queue_ids[queue] = row[0]
+        return int(row[0])
+
+    def name_id(self, db: apsw.Connection, kind: str, name: str) -> int:
+        """The number of a group or table, given out at its first use."""
+        known = self._names.get((kind, name))
+        if known is None:
+            db.execute("INSERT OR IGNORE INTO names (kind, name) VALUES (?, ?)", (kind, name))
+            known = db.execute("SELECT id FROM names WHERE kind = ? AND name = ?", (kind, name)).fetchone()[0]
+            self._names[kind, name] = known
+        return known
+
+    def _find(self, kind: str, name: str) -> int | None:
+        rows = self.query("SELECT id FROM names WHERE kind = ? AND name = ?", (kind, name))
+        return rows[0][0] if rows else None
+
+    # The sink.
+
+    def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
+        if self.closed:
+            raise SendError(f"{self.path} was closed; the app opens it again at its next use")
+        count = len(outgoing)
+        size = sum([len(out[3] or b"") for out in outgoing if len(out) == 7])
+        most, most_bytes = self._most
+        with self._room:
+            waiting = self._waiting
+            if waiting[0] and (waiting[0] + count > most or waiting[1] + size > most_bytes):
+                self._wait_for_room(count, size)
+            waiting[0] += count
+            waiting[1] += size
+            self._pending += outgoing
+            if self._committer is None:
+                self._start_committer()
+            self._room.notify_all()
+
+    def _wait_for_room(self, count: int, size: int) -> None:
+        """On an event-loop thread nobody may block: twice the limit is the end there."""
+        most, most_bytes = self._most
+        import asyncio
+
+        timeout = self._send_timeout
+        if asyncio._get_running_loop() is not None:
+            if self._waiting[0] + count <= 2 * most and self._waiting[1] + size <= 2 * most_bytes:
+                return
+            timeout = 0.0
+        fits = self._room.wait_for(
+            lambda: not self._waiting[0] or (self._waiting[0] + count <= most and self._waiting[1] + size <= most_bytes), timeout
+        )
+        if not fits:
+            why = f" (the last try failed: {self._failed})" if self._failed else ""
+            raise BufferFull(
+                f"the send buffer of {self.path} was full for {timeout} s: {self._waiting[0]} messages, {self._waiting[1]} "
+                f"bytes wait{why}; send slower, or raise buffer_messages, buffer_bytes or send_timeout"
+            )
+
+    def _start_committer(self) -> None:
+        self._committer = threading.Thread(target=self._commit_pending, name="barnabas-commit", daemon=True)
+        self._committer.start()
+
+    def _commit_pending(self) -> None:
+        while True:
+            with self._room:
+                while not self._pending:
+                    if self.closed:
+                        return
+                    self._room.wait()
+            try:
+                self.write(lambda db: None)
+                if self._failed is not None:
+                    self._failed = None
+                    log.warning("%s: sends are stored again", self.path)
+            except Exception as error:
+                if self._failed is None:
+                    log.error("%s: sends cannot be stored, trying again every 0.2 s: %s", self.path, error)
+                self._failed = error
+                if self._end.wait(0.2):
+                    return
+
+    def flush(self, timeout: float) -> int:
+        with self._room:
+            if timeout:
+                self._room.wait_for(lambda: not self._waiting[0], timeout)
+            return self._waiting[0]
+
+    # What consumers and workers use.
+
+    def join(self) -> None:
+        """Be a process that owns things: a row, a file with a lock, and a keeper that gives signs of life."""
+        with self._mutex:
+            if self._life is None:
+                self.write(self._register)
+                self._keeper = threading.Thread(target=self._keep, name="barnabas-keeper", daemon=True)
+                self._keeper.start()
+        self.listen()
+
+    def _register(self, db: apsw.Connection) -> None:
+        db.execute("INSERT INTO processes (pid, started) VALUES (?, ?)", (os.getpid(), self.clock.now()))
+        self.process = db.last_insert_rowid()
+        self._life = Life(self.path, self.process)
+
+    def listen(self) -> None:
+        """Watch the bell."""
+        with self._mutex:
+            if not self._listening:
+                self._listening = True
+                self._bell.watch(self._rung)
+
+    def _rung(self) -> None:
+        if self._watchers or any(source.waiting for source in self.sources):
+            try:
+                self.refresh()
+            except (apsw.Error, BackendError):
+                pass  # whoever fetches next meets the same error, and says so
+            self._wake_own()
+
+    def _wake_own(self) -> None:
+        for source in self.sources:
+            if source.waiting:
+                source.look()
+        for wake in self._watchers:
+            wake()
+
+    def box(self, workers: int) -> tuple[Any, int]:
+        self.join()
+        assert self._life is not None
+        return self._life.box, self._life.places(workers)
+
+    def log(self, group: str, topics: Sequence[Any], *, start: str, ordered: bool, listener: Listener) -> Source:
+        from barnabas.backends.sqlite_sources import SqliteLog
+
+        self.declare(topics)
+        self.join()
+        return SqliteLog(self, group, topics, start, ordered, listener)
+
+    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> Source:
+        from barnabas.backends.sqlite_sources import SqliteQueues
+
+        self.join()
+        return SqliteQueues(self, queues, listener)
+
+    def store(self, db: apsw.Connection, outputs: Iterable[Any], cells: dict[tuple[str, Any], bytes | None]) -> list[tuple[Any, Any]]:
+        """Inside a settlement's transaction: what its handlers sent and wrote."""
+        stored = self._store(db, outputs)
+        upsert, drop = [], []
+        for (table, key), data in cells.items():
+            tbl = self.name_id(db, "table", table)
+            if data is None:
+                drop.append((tbl, key))
+            else:
+                upsert.append((tbl, key, data))
+        if upsert:
+            db.executemany("INSERT INTO cells VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", upsert)
+        if drop:
+            db.executemany("DELETE FROM cells WHERE tbl = ? AND key = ?", drop)
+        return stored
+
+    def settled(self, stored: list[tuple[Any, Any]]) -> None:
+        """After a settlement's commit: its sends are durable."""
+        for future, value in stored:
+            if future is not None:
+                future.fail(value) if isinstance(value, Exception) else future.resolve(value)
+
+    # Other processes.
+
+    def _keep(self) -> None:
+        """Signs of life, and a look whether the others still give theirs: twice a second."""
+        last = time.monotonic()
+        while not self._end.wait(0.5):
+            now = time.monotonic()
+            if now - last > self.session / 2:  # we were frozen: nothing is ours until the group confirms it
+                log.warning("this process did not run for %.1f s; its partitions are claimed anew", now - last)
+                for source in list(self.sources):
+                    source.lapse()
+            last = now
+            assert self._life is not None
+            self._life.beat()
+            for source in list(self.sources):
+                source.extend(now + self.session * 0.7)
+            try:
+                self._look_around()
+            except (apsw.Error, BackendError, OSError) as error:
+                log.debug("looking at other processes failed: %s", error)
+
+    def _look_around(self) -> None:
+        for (number,) in self.query("SELECT id FROM processes WHERE id <> ?", (self.process,)):
+            dead, silent, work = look(self.path, number)
+            if dead:
+                self.write(lambda db, number=number, work=work: self._bury(db, number, work))
+                forget(self.path, number)
+            elif silent > self.session and self.query("SELECT 1 FROM members WHERE process = ? LIMIT 1", (number,)):
+                self.write(lambda db, number=number: self._expel(db, number))
+
+    def _bury(self, db: apsw.Connection, number: int, work: list[tuple[int, int, int]]) -> None:
+        """A process died: count its crash against what it had in work, free its partitions and jobs."""
+        if not db.execute("SELECT 1 FROM processes WHERE id = ?", (number,)).fetchone():
+            return
+        suspects: dict[int, list[int]] = {}
+        for owner, first, count in work:
+            if owner < 0:
+                db.execute("UPDATE jobs SET crashes = crashes + 1 WHERE id = ? AND owner = ?", (first, number))
+            else:
+                suspects.setdefault(owner - 1, []).extend(range(first, first + max(1, count)))
+        for position, offsets in suspects.items():
+            row = db.execute(
+                "SELECT p.offset, p.open FROM positions p JOIN members m ON m.id = p.member WHERE p.id = ? AND m.process = ?",
+                (position, number),
+            ).fetchone()
+            if row is not None:
+                state = json.loads(row[1] or "{}")
+                crashes = state.setdefault("crashes", {})
+                done = state.get("done", [])
+                for offset in offsets:
+                    if offset >= row[0] and not any(a <= offset < b for a, b in done):
+                        crashes[str(offset)] = crashes.get(str(offset), 0) + 1
+                db.execute("UPDATE positions SET open = ? WHERE id = ?", (json.dumps(state), position))
+        db.execute("UPDATE jobs SET state = 0, owner = NULL WHERE owner = ?", (number,))
+        db.execute("UPDATE heads SET next = next + 1 WHERE partition = -1")
+        self._expel(db, number)
+        db.execute("DELETE FROM processes WHERE id = ?", (number,))
+        log.warning("process %d died with %d deliveries in work; they are given to others", number, len(work))
+
+    def _expel(self, db: apsw.Connection, number: int) -> None:
+        """Take a process's partitions: it is dead, or was silent for a session."""
+        db.execute("UPDATE positions SET member = NULL WHERE member IN (SELECT id FROM members WHERE process = ?)", (number,))
+        db.execute("DELETE FROM members WHERE process = ?", (number,))
+        db.execute("UPDATE heads SET next = next + 1 WHERE gid = 0")
+
+    # Windows.
+
+    def cell(self, table: str, key: Any) -> bytes | None:
+        tbl = self._find("table", table)
+        rows = self.query("SELECT value FROM cells WHERE tbl = ? AND key = ?", (tbl, key)) if tbl is not None else []
+        return rows[0][0] if rows else None
+
+    def cells(self, table: str) -> Iterable[tuple[Any, bytes]]:
+        return self.query("SELECT key, value FROM cells WHERE tbl = ? ORDER BY key", (self._find("table", table),))
+
+    def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
+        with self._reading, self._reader:  # one transaction, one state of the file
+            count = 0
+            for group, topics in groups.items():
+                for topic in topics:
+                    for next_, first, offset, open_ in self._reader.execute(
+                        "SELECT h.next, h.first, p.offset, p.open FROM heads h LEFT JOIN positions p ON p.gid = h.gid AND p.grp = "
+                        "(SELECT id FROM names WHERE kind = 'group' AND name = ?) WHERE h.topic = ? AND h.partition >= 0",
+                        (group, topic),
+                    ):
+                        done = json.loads(open_).get("done", []) if open_ else []
+                        count += max(0, next_ - max(first, offset or 0)) - sum(b - a for a, b in done)
+            for queue in queues:
+                for state in (0, 1):
+                    found = self._reader.execute(
+                        f"SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state = {state} {'AND owner IS NOT NULL' if state else ''} "
+                        "AND queue = (SELECT gid FROM heads WHERE topic = ? AND partition = -1) LIMIT 1)",
+                        (queue,),
+                    ).fetchone()
+                    count += found[0]
+            return count
+
+    def waiting(self, queues: Sequence[str]) -> dict[str, int]:
+        counts = {"scheduled": 0, "retry": 0, "dead": 0}
+        names = {2: "scheduled", 3: "retry", 4: "dead"}
+        for queue, state, n in self.query(
+            "SELECT h.topic, j.state, count(*) FROM jobs j JOIN heads h ON h.gid = j.queue WHERE j.at IS NOT NULL GROUP BY 1, 2 "
+            "UNION ALL SELECT h.topic, j.state, count(*) FROM jobs j JOIN heads h ON h.gid = j.queue WHERE j.died IS NOT NULL GROUP BY 1, 2"
+        ):
+            if queue in queues:
+                counts[names[state]] += n
+        return counts
+
+    def topics(self) -> list[TopicState]:
+        found: dict[str, list[tuple[int, int, int]]] = {}
+        for topic, first, next_, size in self.query(
+            "SELECT topic, first, next, bytes FROM heads WHERE partition >= 0 ORDER BY topic, partition"
+        ):
+            found.setdefault(topic, []).append((first, next_, size))
+        return [TopicState(name, partitions) for name, partitions in found.items()]
+
+    def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
+        gid = self.parts[topic][partition]
+        rows: list[Row] = []
+        at = offset
+        while len(rows) < limit:
+            found = self.records(gid, at, 16)
+            if not found:
+                break
+            for record, data in found:
+                rows += [row for row in unpack(record, data) if row[0] >= offset]
+            at = rows[-1][0] + 1 if rows else at + 1
+        return rows[:limit]
+
+    def records(self, gid: int, offset: int, limit: int) -> list[tuple[int, bytes]]:
+        """Stored records of one partition, from the one that holds `offset` on."""
+        low = gid << SHIFT
+        return self.query(
+            "SELECT id, data FROM records WHERE id >= coalesce((SELECT max(id) FROM records WHERE id BETWEEN ? AND ?), ?) "
+            "AND id < ? AND id + count > ? ORDER BY id LIMIT ?",
+            (low, low | offset, low, low + (1 << SHIFT), low | offset, limit),
+        )
+
+    def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
+        self.listen()
+        self._watchers = [*self._watchers, wake]
+
+        def end() -> None:
+            self._watchers = [w for w in self._watchers if w is not wake]
+
+        return end
+
+    def close(self) -> None:
+        """Store what is still waiting, at most `send_timeout` seconds, say what could not be, and let go."""
+        if self.closed:
+            return
+        left = self.flush(self._send_timeout)
+        if left:
+            log.error("%s: %d messages could not be stored before the end: %s", self.path, left, self._failed)
+        self.closed = True
+        self._end.set()
+        with self._room:
+            self._room.notify_all()
+        for thread in (self._committer, self._keeper):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(5.0)
+        if self._life is not None:
+            try:
+                self.write(lambda db: db.execute("DELETE FROM processes WHERE id = ?", (self.process,)))
+            except (apsw.Error, OSError) as error:
+                log.debug("leaving %s failed: %s", self.path, error)
+            self._life.close()
+        with self._mutex, self._reading:
+            self._bell.close()
+            self._reader.close()
+            self._db.close()
+            self._turn.close()
+        _open.discard(self)
+
+
+def _at_exit() -> None:
+    for backend in list(_open):
+        backend.close()
+
+
+def _in_child() -> None:
+    """After a fork: the parent's handles are its own; the child opens new ones at its next use."""
+    for backend in list(_open):
+        backend.closed = True
+        if backend._life is not None:
+            backend._life.abandon()
+        _inherited.append((backend, backend._db, backend._reader))
+    _open.clear()
+
+
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,461 @@
+"""What hands out deliveries from a SQLite file: the topics of a consumer group, and the queues of a worker."""
+
+import json
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import apsw
+
+from barnabas.backends.queues import QueueOrder
+from barnabas.backends.shares import close_books, fair, open_account
+from barnabas.backends.sqlite import unpack
+from barnabas.jobs.payload import PayloadError, enqueued
+from barnabas.message import Row
+from barnabas.ports import Listener, Part, Result
+from barnabas.verdict import Again, Dead
+
+if TYPE_CHECKING:
+    from barnabas.backends.sqlite import SqliteBackend
+
+log = logging.getLogger("barnabas")
+FETCH_BYTES = 4 * 1024 * 1024  # bytes of one partition per fetch, at least one record
+DUE = 500  # jobs moved to their queues in one transaction
+NEVER = 1e18
+
+
+class _Fetcher:
+    """The wait that both sources share: until the bell says that something is there, or somebody calls `wake`."""
+
+    def __init__(self, home: "SqliteBackend", listener: Listener) -> None:
+        self.atomic = home
+        self.home = home
+        self.listener = listener
+        self.waiting = False
+        self._event = threading.Event()
+
+    def wake(self) -> None:
+        """End a waiting fetch."""
+        self._event.set()
+
+    def _wait(self, timeout: float) -> None:
+        self.waiting = True
+        try:
+            self.look()  # what came between the read and `waiting` rang no bell for us
+            self._event.wait(timeout)
+        finally:
+            self.waiting = False
+            self._event.clear()
+
+    def look(self) -> None:
+        """Wake up if there is something new."""
+        raise NotImplementedError
+
+
+class SqliteLog(_Fetcher):
+    """The topics of one consumer group, as one member sees them."""
+
+    def __init__(self, home: "SqliteBackend", group: str, topics: Sequence[Any], start: str, ordered: bool, listener: Listener) -> None:
+        super().__init__(home, listener)
+        self._group_name = group
+        self._start = start
+        self._ordered = ordered
+        self._parts: dict[int, Part] = {}
+        self._epochs: dict[int, int] = {}
+        self._topics = [t.name for t in topics]
+        self._all = [(gid, t.name, n) for t in topics for n, gid in enumerate(home.parts[t.name])]
+        self._generation = -1
+        self._lapsed = False
+        self._lease = 0.0
+        home.write(self._enter)
+        home.sources.append(self)
+
+    def _enter(self, db: apsw.Connection) -> None:
+        """Become a member; positions begin for partitions that the group has not seen."""
+        self._group = self.home.name_id(db, "group", self._group_name)
+        self._join(db)
+        first = "next" if self._start == "latest" else "first"
+        db.executemany(
+            f"INSERT OR IGNORE INTO positions (grp, gid, offset) SELECT ?, gid, {first} FROM heads WHERE gid = ?",
+            [(self._group, gid) for gid, _, _ in self._all],
+        )
+
+    def _join(self, db: apsw.Connection) -> None:
+        db.execute(
+            "INSERT INTO members (grp, process, topics) VALUES (?, ?, ?)",
+            (self._group, self.home.process, json.dumps(self._topics)),
+        )
+        self._member = db.last_insert_rowid()
+        db.execute("UPDATE heads SET next = next + 1 WHERE gid = 0")
+
+    # Membership.
+
+    def lapse(self) -> None:
+        """The process was frozen: stop, and claim everything anew."""
+        self._lapsed = True
+        for part in list(self._parts.values()):
+            part.until = 0.0
+        self.wake()
+
+    def extend(self, until: float) -> None:
+        """The process lives: its claims hold until then (monotonic seconds)."""
+        if not self._lapsed:
+            self._lease = until
+            for part in list(self._parts.values()):
+                if part.until:
+                    part.until = until
+
+    def _balance(self) -> None:
+        """Give up what is another's by now or by fair share, take what is free and ours."""
+        generation = self.home.heads[0]
+        if self._lapsed:
+            self._drop(list(self._parts))
+            self._lapsed = False
+            self._lease = self.home.clock.monotonic() + self.home.session * 0.7
+        gone, lost = self.home.write(self._plan)
+        if lost:
+            for gid in lost:
+                self._parts[gid].closed = True
+            log.warning("%s lost %d partitions to others; what it did and did not settle is discarded", self._group_name, len(lost))
+            self._drop(lost)
+        if gone:
+            self._drop(gone)
+        came = self.home.write(self._claim)
+        if came:
+            self.listener.assigned(came)
+        self._generation = generation
+
+    def _rows(self, db: apsw.Connection) -> tuple[list[int], dict[int, tuple[int, int]]]:
+        """The group's members, and who has which of its partitions: {gid: (member, epoch)}."""
+        members = [r[0] for r in db.execute("SELECT id FROM members WHERE grp = ? ORDER BY id", (self._group,))]
+        owners = {
+            gid: (member, epoch)
+            for gid, member, epoch in db.execute("SELECT gid, member, epoch FROM positions WHERE grp = ?", (self._group,))
+        }
+        return members, owners
+
+    def _target(self, members: list[int], owners: dict[int, tuple[int, int]]) -> dict[int, int]:
+        held = {gid: owners[gid][0] for gid, _, _ in self._all if owners[gid][0] is not None}
+        return fair(members, [gid for gid, _, _ in self._all], held)
+
+    def _plan(self, db: apsw.Connection) -> tuple[list[int], list[int]]:
+        members, owners = self._rows(db)
+        if self._member not in members:  # expelled while we were silent
+            self._join(db)
+            members.append(self._member)
+        lost = [gid for gid in self._parts if owners[gid] != (self._member, self._epochs[gid])]
+        target = self._target(members, owners)
+        return [gid for gid in self._parts if gid not in lost and target[gid] != self._member], lost
+
+    def _drop(self, gids: list[int]) -> None:
+        parts = [self._parts[gid] for gid in gids]
+        if parts:
+            self.listener.revoked(parts)
+            for gid in gids:
+                del self._parts[gid]
+            self.home.write(lambda db: self._release(db, gids))
+
+    def _release(self, db: apsw.Connection, gids: list[int]) -> None:
+        db.executemany(
+            "UPDATE positions SET member = NULL WHERE grp = ? AND gid = ? AND member = ? AND epoch = ?",
+            [(self._group, gid, self._member, self._epochs[gid]) for gid in gids],
+        )
+        db.execute("UPDATE heads SET next = next + 1 WHERE gid = 0")
+
+    def _claim(self, db: apsw.Connection) -> list[Part]:
+        members, owners = self._rows(db)
+        target = self._target(members, owners)
+        came = []
+        for gid, topic, number in self._all:
+            if target.get(gid) != self._member or gid in self._parts or owners[gid][0] is not None:
+                continue
+            db.execute(
+                "UPDATE positions SET member = ?, epoch = epoch + 1 WHERE grp = ? AND gid = ?", (self._member, self._group, gid)
+            )
+            id_, offset, open_, epoch, first = db.execute(
+                "SELECT p.id, max(p.offset, h.first), p.open, p.epoch, h.first FROM positions p JOIN heads h ON h.gid = p.gid "
+                "WHERE p.grp = ? AND p.gid = ?",
+                (self._group, gid),
+            ).fetchone()
+            state = json.loads(open_) if open_ else {}
+            part = Part(topic, number, id_, self._group_name)
+            part.until = self._lease or self.home.clock.monotonic() + self.home.session * 0.7
+            open_account(
+                part, self._ordered, offset, [(a, b) for a, b in state.get("done", ())], _numbers(state.get("attempts", {}))
+            )
+            part.crashes.update(_numbers(state.get("crashes", {})))
+            self._parts[gid] = part
+            self._epochs[gid] = epoch
+            came.append(part)
+        return came
+
+    # Deliveries.
+
+    def look(self) -> None:
+        heads = self.home.heads
+        if heads[0] != self._generation or self._lapsed:
+            self.wake()
+            return
+        for gid, part in self._parts.items():
+            if part.held.next < heads[gid] and len(part.held) < self._limit:
+                self.wake()
+                return
+
+    _limit = 1
+
+    def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
+        self._limit = limit
+        if self._lapsed or self.home.heads[0] != self._generation:
+            self._balance()
+        found = self._read(limit)
+        if not found and timeout > 0:
+            self._wait(timeout)
+            if self._lapsed or self.home.heads[0] != self._generation:
+                self._balance()
+            found = self._read(limit)
+        return found
+
+    def _read(self, limit: int) -> list[tuple[Part, Sequence[Row]]]:
+        found: list[tuple[Part, Sequence[Row]]] = []
+        heads = self.home.heads
+        for gid, part in self._parts.items():
+            account = part.held
+            room = limit - len(account)
+            if room <= 0 or account.next >= heads[gid] or not part.until:
+                continue
+            rows: list[Row] = []
+            size = 0
+            for record, data in self.home.records(gid, account.next, 32):
+                batch = unpack(record, data)
+                if batch[0][0] < account.next:
+                    batch = [row for row in batch if row[0] >= account.next]
+                rows += batch
+                size += len(data)
+                if len(rows) >= room or size > FETCH_BYTES:
+                    break
+            if not rows:
+                continue
+            account.next = rows[-1][0] + 1
+            todo = account.add(rows)
+            if todo:
+                found.append((part, todo))
+        return found
+
+    def settle(self, results: Sequence[Result]) -> None:
+        """Positions, outputs and cells in one transaction; results of partitions that others own by now are discarded."""
+        touched = close_books(results)
+
+        def act(db: apsw.Connection) -> list[tuple[Any, Any]]:
+            for part in touched:
+                watermark, done = part.held.position()
+                db.execute(
+                    "UPDATE positions SET offset = ?, open = ? WHERE id = ? AND member = ? AND epoch = ?",
+                    (watermark, _state(part, done), part.id, self._member, self._epochs[self._gid(part)]),
+                )
+                if not db.changes():
+                    part.closed = True
+            outputs: list[Any] = []
+            cells: dict[Any, bytes | None] = {}
+            for result in results:
+                if not result.part.closed:
+                    outputs += result.outputs
+                    cells.update(result.cells)
+            return self.home.store(db, outputs, cells)
+
+        stored = self.home.write(act)
+        self.home.settled(stored)
+        if any(part.closed for part in touched):
+            self._generation = -1  # look again who owns what
+
+    def _gid(self, part: Part) -> int:
+        return self.home.parts[part.topic][part.partition]
+
+    def close(self) -> None:
+        """Leave the group."""
+        self.home.sources.remove(self)
+        try:
+            self._drop(list(self._parts))
+        finally:
+            self.home.write(self._leave)
+
+    def _leave(self, db: apsw.Connection) -> None:
+        db.execute("DELETE FROM members WHERE id = ?", (self._member,))
+        db.execute("UPDATE heads SET next = next + 1 WHERE gid = 0")
+
+
+def _numbers(counts: Mapping[str, int]) -> dict[int, int]:
+    return {int(offset): n for offset, n in counts.items()}
+
+
+def _state(part: Part, done: list[tuple[int, int]]) -> str | None:
+    """What a position carries beside its offset; None for nothing."""
+    state: dict[str, Any] = {}
+    if done:
+        state["done"] = done
+    if part.attempts:
+        state["attempts"] = dict(part.attempts)
+    if part.crashes:
+        state["crashes"] = dict(part.crashes)
+    return json.dumps(state) if state else None
+
+
+class SqliteQueues(_Fetcher):
+    """The queues of one worker. Claims ride in the transaction that settles what is done."""
+
+    def __init__(self, home: "SqliteBackend", queues: Sequence[str] | Mapping[str, int], listener: Listener) -> None:
+        super().__init__(home, listener)
+        self._order = QueueOrder(queues)
+        home.write(lambda db: [home.queue_ids.get(q) or home._create_queue(db, q) for q in self._order.names])
+        home.refresh()
+        self._parts = {home.queue_ids[q]: Part(q, -1, -home.queue_ids[q] - 1) for q in self._order.names}
+        self._seen: dict[int, int] = dict.fromkeys(self._parts, -1)
+        self._work: set[int] = set()
+        self._claimed: list[tuple[Part, Sequence[Row]]] = []
+        self._due = 0.0  # when the next waiting job is due (epoch seconds)
+        self._limit = 0
+        self._more = True
+        home.sources.append(self)
+        listener.assigned(list(self._parts.values()))
+
+    def lapse(self) -> None:
+        """A frozen process keeps its jobs: nobody takes them from a living one."""
+
+    def extend(self, until: float) -> None:
+        """Jobs are held by the process's life, not by a lease."""
+
+    def look(self) -> None:
+        heads, seen = self.home.heads, self._seen
+        if any(heads[gid] != seen[gid] for gid in seen):
+            self.wake()
+
+    def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
+        self._limit = limit
+        found, self._claimed = self._claimed, []
+        if not found and self._has_room() and self._may_claim():
+            found = self.home.write(self._claim)
+        if not found and timeout > 0:
+            now = self.home.clock.now()
+            self._wait(min(timeout, max(0.0, self._due - now)) if self._has_room() else timeout)
+            if self._has_room() and self._may_claim():
+                found = self.home.write(self._claim)
+        return found
+
+    def _has_room(self) -> bool:
+        return self._limit > len(self._work)
+
+    def _may_claim(self) -> bool:
+        heads, seen = self.home.heads, self._seen
+        return self._more or self._due <= self.home.clock.now() or any(heads[gid] != seen[gid] for gid in seen)
+
+    def _claim(self, db: apsw.Connection) -> list[tuple[Part, Sequence[Row]]]:
+        """Take ready jobs, up to the room there is, and move what is due into its queue."""
+        now = self.home.clock.now()
+        if self._due <= now:
+            self._move_due(db, now)
+        for gid in self._seen:
+            self._seen[gid] = self.home.heads[gid]
+        found: list[tuple[Part, Sequence[Row]]] = []
+        room = self._limit - len(self._work)
+        ids = self.home.queue_ids
+        for name in self._order.next():
+            if room <= 0:
+                break
+            gid = ids[name]
+            part = self._parts[gid]
+            rows: list[Row] = []
+            for id_, jid, payload, crashes in db.execute(
+                "UPDATE jobs SET state = 1, owner = ? WHERE id IN (SELECT id FROM jobs WHERE state = 0 AND queue = ? ORDER BY id "
+                "LIMIT ?) RETURNING id, jid, payload, crashes",
+                (self.home.process, gid, room),
+            ).fetchall():
+                rows.append((id_, jid, payload, None, now))
+                if crashes:
+                    part.crashes[id_] = crashes
+            if rows:
+                rows.sort()
+                room -= len(rows)
+                self._work.update([row[0] for row in rows])
+                found.append((part, rows))
+        self._more = room <= 0
+        return found
+
+    def _move_due(self, db: apsw.Connection, now: float) -> None:
+        due = db.execute("SELECT id, payload, queue FROM jobs WHERE at IS NOT NULL AND at <= ? ORDER BY at LIMIT ?", (now, DUE)).fetchall()
+        for id_, payload, _ in due:
+            try:
+                payload = enqueued(payload, now)
+            except PayloadError:
+                pass  # rubbish is buried, with its reason, by the worker that meets it
+            db.execute("UPDATE jobs SET state = 0, at = NULL, payload = ? WHERE id = ?", (payload, id_))
+        db.executemany("UPDATE heads SET next = next + 1 WHERE gid = ?", [(gid,) for gid in {row[2] for row in due}])
+        following = db.execute("SELECT min(at) FROM jobs WHERE at IS NOT NULL").fetchone()[0]
+        self._due = following if following is not None else NEVER
+
+    def settle(self, results: Sequence[Result]) -> None:
+        """Remove what is done, park or bury what failed, claim what there is room for: one transaction."""
+        done: list[tuple[int, int]] = []
+        later: list[tuple[float, bytes | None, int, int]] = []
+        dead: list[tuple[float, str, bytes, int, int]] = []
+        outputs: list[Any] = []
+        cells: dict[Any, bytes | None] = {}
+        finished: list[int] = []
+        now, process = self.home.clock.now(), self.home.process
+        for result in results:
+            outputs += result.outputs
+            cells.update(result.cells)
+            others = result.others
+            for row in result.rows:
+                id_ = row[0]
+                finished.append(id_)
+                verdict = others.get(id_) if others else None
+                if isinstance(verdict, Again):
+                    later.append((verdict.at, verdict.payload, id_, process))
+                elif isinstance(verdict, Dead) and verdict.payload is not None:
+                    dead.append((now, verdict.reason, verdict.payload, id_, process))
+                else:
+                    done.append((id_, process))
+            result.part.crashes and [result.part.crashes.pop(row[0], None) for row in result.rows]
+
+        def act(db: apsw.Connection) -> list[tuple[Any, Any]]:
+            if done:
+                db.executemany("DELETE FROM jobs WHERE id = ? AND owner = ?", done)
+            if later:
+                db.executemany(
+                    "UPDATE jobs SET state = 3, owner = NULL, crashes = 0, at = ?, payload = coalesce(?, payload) WHERE id = ? AND owner = ?",
+                    later,
+                )
+                self._due = min(self._due, min(at for at, _, _, _ in later))
+            if dead:
+                db.executemany(
+                    "UPDATE jobs SET state = 4, owner = NULL, died = ?, note = ?, payload = ? WHERE id = ? AND owner = ?", dead
+                )
+            self._work.difference_update(finished)
+            if self._has_room() and self._may_claim() and not self._closing:
+                self._claimed += self._claim(db)
+            return self.home.store(db, outputs, cells)
+
+        before, claimed = set(self._work), list(self._claimed)
+        try:
+            stored = self.home.write(act)
+        except BaseException:
+            self._work, self._claimed, self._more = before, claimed, True
+            raise
+        self.home.settled(stored)
+
+    _closing = False
+
+    def close(self) -> None:
+        """Give back what is not settled, to the front of its queue."""
+        self._closing = True
+        self.home.sources.remove(self)
+        ids = [(id_, self.home.process) for id_ in self._work]
+        if ids:
+
+            def act(db: apsw.Connection) -> None:
+                db.executemany("UPDATE jobs SET state = 0, owner = NULL WHERE id = ? AND owner = ?", ids)
+                db.execute("UPDATE heads SET next = next + 1 WHERE partition = -1")
+
+            self.home.write(act)
+        self._work.clear()
+        self._claimed = []
