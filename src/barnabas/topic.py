@@ -114,8 +114,11 @@ class Topic(Generic[T]):
                     raise self._too_large(len(data))
                 if key is None and self._key is not None:
                     key = self._key(value)
-            if key is not None and type(key) is not str:
-                key = as_key(key)
+            if key is not None:
+                if type(key) is not str:
+                    key = as_key(key)
+                elif not key.isascii():
+                    key.encode()  # half a surrogate pair cannot be stored: say so here
         except SendError:
             raise
         except Exception as error:
@@ -273,5 +276,6 @@ def _checked_headers(headers: Headers) -> list[tuple[str, bytes]]:
         name, value = pair
         if not isinstance(name, str) or not isinstance(value, bytes | str):
             raise SendError(f"the header {pair!r} is not a pair of text and bytes")
+        name.encode()
         checked.append((name, value.encode() if isinstance(value, str) else value))
     return checked

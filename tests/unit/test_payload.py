@@ -390,7 +390,11 @@ def test_the_waits_and_their_jitter() -> None:
         assert (low.kind, json.loads(low.payload)["retry_count"]) == ("again", count)
         data = low.payload
     dead = fail(data)
-    assert (dead.kind, dead.at, dead.reason) == ("dead", NOW, "failed 26 times, and retry is 25")
+    assert (dead.kind, dead.at, dead.reason) == (
+        "dead",
+        NOW,
+        f"failed 26 times, and retry is 25: {__name__}.Declined: no",
+    )
     assert json.loads(dead.payload)["retry_count"] == 25
 
 
@@ -429,9 +433,10 @@ def test_how_often_a_job_runs(fields: dict[str, Any], more: dict[str, Any], expe
 
 
 def test_reasons_say_why_there_is_no_further_run() -> None:
-    assert fail(raw(retry=0)).reason == "failed 1 times, and retry is 0"
-    assert fail(raw(retry=False)).reason == "failed, and retry is false"
-    assert fail(raw(), final=True).reason == f"not retried: {__name__}.Declined"
+    error = ValueError("x" * 300)
+    assert fail(raw(retry=0), error).reason == "failed 1 times, and retry is 0: ValueError: " + "x" * 200
+    assert fail(raw(retry=False), error).reason == "failed, and retry is false: ValueError: " + "x" * 200
+    assert fail(raw(), error, final=True).reason == "not retried: ValueError: " + "x" * 200
 
 
 @pytest.mark.parametrize("dialect", [1, 1000])
@@ -440,7 +445,7 @@ def test_retry_for_replaces_the_count(dialect: int) -> None:
     late = raw(retry=0, retry_for=3600, retry_count=30, failed_at=stamp)
     assert fail(late, now=1_700_003_599.0).kind == "again"
     over = fail(late, now=1_700_003_601.0)
-    assert (over.kind, over.reason) == ("dead", "failed for longer than retry_for, 3600 s")
+    assert (over.kind, over.reason) == ("dead", f"failed for longer than retry_for, 3600 s: {__name__}.Declined: no")
     assert fail(raw(retry=0, retry_for=60)).kind == "again", "the first failure opens the window"
     for unset in (None, 0, False, True, "soon"):
         assert fail(raw(retry=0, retry_for=unset)).kind == "dead"

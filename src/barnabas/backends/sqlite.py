@@ -98,6 +98,7 @@ class SqliteBackend:
         self._room = threading.Condition()
         self._committer: threading.Thread | None = None
         self._spin = int.from_bytes(os.urandom(2), "little")
+        self._moved: dict[int, int] = {}
         self._life: Life | None = None
         self.process = 0
         self.sources: list[Any] = []
@@ -155,6 +156,7 @@ class SqliteBackend:
         with self._mutex:
             with self._turn.take():
                 pending = self._take_pending()
+                self._moved = {}
                 try:
                     self._db.execute("BEGIN IMMEDIATE")
                     try:
@@ -164,17 +166,25 @@ class SqliteBackend:
                     except BaseException:
                         if self._db.in_transaction:
                             self._db.execute("ROLLBACK")
-                        self._heads_read = False
                         raise
                 except BaseException:
                     self._give_back(pending)
                     raise
+            self.heads.update(self._moved)
             self._resolve(pending, stored)
+        if self._stir:
+            self._stir = False
+            self.refresh()
         self._bell.ring()
         self._wake_own()
         return result
 
-    _heads_read = False
+    _stir = False  # counts in `heads` moved in a way that only reading tells
+
+    def stir(self, db: apsw.Connection, where: str, args: Sequence[Any] = ()) -> None:
+        """Inside a write: tell all processes that something changed for a queue, all queues, or the members (gid 0)."""
+        db.execute(f"UPDATE heads SET next = next + 1 WHERE {where}", args)
+        self._stir = True
 
     def _take_pending(self) -> list[Outgoing | OutgoingJob]:
         with self._room:
@@ -231,7 +241,7 @@ class SqliteBackend:
 
     def _append(self, db: apsw.Connection, gid: int, rows: list[Outgoing], stored: list[tuple[Any, Any]]) -> None:
         """Append rows to one partition, as records of at most BATCH_COUNT rows and about BATCH_BYTES."""
-        first = base = db.execute("SELECT next FROM heads WHERE gid = ?", (gid,)).fetchone()[0]
+        base = db.execute("SELECT next FROM heads WHERE gid = ?", (gid,)).fetchone()[0]
         size = 0
         while rows:
             batch = rows[:BATCH_COUNT]
@@ -251,7 +261,7 @@ class SqliteBackend:
                     stored.append((out[6], (out[0], partition, offset, out[2], out[3], out[4], out[5])))
             base += len(batch)
         db.execute("UPDATE heads SET next = ?, bytes = bytes + ? WHERE gid = ?", (base, size, gid))
-        self.heads[gid] = max(self.heads.get(gid, 0), first)
+        self._moved[gid] = base
 
     def _pack(self, batch: list[Outgoing]) -> bytes:
         _, _, keys, values, headers, times, _ = zip(*batch, strict=True)
@@ -270,7 +280,9 @@ class SqliteBackend:
             if future is not None:
                 stored.append((future, jid))
         db.executemany("INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)", rows)
-        db.executemany("UPDATE heads SET next = next + ? WHERE gid = ?", [(n, qid) for qid, n in counts.items()])
+        for qid, n in counts.items():
+            row = db.execute("UPDATE heads SET next = next + ? WHERE gid = ? RETURNING next", (n, qid)).fetchone()
+            self._moved[qid] = row[0]
 
     # Topics, queues, names.
 
@@ -521,7 +533,7 @@ class SqliteBackend:
                         crashes[str(offset)] = crashes.get(str(offset), 0) + 1
                 db.execute("UPDATE positions SET open = ? WHERE id = ?", (json.dumps(state), position))
         db.execute("UPDATE jobs SET state = 0, owner = NULL WHERE owner = ?", (number,))
-        db.execute("UPDATE heads SET next = next + 1 WHERE partition = -1")
+        self.stir(db, "partition = -1")
         self._expel(db, number)
         db.execute("DELETE FROM processes WHERE id = ?", (number,))
         log.warning("process %d died with %d deliveries in work; they are given to others", number, len(work))
@@ -530,7 +542,7 @@ class SqliteBackend:
         """Take a process's partitions: it is dead, or was silent for a session."""
         db.execute("UPDATE positions SET member = NULL WHERE member IN (SELECT id FROM members WHERE process = ?)", (number,))
         db.execute("DELETE FROM members WHERE process = ?", (number,))
-        db.execute("UPDATE heads SET next = next + 1 WHERE gid = 0")
+        self.stir(db, "gid = 0")
 
     # Windows.
 

@@ -87,7 +87,7 @@ class SqliteLog(_Fetcher):
             (self._group, self.home.process, json.dumps(self._topics)),
         )
         self._member = db.last_insert_rowid()
-        db.execute("UPDATE heads SET next = next + 1 WHERE gid = 0")
+        self.home.stir(db, "gid = 0")
 
     # Membership.
 
@@ -161,7 +161,7 @@ class SqliteLog(_Fetcher):
             "UPDATE positions SET member = NULL WHERE grp = ? AND gid = ? AND member = ? AND epoch = ?",
             [(self._group, gid, self._member, self._epochs[gid]) for gid in gids],
         )
-        db.execute("UPDATE heads SET next = next + 1 WHERE gid = 0")
+        self.home.stir(db, "gid = 0")
 
     def _claim(self, db: apsw.Connection) -> list[Part]:
         members, owners = self._rows(db)
@@ -281,7 +281,7 @@ class SqliteLog(_Fetcher):
 
     def _leave(self, db: apsw.Connection) -> None:
         db.execute("DELETE FROM members WHERE id = ?", (self._member,))
-        db.execute("UPDATE heads SET next = next + 1 WHERE gid = 0")
+        self.home.stir(db, "gid = 0")
 
 
 def _numbers(counts: Mapping[str, int]) -> dict[int, int]:
@@ -388,7 +388,8 @@ class SqliteQueues(_Fetcher):
             except PayloadError:
                 pass  # rubbish is buried, with its reason, by the worker that meets it
             db.execute("UPDATE jobs SET state = 0, at = NULL, payload = ? WHERE id = ?", (payload, id_))
-        db.executemany("UPDATE heads SET next = next + 1 WHERE gid = ?", [(gid,) for gid in {row[2] for row in due}])
+        for gid in {row[2] for row in due}:
+            self.home.stir(db, "gid = ?", (gid,))
         following = db.execute("SELECT min(at) FROM jobs WHERE at IS NOT NULL").fetchone()[0]
         self._due = following if following is not None else NEVER
 
@@ -454,7 +455,7 @@ class SqliteQueues(_Fetcher):
 
             def act(db: apsw.Connection) -> None:
                 db.executemany("UPDATE jobs SET state = 0, owner = NULL WHERE id = ? AND owner = ?", ids)
-                db.execute("UPDATE heads SET next = next + 1 WHERE partition = -1")
+                self.home.stir(db, "partition = -1")
 
             self.home.write(act)
         self._work.clear()

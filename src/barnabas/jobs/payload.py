@@ -311,33 +311,30 @@ def failed(
         fields["queue"] = fields["retry_queue"]
     elif queue is not None:
         fields["queue"] = queue
-    fields["error_message"] = _message(error)
-    fields["error_class"] = _class(error)
+    fields["error_message"] = message = _message(error)
+    fields["error_class"] = kind = _class(error)
     count = 0 if job.retry_count is None else job.retry_count + 1
     fields["failed_at" if job.retry_count is None else "retried_at"] = now
     fields["retry_count"] = count
     payload = _encode(fields)
 
-    retry = job.retry
-    if retry is None or retry is True:
-        retry = default_retry
-    limit = DEFAULT_RETRY if retry is True else int(retry)
-    if final:
-        reason = f"not retried: {_class(error)}"
-    elif retry is False:
-        return Failed("drop", payload, now, "failed, and retry is false")
-    elif not (reason := _exhausted(job, count, limit, now)):
-        wait = delay(count, error) if delay is not None else None
-        if wait is None or not 0 < wait < math.inf:
-            wait = count**4 + 15
-        return Failed("again", payload, now + wait + int(rand() * 10) * (count + 1), "")
-    return Failed("drop" if job.dead is False else "dead", payload, now, reason)
+    retry = default_retry if job.retry is None or job.retry is True else job.retry
+    last = f"{kind}: {message[:200]}"
+    if retry is False and not final:
+        return Failed("drop", payload, now, f"failed, and retry is false: {last}")
+    spent = "not retried" if final else _spent(job, count, DEFAULT_RETRY if retry is True else retry, now)
+    if spent:
+        return Failed("drop" if job.dead is False else "dead", payload, now, f"{spent}: {last}")
+    wait = delay(count, error) if delay is not None else None
+    if wait is None or not 0 < wait < math.inf:
+        wait = count**4 + 15
+    return Failed("again", payload, now + wait + int(rand() * 10) * (count + 1), "")
 
 
-def _exhausted(job: Payload, count: int, limit: int, now: float) -> str:
+def _spent(job: Payload, count: int, limit: int, now: float) -> str:
     """Why there is no further retry, or ""."""
     window = job.retry_for
-    if isinstance(window, int | float) and window and window is not True:
+    if type(window) in (int, float) and window:
         over = (job.failed_at or now) + window < now
         return f"failed for longer than retry_for, {window} s" if over else ""
     return f"failed {count + 1} times, and retry is {limit}" if count >= limit else ""

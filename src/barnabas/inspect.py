@@ -1,0 +1,380 @@
+"""The read side: what is declared, what is stored, what flows where. The command line is a thin skin over it.
+
+Nothing beneath imports this file, and nothing in it writes a message.
+"""
+
+import difflib
+import heapq
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from barnabas.app import App
+from barnabas.consumer import Consumer
+from barnabas.errors import BarnabasError, DeclarationError, UnknownTopic
+from barnabas.job import Job
+from barnabas.message import Message
+from barnabas.ports import Backend, TopicState
+from barnabas.topic import Retention, Topic
+
+CHUNK = 1000  # rows of one partition that are read at once
+
+Stored = Message[bytes | None]  # as it is stored: the value's bytes
+Start = str | int | datetime  # "earliest", "latest", an offset, or a time
+
+
+# What is declared.
+
+
+class ConsumerInfo(NamedTuple):
+    """A consumer as it is declared; `kind` is "sync" or "async", with " batch" for a batch handler."""
+
+    name: str
+    topics: list[str]
+    group: str
+    concurrency: int
+    order: str
+    kind: str
+
+
+class JobInfo(NamedTuple):
+    """A job as it is declared."""
+
+    name: str
+    queue: str
+    retry: bool | int
+    kind: str
+    signature: str
+
+
+def consumer_info(consumer: Consumer) -> ConsumerInfo:
+    """A consumer in words."""
+    route = consumer.routes(consumer.target)[0]
+    kind = ("async" if inspect.iscoroutinefunction(route.function) else "sync") + (" batch" if route.params.batch else "")
+    topics = [topic.name for topic in consumer.topics]
+    return ConsumerInfo(consumer.name, topics, consumer.group, consumer.concurrency, consumer.order, kind)
+
+
+def job_info(job: Job) -> JobInfo:
+    """A job in words."""
+    kind = "async" if inspect.iscoroutinefunction(job.function) else "sync"
+    return JobInfo(job.name, job.queue, job.retry, kind, str(inspect.signature(job.function)))
+
+
+def queues_of(app: App) -> list[str]:
+    """The queues a worker takes jobs from: those of the setting, else those of the declared jobs."""
+    queues = app.settings.queues
+    return list(queues if queues is not None else dict.fromkeys(job.queue for job in app.job_handlers.values()))
+
+
+def meant(name: str, known: Iterable[str], what: str) -> str:
+    """Half a sentence that helps who mistyped a name: the close ones, else all (or that there are none)."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, 3)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"there are {', '.join(sorted(names))}" if names else f"there are no {what}"
+
+
+class Report(NamedTuple):
+    """What `check` found: `problems` keep the app from working, `warnings` are worth a look."""
+
+    problems: list[str]
+    warnings: list[str]
+
+
+def check(app: App) -> Report:
+    """Look at settings and declarations, and whether the backends can be opened and agree with them."""
+    problems: list[str] = []
+    for kind in ("events", "jobs"):
+        try:
+            getattr(app, kind)
+        except BarnabasError as error:
+            problems.append(str(error))
+    warnings = list(app.settings.warnings)
+    for name in app.settings.topics:
+        if name not in app.topics:
+            warnings.append(f"[topics.{name}] in the settings has no effect: {meant(name, app.topics, 'topics')}")
+    queues = queues_of(app)
+    for job in app.job_handlers.values():
+        if job.queue not in queues:
+            warnings.append(f"nothing here runs job {job.name!r}: its queue {job.queue!r} is not in the setting queues")
+    used = {table.name for consumer in app.consumers.values() for table in consumer.tables}
+    warnings += [f"no consumer names table {name!r}: add it to a consumer's tables=[...]" for name in app.tables if name not in used]
+    if not app.consumers and not app.job_handlers:
+        warnings.append("there is nothing to run: the app has no consumer and no job")
+    return Report(list(dict.fromkeys(problems)), warnings)
+
+
+# What is stored.
+
+
+class TopicInfo(NamedTuple):
+    """A topic as it is stored; `retention` is None where it is not declared, `declared` says what it is to the app."""
+
+    name: str
+    partitions: int
+    messages: int
+    bytes: int
+    retention: Retention | None
+    declared: str
+
+
+def topics(app: App) -> list[TopicInfo]:
+    """All stored topics, and whether the app declares them or keeps them for itself (dead letters, retries)."""
+    known = {topic.name: topic for topic in app.all_topics()}
+    found = []
+    for name, partitions, in ((state.name, state.partitions) for state in app.events.topics()):
+        topic = known.get(name)
+        messages, size = sum(end - first for first, end, _ in partitions), sum(size for _, _, size in partitions)
+        found.append(TopicInfo(name, len(partitions), messages, size, topic.retention if topic else None, _relation(topic)))
+    return found
+
+
+def _relation(topic: Topic[Any] | None) -> str:
+    if topic is None:
+        return "no"
+    if topic.parent is None:
+        return "yes"
+    return f"{'dead letters' if topic.name == topic.parent.dead_topic.name else 'retries'} of {topic.parent.name}"
+
+
+def stored(app: App, name: str) -> TopicState:
+    """A topic's state. Raises UnknownTopic with the names it might have been."""
+    states = {state.name: state for state in app.events.topics()}
+    if name not in states:
+        raise UnknownTopic(f"no topic {name!r} is stored in {app.settings.events}; {meant(name, states, 'topics')}")
+    return states[name]
+
+
+def read(
+    app: App,
+    name: str,
+    start: Start = "earliest",
+    *,
+    partition: int | None = None,
+    key: str | None = None,
+    limit: int | None = None,
+    follow: bool = False,
+) -> Iterator[Stored]:
+    """The stored messages of a topic: each partition in its order, between partitions the oldest first.
+
+    start: "earliest", "latest", an offset (of `partition`), or a time: of each partition, the first message that is not
+    older. key: only messages with this key. follow: go on with what comes, for good. Raises UnknownTopic; no topic is
+    changed, no position is moved.
+    """
+    state = stored(app, name)
+    if partition is not None and not 0 <= partition < len(state.partitions):
+        raise UnknownTopic(f"topic {name!r} has no partition {partition}; it has {len(state.partitions)}, from 0")
+    if isinstance(start, int) and partition is None:
+        raise DeclarationError(f"an offset ({start}) belongs to one partition; say which (--partition), or give a time")
+    numbers = range(len(state.partitions)) if partition is None else [partition]
+    events = app.events
+    ends = {number: state.partitions[number][1] for number in numbers}
+    begins = {number: _begin(events, state, number, start) for number in numbers}
+    streams = [_partition(events, name, number, begins[number], ends[number]) for number in numbers]
+    found: Iterator[Stored] = heapq.merge(*streams, key=attrgetter("timestamp"))
+    if follow:
+        found = _chained(found, _follow(events, name, {n: max(begins[n], ends[n]) for n in numbers}))
+    if key is not None:
+        found = (message for message in found if _text(message.key) == key)
+    return _first(found, limit)
+
+
+def _begin(events: Backend, state: TopicState, number: int, start: Start) -> int:
+    first, end, _ = state.partitions[number]
+    if start == "earliest":
+        return first
+    if start == "latest":
+        return end
+    if isinstance(start, int):
+        return max(start, first)
+    if isinstance(start, datetime):
+        # Timestamps may be the sender's own, so they need not rise: no bisection.
+        since = start.timestamp()
+        rows = _partition(events, state.name, number, first, end)
+        return next((m.offset for m in rows if m.timestamp is not None and m.timestamp >= since), end)
+    raise DeclarationError(f'start={start!r}: give "earliest", "latest", an offset or a datetime')
+
+
+def _partition(events: Backend, topic: str, number: int, offset: int, end: int) -> Iterator[Stored]:
+    while offset < end:
+        rows = events.read(topic, number, offset, min(CHUNK, end - offset))
+        if not rows:
+            return
+        for at, key, value, headers, timestamp in rows:
+            if at >= end:
+                return
+            yield Message(
+                topic=topic, partition=number, offset=at, key=key, value=value, headers=headers or (), timestamp=timestamp
+            )
+        offset = rows[-1][0] + 1
+
+
+def _follow(events: Backend, topic: str, at: dict[int, int]) -> Iterator[Stored]:
+    """What comes from these offsets on, as it comes."""
+    ring = threading.Event()
+    unwatch = events.watch(ring.set)
+    try:
+        while True:
+            ring.clear()
+            quiet = True
+            for number, offset in at.items():
+                for message in _partition(events, topic, number, offset, offset + CHUNK):
+                    quiet = False
+                    at[number] = message.offset + 1
+                    yield message
+            if quiet:
+                ring.wait(1.0)
+    finally:
+        unwatch()
+
+
+def _chained(first: Iterator[Stored], then: Iterator[Stored]) -> Iterator[Stored]:
+    yield from first
+    yield from then
+
+
+def _first(found: Iterator[Stored], limit: int | None) -> Iterator[Stored]:
+    """The first `limit`: ends with the last of them, and does not wait for one more."""
+    if limit == 0:
+        return
+    for count, message in enumerate(found, 1):
+        yield message
+        if count == limit:
+            return
+
+
+def _text(key: Any) -> Any:
+    return key.decode(errors="replace") if isinstance(key, bytes) else key
+
+
+# What flows where.
+
+
+class Node(NamedTuple):
+    """A part of the graph; `kind` is "topic", "consumer", "job" or "table"."""
+
+    kind: str
+    name: str
+
+
+class Edge(NamedTuple):
+    """What goes from one node to another.
+
+    kind: "reads" (topic to consumer), "answers" (a declared response), "keeps" (consumer to table), or "sends": the
+    code of a handler or job names this topic or job, so it may send there.
+    """
+
+    kind: str
+    source: Node
+    target: Node
+    required: bool = False
+    multiple: bool = False
+
+
+class Graph(NamedTuple):
+    """Topics, consumers, jobs and tables of an app, and what goes between them."""
+
+    nodes: list[Node]
+    edges: list[Edge]
+
+
+def flow(app: App) -> Graph:
+    """The graph of an app. Sends outside of responders are found in the code where it names a topic or job of the app."""
+    nodes = [Node("topic", name) for name in app.topics]
+    nodes += [Node("consumer", name) for name in app.consumers]
+    nodes += [Node("job", name) for name in app.job_handlers]
+    nodes += [Node("table", name) for name in app.tables]
+    edges = [edge for consumer in app.consumers.values() for edge in _edges(consumer)]
+    for job in app.job_handlers.values():
+        own = Node("job", job.name)
+        edges += [Edge("sends", own, to) for to in _named(job.function, app) if to != own]
+    return Graph(nodes, edges)
+
+
+def _edges(consumer: Consumer) -> Iterator[Edge]:
+    own = Node("consumer", consumer.name)
+    for topic in consumer.topics:
+        yield Edge("reads", Node("topic", topic.name), own)
+    answered = set()
+    for name, required, multiple in responses(consumer):
+        answered.add(Node("topic", name))
+        yield Edge("answers", own, Node("topic", name), required, multiple)
+    for table in consumer.tables:
+        yield Edge("keeps", own, Node("table", table.name))
+    for node in _named(consumer.target, consumer.app):
+        if node not in answered and node.name not in [t.name for t in consumer.topics]:
+            yield Edge("sends", own, node)
+
+
+def responses(consumer: Consumer) -> list[tuple[str, bool, bool]]:
+    """The topics a consumer answers on, in the order of declaration: name, whether always, whether more than once."""
+    routes = consumer.routes(consumer.target)
+    optional, batch = all(route.params.returns_none for route in routes), routes[0].params.batch
+    return [(r.topic.name, r.required and not optional, r.multiple or batch) for r in consumer.responds]
+
+
+def _named(target: Any, app: App) -> list[Node]:
+    """The app's topics and jobs that this function's (or this class's methods') code names."""
+    functions = [target] if not inspect.isclass(target) else [f for f in vars(target).values() if inspect.isfunction(f)]
+    found: dict[Node, None] = {}
+    for function in functions:
+        function = inspect.unwrap(function)
+        code = getattr(function, "__code__", None)
+        if code is None:
+            continue
+        known: Mapping[str, Any] = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+        for name in _names(code):
+            value = known.get(name)
+            if isinstance(value, Topic) and app.topics.get(value.name) is value:
+                found[Node("topic", value.name)] = None
+            elif isinstance(value, Job) and app.job_handlers.get(value.name) is value:
+                found[Node("job", value.name)] = None
+    return list(found)
+
+
+def _names(code: Any) -> Iterator[str]:
+    yield from code.co_names
+    yield from code.co_freevars
+    for constant in code.co_consts:
+        if hasattr(constant, "co_names"):
+            yield from _names(constant)
+
+
+def flow_text(app: App) -> str:
+    """What is answered on which topic, in the form of `karafka flow` (facts/karafka.md 5.2), sorted by incoming topic."""
+    routes: dict[str, dict[tuple[str, bool, bool], None]] = {}
+    for consumer in app.consumers.values():
+        for topic in consumer.topics:
+            routes.setdefault(topic.name, {}).update(dict.fromkeys(responses(consumer)))
+    lines = []
+    for name, answers in sorted(routes.items()):
+        lines.append(f"{name} =>" if answers else f"{name} => (nothing)")
+        for answer, required, multiple in answers:
+            when, often = "always" if required else "conditionally", "one or more" if multiple else "exactly once"
+            lines.append(f"{f'  - {answer}:':<25} ({when}, {often})")
+    return "\n".join(lines)
+
+
+_SHAPES: dict[str, Callable[[str], str]] = {
+    "topic": lambda text: f'[/"{text}"/]',
+    "consumer": lambda text: f'("{text}")',
+    "job": lambda text: f'[["{text}"]]',
+    "table": lambda text: f'[("{text}")]',
+}
+
+
+def flow_mermaid(graph: Graph) -> str:
+    """The graph as a Mermaid flowchart: what happens always is solid, what may happen is dotted."""
+    ids = {node: f"n{number}" for number, node in enumerate(graph.nodes)}
+    lines = ["flowchart LR"]
+    lines += [f"    {ids[node]}{_SHAPES[node.kind](node.name)}" for node in graph.nodes]
+    for edge in graph.edges:
+        sure = edge.kind in ("reads", "keeps") or edge.required
+        label = "|one or more|" if edge.multiple else ""
+        lines.append(f"    {ids[edge.source]} {'-->' if sure else '-.->'}{label} {ids[edge.target]}")
+    return "\n".join(lines)

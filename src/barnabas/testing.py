@@ -1,0 +1,231 @@
+"""Run an app in a test: no broker, no threads to wait for, no sleeps, and a clock that only the test moves.
+
+    with barnabas.testing.run(app) as t:
+        orders.send(Order(...))
+        t.drain()
+        assert [m.value for m in t.sent(receipts)] == [Receipt(...)]
+
+Topics, queues and tables live in `memory:` for as long as the block lasts; settings come from the code alone. Handlers
+run in the thread that calls `drain()`, async ones on an event loop of the test's own. What is not there: a `timeout=`
+is not enforced (nobody watches), and a batch does not wait to fill up (nothing else is coming).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from barnabas.app import App
+from barnabas.backends.memory import MemoryBackend
+from barnabas.clock import FakeClock
+from barnabas.codec import make_codec
+from barnabas.engine.observe import Failed, Observers
+from barnabas.engine.runner import Runner
+from barnabas.errors import BarnabasError
+from barnabas.job import Job
+from barnabas.jobs.payload import PayloadError, parse
+from barnabas.message import Message, Outgoing
+from barnabas.settings import Settings
+from barnabas.state.table import Table
+from barnabas.topic import Topic
+from barnabas.worker import Worker
+
+__all__ = ["FakeClock", "Trial", "run"]
+ROUNDS = 10_000  # turns of one drain; whoever needs more goes round in circles
+NO_WAIT = 1e-9  # seconds a batch waits: none, yet it is still a batch
+
+
+@contextlib.contextmanager
+def run(app: App, *, raises: bool = True) -> Iterator["Trial"]:
+    """Put `app` into a test: on_start hooks and set_up run here, tear_down and on_stop at the end of the block.
+
+    raises: a failing handler fails the test, `drain` raises its exception; False: retries and dead letters take their
+    usual road. Afterwards everything about the app is as it was before.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_isolated(app))
+        trial = Trial(app, raises)
+        stack.callback(trial._end)
+        trial._begin()
+        yield trial
+
+
+@contextlib.contextmanager
+def _isolated(app: App) -> Iterator[None]:
+    """The app with the code's settings, empty `memory:` backends, a fake clock and observers' counts of its own."""
+    kept = dict(app.__dict__)
+    topics = {topic: dict(topic.__dict__) for topic in app.topics.values()}
+    app.clock = clock = FakeClock()
+    app.settings = Settings({**app.settings.code, "events": "memory:", "jobs": "memory:"}, ignore_file=True, ignore_env=True)
+    app.observers = Observers(app.observers.watchers)
+    for topic in topics:
+        app.as_declared(topic)
+    app.__dict__["_events"] = app.__dict__["_jobs"] = memory = _Memory("memory:", clock)
+    memory.declare(app.all_topics())
+    try:
+        yield
+    finally:
+        for name in ("_events", "_jobs", "clock", "settings", "observers"):
+            app.__dict__.pop(name, None)
+            if name in kept:
+                app.__dict__[name] = kept[name]
+        for topic, fields in topics.items():
+            topic.__dict__.clear()
+            topic.__dict__.update(fields)
+        memory.close()
+
+
+class _Memory(MemoryBackend):
+    """`memory:`, which also knows in which order messages came, over all partitions."""
+
+    def __init__(self, url: str, clock: FakeClock) -> None:
+        super().__init__(url, clock)
+        self.came: dict[str, list[tuple[int, int]]] = {}
+
+    def _append(self, out: Outgoing) -> None:
+        before = {n: log.next for n, log in enumerate(self.logs.get(out.topic.name, ()))}
+        super()._append(out)
+        for number, log in enumerate(self.logs[out.topic.name]):
+            if log.next > before.get(number, 0):
+                self.came.setdefault(out.topic.name, []).append((number, log.next - 1))
+
+
+class Trial:
+    """An app in a test, as `run` hands it out. `clock` stands still: `t.clock.advance(seconds)` moves it."""
+
+    clock: FakeClock
+
+    def __init__(self, app: App, raises: bool) -> None:
+        self.app = app
+        self.clock = app.clock  # type: ignore[assignment]
+        self._memory: _Memory = app.events  # type: ignore[assignment]
+        self._raises = raises
+        self._failed: list[Failed] = []
+        self._loop = asyncio.Runner()
+        self._worker: Worker | None = None
+
+    def drain(self, *, raises: bool | None = None) -> None:
+        """Run handlers until nothing is ready. What waits for a time to come stays; move the clock and drain again.
+
+        Raises the exception of the first handler that failed, after what succeeded beside it is settled; with
+        raises=False none but that of on_dead="stop".
+        """
+        raises = self._raises if raises is None else raises
+        self._failed = []
+        runners = self._worker.runners if self._worker is not None else []
+        for _ in range(ROUNDS):
+            moved = [self._turn(runner) for runner in runners]
+            for runner in runners:
+                if raises and self._failed:
+                    self._settle(runners)
+                    raise _cause(self._failed[0])
+                for crew in runner.crews:
+                    if crew.error is not None:
+                        raise crew.error
+            if not any(moved):
+                return
+        raise AssertionError(f"not drained after {ROUNDS} turns: does a handler send to a topic that leads back to it?")
+
+    def sent(self, topic: Topic[Any]) -> list[Message[Any]]:
+        """The messages on a topic, in the order in which they came."""
+        return [self._message(topic, topic.decode, *at) for at in self._memory.came.get(topic.name, ())]
+
+    def enqueued(self, job: Job) -> list[tuple[Any, ...]]:
+        """The arguments of each job that waits: ready ones first, then the scheduled and those to be retried, by time."""
+        memory = self._memory
+        payloads = [out.payload for queue in memory.ready.values() for _, out in sorted(queue, key=lambda row: row[0])]
+        payloads += [out.payload for _, _, _, out in sorted(memory.later, key=lambda row: row[:2])]
+        return [job.decode_args(p.args) for p in map(_parsed, payloads) if p is not None and p.name == job.name]
+
+    def dead(self, source: Topic[Any] | Job) -> list[Any]:
+        """The dead letters of a topic, as Messages whose headers give the reason (the value decoded if it can be, else
+        bytes), or the dead jobs of a job, as dicts with `args`, `error_class`, `error_message` and so on."""
+        if isinstance(source, Job):
+            decode = make_codec("a dead job", dict, "json")[1]
+            found = [(_parsed(out.payload), out.payload) for out in self._memory.buried]
+            return [decode(data) for p, data in found if p is not None and p.name == source.name]
+        name = source.dead_topic.name
+        return [self._message(source.dead_topic, _softly(source.decode), *at) for at in self._memory.came.get(name, ())]
+
+    def table(self, table: Table[Any]) -> dict[Any, Any]:
+        """A table as it was last settled."""
+        with table.open() as view:
+            return dict(view.items())
+
+    # What `run` calls.
+
+    def _begin(self) -> None:
+        self.app.observers.watchers.append(self._saw)
+        if not self.app.consumers and not self.app.job_handlers:
+            return
+        self._worker = worker = Worker(self.app, inline=True)
+        worker.drive = self._loop.run
+        worker.start()
+        for runner in worker.runners:
+            for crew in runner.crews:
+                crew.lanes.wait = min(crew.lanes.wait, NO_WAIT)
+            runner.step(0.0)  # partitions are assigned: from here on a consumer from "latest" gets what is sent
+
+    def _end(self) -> None:
+        try:
+            if self._worker is not None:
+                self._worker.stop(0.0)
+        finally:
+            self._loop.close()
+
+    def _saw(self, record: Any) -> None:
+        if isinstance(record, Failed) and (record.outcome != "skipped" or record.error is not None):
+            self._failed.append(record)
+
+    # One turn.
+
+    def _turn(self, runner: Runner) -> bool:
+        """Fetch, run what is ready; True if there was anything to do."""
+        moved = runner.step(0.0)
+        for crew in runner.crews:
+            if crew.lanes.ready or crew.solo is not None:
+                moved = True
+                crew.step()
+        return moved
+
+    def _settle(self, runners: list[Runner]) -> None:
+        for runner in runners:
+            runner.settle()
+
+    def _message(self, topic: Topic[Any], decode: Any, partition: int, offset: int) -> Message[Any]:
+        (row,) = self._memory.read(topic.name, partition, offset, 1)
+        _, key, value, headers, timestamp = row
+        return Message(
+            topic=topic.name,
+            value=None if value is None else decode(value),
+            key=key,
+            headers=headers or (),
+            timestamp=timestamp,
+            partition=partition,
+            offset=offset,
+        )
+
+
+def _cause(failure: Failed) -> BaseException:
+    """The handler's own exception, with a note on where it happened."""
+    where = f"{failure.topic}[{failure.partition}]@{failure.offset}" if failure.partition >= 0 else f"queue {failure.topic}"
+    error = failure.error or BarnabasError(f"{failure.name}: {failure.reason}")
+    error.add_note(f"{failure.name}, {where}, attempt {failure.attempt}: {failure.outcome} (drain(raises=False) goes on)")
+    return error
+
+
+def _parsed(payload: bytes) -> Any:
+    try:
+        return parse(payload)
+    except PayloadError:
+        return None
+
+
+def _softly(decode: Any) -> Any:
+    def attempt(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except Exception:
+            return data
+
+    return attempt
