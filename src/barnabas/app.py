@@ -43,6 +43,7 @@ class App:
         self.start_hooks: list[Callable[[], Any]] = []
         self.stop_hooks: list[Callable[[], Any]] = []
         self.observers = Observers()
+        self._declared: dict[str, dict[str, Any]] = {}  # each topic's options as the code gives them
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -73,8 +74,6 @@ class App:
             raise DeclarationError(f"{owner}: retention={retention!r}: give Retention(age=SECONDS, size=BYTES)")
         if not isinstance(options.get("rekeyed", False), bool):
             raise DeclarationError(f"{owner}: rekeyed={options['rekeyed']!r}: give True or False")
-        if limit is None:
-            options["limit"] = self.settings.value_limit
         if name in self.topics:
             known = self.topics[name]
             if known.type != type or self._declared[name] != options:
@@ -85,16 +84,19 @@ class App:
         self.topics[name] = topic
         return topic
 
-    @property
-    def _declared(self) -> dict[str, dict[str, Any]]:
-        return self.__dict__.setdefault("_topic_options", {})  # type: ignore[no-any-return]
+    def adopt(self, settings: Settings) -> None:
+        """Go by other settings from now on; the topics follow. For whoever starts the app: nothing may be open yet."""
+        self.settings = settings
+        for name, topic in self.topics.items():
+            now = self._overridden(name, self._declared[name])
+            topic.adjust(now.get("partitions"), now.get("retention"), now["limit"])
 
     def _overridden(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """Settings files know better than code: `[topics.orders] partitions = 24`."""
-        over = self.settings.topics.get(name)
-        if not over:
-            return options
+        over = self.settings.topics.get(name, {})
         changed = {**options}
+        if changed.get("limit") is None:
+            changed["limit"] = self.settings.value_limit
         if "partitions" in over:
             changed["partitions"] = over["partitions"]
         given = options.get("retention") or Retention()

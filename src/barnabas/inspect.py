@@ -7,7 +7,7 @@ import difflib
 import heapq
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -127,7 +127,7 @@ def topics(app: App) -> list[TopicInfo]:
     """All stored topics, and whether the app declares them or keeps them for itself (dead letters, retries)."""
     known = {topic.name: topic for topic in app.all_topics()}
     found = []
-    for name, partitions, in ((state.name, state.partitions) for state in app.events.topics()):
+    for name, partitions in app.events.topics():
         topic = known.get(name)
         messages, size = sum(end - first for first, end, _ in partitions), sum(size for _, _, size in partitions)
         found.append(TopicInfo(name, len(partitions), messages, size, topic.retention if topic else None, _relation(topic)))
@@ -327,9 +327,10 @@ def _named(target: Any, app: App) -> list[Node]:
         code = getattr(function, "__code__", None)
         if code is None:
             continue
-        known: Mapping[str, Any] = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+        closure = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         for name in _names(code):
-            value = known.get(name)
+            cell = closure.get(name)
+            value = cell.cell_contents if cell is not None else function.__globals__.get(name)
             if isinstance(value, Topic) and app.topics.get(value.name) is value:
                 found[Node("topic", value.name)] = None
             elif isinstance(value, Job) and app.job_handlers.get(value.name) is value:

@@ -69,6 +69,13 @@ class Topic(Generic[T]):
     def __repr__(self) -> str:
         return f"<topic {self.name}>"
 
+    def adjust(self, partitions: int | None, retention: Retention | None, limit: int) -> None:
+        """Follow changed settings; its relatives do too."""
+        self.partitions = partitions
+        self.retention = retention or Retention()
+        self.limit = limit
+        self._family = {}
+
     # Relatives: where this topic's failures go.
 
     @property

@@ -35,14 +35,11 @@ class Turn:
     @contextlib.contextmanager
     def take(self) -> Iterator[None]:
         """Hold the turn."""
+        fcntl.flock(self._next, fcntl.LOCK_EX)
         try:
-            fcntl.flock(self._main, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fcntl.flock(self._next, fcntl.LOCK_EX)
-            try:
-                fcntl.flock(self._main, fcntl.LOCK_EX)
-            finally:
-                fcntl.flock(self._next, fcntl.LOCK_UN)
+            fcntl.flock(self._main, fcntl.LOCK_EX)
+        finally:
+            fcntl.flock(self._next, fcntl.LOCK_UN)
         try:
             yield
         finally:

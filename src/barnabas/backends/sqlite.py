@@ -182,7 +182,7 @@ class SqliteBackend:
     _stir = False  # counts in `heads` moved in a way that only reading tells
 
     def stir(self, db: apsw.Connection, where: str, args: Sequence[Any] = ()) -> None:
-        """Inside a write: tell all processes that something changed for a queue, all queues, or the members (gid 0)."""
+        """Inside a write: tell all processes that something changed for a queue, all queues, or a group's members."""
         db.execute(f"UPDATE heads SET next = next + 1 WHERE {where}", args)
         self._stir = True
 
@@ -541,8 +541,12 @@ class SqliteBackend:
     def _expel(self, db: apsw.Connection, number: int) -> None:
         """Take a process's partitions: it is dead, or was silent for a session."""
         db.execute("UPDATE positions SET member = NULL WHERE member IN (SELECT id FROM members WHERE process = ?)", (number,))
+        self.stir(
+            db,
+            "partition = -2 AND topic IN (SELECT n.name FROM members m JOIN names n ON n.id = m.grp WHERE m.process = ?)",
+            (number,),
+        )
         db.execute("DELETE FROM members WHERE process = ?", (number,))
-        self.stir(db, "gid = 0")
 
     # Windows.
 

@@ -4,13 +4,12 @@
 CREATE TABLE names (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, name TEXT NOT NULL, UNIQUE (kind, name));
 
 -- One row a partition, and one a queue (partition -1; `next` counts what was enqueued, so a change of it is a signal).
--- Row 0 counts changes of membership.
+-- Partition -2: a consumer group, whose `next` counts changes of its membership.
 CREATE TABLE heads (
     gid INTEGER PRIMARY KEY, topic TEXT NOT NULL, partition INTEGER NOT NULL,
     next INTEGER NOT NULL DEFAULT 0, first INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0,
     UNIQUE (topic, partition)
 );
-INSERT INTO heads (gid, topic, partition) VALUES (0, '', -2);
 
 -- Messages, a batch a row: id = gid << 40 | offset of the first; data = msgpack [keys, values, headers or nil, timestamps].
 CREATE TABLE records (id INTEGER PRIMARY KEY, count INTEGER NOT NULL, time REAL NOT NULL, data BLOB NOT NULL);

@@ -74,6 +74,8 @@ class SqliteLog(_Fetcher):
     def _enter(self, db: apsw.Connection) -> None:
         """Become a member; positions begin for partitions that the group has not seen."""
         self._group = self.home.name_id(db, "group", self._group_name)
+        db.execute("INSERT OR IGNORE INTO heads (topic, partition) VALUES (?, -2)", (self._group_name,))
+        self._signal: int = db.execute("SELECT gid FROM heads WHERE topic = ? AND partition = -2", (self._group_name,)).fetchone()[0]
         self._join(db)
         first = "next" if self._start == "latest" else "first"
         db.executemany(
@@ -87,7 +89,7 @@ class SqliteLog(_Fetcher):
             (self._group, self.home.process, json.dumps(self._topics)),
         )
         self._member = db.last_insert_rowid()
-        self.home.stir(db, "gid = 0")
+        self.home.stir(db, "gid = ?", (self._signal,))
 
     # Membership.
 
@@ -108,12 +110,12 @@ class SqliteLog(_Fetcher):
 
     def _balance(self) -> None:
         """Give up what is another's by now or by fair share, take what is free and ours."""
-        generation = self.home.heads[0]
+        generation = self.home.heads[self._signal]
         if self._lapsed:
             self._drop(list(self._parts))
             self._lapsed = False
             self._lease = self.home.clock.monotonic() + self.home.session * 0.7
-        gone, lost = self.home.write(self._plan)
+        gone, lost = self._plan()
         if lost:
             for gid in lost:
                 self._parts[gid].closed = True
@@ -121,28 +123,35 @@ class SqliteLog(_Fetcher):
             self._drop(lost)
         if gone:
             self._drop(gone)
-        came = self.home.write(self._claim)
-        if came:
-            self.listener.assigned(came)
+        members, owners = self._rows(self.home.query)
+        target = self._target(members, owners)
+        if any(self._claimable(gid, owners[gid][0], target) for gid, _, _ in self._all):
+            came = self.home.write(self._claim)
+            if came:
+                self.listener.assigned(came)
         self._generation = generation
 
-    def _rows(self, db: apsw.Connection) -> tuple[list[int], dict[int, tuple[int, int]]]:
+    def _rows(self, query: Any) -> tuple[list[int], dict[int, tuple[int, int]]]:
         """The group's members, and who has which of its partitions: {gid: (member, epoch)}."""
-        members = [r[0] for r in db.execute("SELECT id FROM members WHERE grp = ? ORDER BY id", (self._group,))]
+        members = [r[0] for r in query("SELECT id FROM members WHERE grp = ? ORDER BY id", (self._group,))]
         owners = {
             gid: (member, epoch)
-            for gid, member, epoch in db.execute("SELECT gid, member, epoch FROM positions WHERE grp = ?", (self._group,))
+            for gid, member, epoch in query("SELECT gid, member, epoch FROM positions WHERE grp = ?", (self._group,))
         }
         return members, owners
+
+    def _claimable(self, gid: int, owner: int | None, target: dict[int, int]) -> bool:
+        """Free and ours by share; or still in our name though we gave it up (a release that failed)."""
+        return gid not in self._parts and (owner == self._member or (owner is None and target.get(gid) == self._member))
 
     def _target(self, members: list[int], owners: dict[int, tuple[int, int]]) -> dict[int, int]:
         held = {gid: owners[gid][0] for gid, _, _ in self._all if owners[gid][0] is not None}
         return fair(members, [gid for gid, _, _ in self._all], held)
 
-    def _plan(self, db: apsw.Connection) -> tuple[list[int], list[int]]:
-        members, owners = self._rows(db)
+    def _plan(self) -> tuple[list[int], list[int]]:
+        members, owners = self._rows(self.home.query)
         if self._member not in members:  # expelled while we were silent
-            self._join(db)
+            self.home.write(self._join)
             members.append(self._member)
         lost = [gid for gid in self._parts if owners[gid] != (self._member, self._epochs[gid])]
         target = self._target(members, owners)
@@ -161,14 +170,18 @@ class SqliteLog(_Fetcher):
             "UPDATE positions SET member = NULL WHERE grp = ? AND gid = ? AND member = ? AND epoch = ?",
             [(self._group, gid, self._member, self._epochs[gid]) for gid in gids],
         )
-        self.home.stir(db, "gid = 0")
+        self.home.stir(db, "gid = ?", (self._signal,))
 
     def _claim(self, db: apsw.Connection) -> list[Part]:
-        members, owners = self._rows(db)
+        members, owners = self._rows(db.execute)
         target = self._target(members, owners)
         came = []
         for gid, topic, number in self._all:
-            if target.get(gid) != self._member or gid in self._parts or owners[gid][0] is not None:
+            if not self._claimable(gid, owners[gid][0], target):
+                continue
+            if target.get(gid) != self._member:
+                db.execute("UPDATE positions SET member = NULL WHERE grp = ? AND gid = ?", (self._group, gid))
+                self.home.stir(db, "gid = ?", (self._signal,))
                 continue
             db.execute(
                 "UPDATE positions SET member = ?, epoch = epoch + 1 WHERE grp = ? AND gid = ?", (self._member, self._group, gid)
@@ -194,7 +207,7 @@ class SqliteLog(_Fetcher):
 
     def look(self) -> None:
         heads = self.home.heads
-        if heads[0] != self._generation or self._lapsed:
+        if heads[self._signal] != self._generation or self._lapsed:
             self.wake()
             return
         for gid, part in self._parts.items():
@@ -206,12 +219,12 @@ class SqliteLog(_Fetcher):
 
     def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
         self._limit = limit
-        if self._lapsed or self.home.heads[0] != self._generation:
+        if self._lapsed or self.home.heads[self._signal] != self._generation:
             self._balance()
         found = self._read(limit)
         if not found and timeout > 0:
             self._wait(timeout)
-            if self._lapsed or self.home.heads[0] != self._generation:
+            if self._lapsed or self.home.heads[self._signal] != self._generation:
                 self._balance()
             found = self._read(limit)
         return found
@@ -281,7 +294,7 @@ class SqliteLog(_Fetcher):
 
     def _leave(self, db: apsw.Connection) -> None:
         db.execute("DELETE FROM members WHERE id = ?", (self._member,))
-        self.home.stir(db, "gid = 0")
+        self.home.stir(db, "gid = ?", (self._signal,))
 
 
 def _numbers(counts: Mapping[str, int]) -> dict[int, int]:

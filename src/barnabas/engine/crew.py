@@ -261,6 +261,7 @@ class ThreadCrew(Crew):
 
     def start(self) -> None:
         self._idle = 0
+        self._alive = self.size
         self._calls: deque[Callable[[], None]] = deque()
         self._work = threading.Condition(self.lanes.lock)
         self.threads = [
@@ -280,8 +281,11 @@ class ThreadCrew(Crew):
                 future.fail(error)
 
         with self._work:
-            self._calls.append(act)
-            self._work.notify_all()
+            if self._alive:
+                self._calls.append(act)
+                self._work.notify_all()
+        if self._alive == 0:
+            act()
         future.result(timeout)
 
     def _drive(self, slot: int) -> None:
@@ -316,6 +320,7 @@ class ThreadCrew(Crew):
                 self._idle += 1
                 self._work.wait()
                 self._idle -= 1
+            self._alive -= 1
         return None
 
     def _ready(self) -> None:

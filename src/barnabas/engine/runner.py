@@ -138,7 +138,7 @@ class Runner:
         waits here, another process could be doing."""
         if self._ahead is None:
             return self.limit
-        return min(self.limit, sum(c.size + int(c.size * self._ahead / max(c.pace, 1e-6)) for c in self.crews))
+        return min(self.limit, sum(c.size + (int(c.size * self._ahead / c.pace) if c.pace else 0) for c in self.crews))
 
     def _hand_over(self, batches: list[tuple[Part, Sequence[Row]]]) -> None:
         ready = []
