@@ -8,7 +8,7 @@ import asyncio
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from barnabas.engine.lanes import Lanes, Run
@@ -62,6 +62,7 @@ class Crew:
         self.solo: Run | None = None
         self.error: BaseException | None = None
         self.body = work_batches if batch else work
+        self.drive: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run  # for `step` and `call` of async handlers
 
     # The workers' side.
 
@@ -150,12 +151,8 @@ class Crew:
         (monotonic seconds; negative: stop, it is given back)."""
         if self.current[slot] is not run:
             return STOP
-        if isinstance(error, asyncio.CancelledError):
-            why = self.cancelled.pop(slot, None)
-            task = asyncio.current_task()
-            if task is not None:
-                while task.cancelling():
-                    task.uncancel()
+        if isinstance(error, asyncio.CancelledError) and self.handler.awaited:
+            why = self._uncancel(slot)
             if why == "release":
                 return STOP
             if why == "timeout":
@@ -172,6 +169,23 @@ class Crew:
             return STOP
         return None if at is None else self.monotonic() + max(0.0, at - now)
 
+    def _uncancel(self, slot: int) -> str | None:
+        """Why we cancelled what this task runs; the task forgets about it."""
+        task = asyncio.current_task()
+        while task is not None and task.cancelling():
+            task.uncancel()
+        return self.cancelled.pop(slot, None)
+
+    def overdue(self, slot: int, run: Run, row: Row) -> None:
+        """A handler returned, and somebody in the crew was past his timeout: raise TimedOut if it was this one."""
+        if self.handler.awaited:
+            if self._uncancel(slot) != "timeout":
+                return
+        elif (id(run), row[0]) not in self.late:
+            return
+        self.late.discard((id(run), row[0]))
+        raise TimedOut(f"ran longer than its timeout of {self.handler.limit(run)} s")
+
     def abandon(self, slot: int, run: Run) -> None:
         """A sync handler did not return after twice its timeout: its delivery has failed, whatever it does later.
 
@@ -186,7 +200,9 @@ class Crew:
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float = 5.0) -> None:
         """Call a user's function where the handler runs; raises what it raises, TimeoutError after `timeout` seconds."""
-        function(*args)
+        out = function(*args)
+        if asyncio.iscoroutine(out):
+            self.drive(out)
 
     def decode_each(self, run: Run, rows: Sequence[Row]) -> tuple[list[Any], list[Row]]:
         """Decode what can be decoded; the others are dead on their own."""
@@ -245,8 +261,14 @@ class Crew:
         """Take no further run; what is in hand goes on until its next delivery."""
         self.stopping = True
 
+    def leave(self) -> None:
+        """End; a stopped crew still answers `call`."""
+
     def step(self) -> None:
-        """Run every worker until nothing is ready (tests and simulation, sync handlers)."""
+        """Run every worker until nothing is ready (tests and simulation)."""
+        if self.handler.awaited:
+            self.drive(self._together())
+            return
         for slot in range(self.size):
             body = self.body(self, slot)
             try:
@@ -254,6 +276,9 @@ class Crew:
             except StopIteration:
                 continue
             raise RuntimeError("a sync handler's worker was suspended")
+
+    async def _together(self) -> None:
+        await asyncio.gather(*(self.body(self, slot) for slot in range(self.size)))
 
 
 class ThreadCrew(Crew):

@@ -110,6 +110,7 @@ class JobHandler:
             now,
             default_retry=entry.job.retry if entry is not None else True,
             delay=delay,
+            **({} if delay is None else {"rand": lambda: 0.0}),
             queue=run.part.topic,
             final=final,
         )

@@ -1,0 +1,116 @@
+"""`barnabas read`: what a topic holds, as text or as JSON lines."""
+
+import base64
+from datetime import datetime
+from typing import Any
+
+import click
+import msgspec
+
+from barnabas import inspect
+from barnabas.app import App
+from barnabas.cli import draw
+from barnabas.cli.loading import json_option, with_app
+
+_decode = msgspec.json.Decoder().decode
+
+
+class StartType(click.ParamType):
+    """earliest, latest, an offset, or an ISO 8601 time (local time unless it says otherwise)."""
+
+    name = "start"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> inspect.Start:
+        """The start that the text stands for."""
+        if not isinstance(value, str) or value in ("earliest", "latest"):
+            return value  # type: ignore[no-any-return]
+        if value.isdecimal():
+            return int(value)
+        try:
+            return datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is not earliest, latest, an offset, or a time such as 2026-01-31T12:00:00", param, ctx)
+
+
+@click.command()
+@click.argument("topic")
+@click.option(
+    "--from",
+    "start",
+    type=StartType(),
+    metavar="earliest|latest|OFFSET|TIME",
+    help="Where to begin; an OFFSET needs --partition, a TIME is ISO 8601. [default: earliest; with --follow latest]",
+)
+@click.option("--partition", type=click.IntRange(0), metavar="N", help="Only this partition.")
+@click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("--limit", type=click.IntRange(0), metavar="N", help="At most so many messages.")
+@click.option("--key", metavar="K", help="Only messages with this key.")
+@json_option
+@with_app
+def read(app: App, topic: str, start: inspect.Start | None, follow: bool, as_json: bool, **which: Any) -> None:
+    """Show the messages of a topic: each partition in its order, between partitions the oldest first."""
+    start = start if start is not None else "latest" if follow else "earliest"
+    if isinstance(start, int) and which["partition"] is None:
+        raise click.UsageError(f"--from {start} is an offset and needs --partition N; a time is written as ISO 8601")
+    shown = 0
+    try:
+        for message in inspect.read(app, topic, start, follow=follow, **which):
+            draw.line(as_line(message) if as_json else as_text(message))
+            shown += 1
+            if follow:
+                draw.flush()
+    except KeyboardInterrupt:  # how --follow ends
+        return
+    if not shown and not as_json:
+        why = "latest begins behind the last message; add --follow to wait for new ones, or use --from earliest"
+        click.echo(f"nothing: {why if start == 'latest' else 'no message matches'}", err=True)
+
+
+def as_line(message: inspect.Stored) -> bytes:
+    """A message as JSON. `value` is the JSON that is stored; "encoding" says so where it is other text, or base64."""
+    value, encoding = _shown(message.value)
+    key, key_encoding = (message.key, "") if not isinstance(message.key, bytes) else _text(message.key)
+    fields = {
+        "topic": message.topic,
+        "partition": message.partition,
+        "offset": message.offset,
+        "key": key,
+        "value": value,
+        "headers": [[name, _text(data)[0]] for name, data in message.headers],
+        "timestamp": message.timestamp,
+    }
+    if encoding:
+        fields["encoding"] = encoding
+    if key_encoding == "base64":
+        fields["key_encoding"] = key_encoding
+    return msgspec.json.encode(fields)
+
+
+def as_text(message: inspect.Stored) -> bytes:
+    """A message as a line: address, time, key, value."""
+    key = message.key if not isinstance(message.key, bytes) else _text(message.key)[0]
+    where = f"{message.topic}[{message.partition}]@{message.offset}"
+    value = message.value
+    if value is None:
+        text = "(null)"
+    else:
+        text = value.decode() if _shown(value)[1] != "base64" else f"({len(value)} bytes) {_text(value)[0]}"
+    return f"{where} {draw.moment(message.timestamp or 0.0)} {'-' if key is None else key} {text}".encode()
+
+
+def _shown(data: bytes | None) -> tuple[Any, str]:
+    if data is None:
+        return None, ""
+    try:
+        value = _decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _text(data)
+    # As it is stored, so that no number changes on its way; but a line is to stay one line.
+    return (value if b"\n" in data else msgspec.Raw(data)), ""
+
+
+def _text(data: bytes) -> tuple[str, str]:
+    try:
+        return data.decode(), "text"
+    except UnicodeDecodeError:
+        return base64.b64encode(data).decode(), "base64"

@@ -1,0 +1,133 @@
+"""`barnabas topics`, `table`, `flow`, `check`: what there is."""
+
+from typing import Any
+
+import click
+import msgspec
+
+from barnabas import inspect
+from barnabas.app import App
+from barnabas.cli import draw
+from barnabas.cli.loading import json_option, with_app
+from barnabas.errors import BarnabasError
+from barnabas.settings import Row
+from barnabas.topic import Retention
+
+
+@click.command()
+@json_option
+@with_app
+def topics(app: App, as_json: bool) -> None:
+    """List the stored topics: partitions, messages, bytes, retention, and whether the app declares them."""
+    found = inspect.topics(app)
+    if as_json:
+        for topic in found:
+            kept = topic.retention
+            limits = {"age": kept.age, "size": kept.size, "force": kept.force} if kept else None
+            draw.json_line(topic._replace(retention=None)._asdict() | {"retention": limits})
+        return
+    rows = [(t.name, t.partitions, t.messages, draw.size(t.bytes), _kept(t.retention), t.declared) for t in found]
+    draw.table(("topic", "partitions#", "messages#", "bytes#", "retention", "declared"), rows)
+
+
+def _kept(retention: Retention | None) -> str:
+    if retention is None:
+        return "?"
+    limits = [draw.span(retention.age)] if retention.age is not None else []
+    limits += [draw.size(retention.size)] if retention.size is not None else []
+    return ", ".join(limits) or "for good"
+
+
+class NotThere(BarnabasError):
+    """A table or key that is not there."""
+
+
+@click.command()
+@click.argument("name")
+@click.argument("key", required=False)
+@json_option
+@with_app
+def table(app: App, name: str, key: str | None, as_json: bool) -> None:
+    """Show a table as it was last settled, or its value under KEY."""
+    if name not in app.tables:
+        wrong = NotThere(f"app {app.name!r} declares no table {name!r}; {inspect.meant(name, app.tables, 'tables')}")
+        wrong.next_command = "barnabas check"  # type: ignore[attr-defined]
+        raise wrong
+    with app.tables[name].open() as view:
+        if key is None:
+            cells = view.items()
+        elif key in view:
+            draw.line(msgspec.json.encode(view[key]))
+            return
+        else:
+            wrong = NotThere(f"table {name!r} has nothing under {key!r}")
+            wrong.next_command = f"barnabas table {name}"  # type: ignore[attr-defined]
+            raise wrong
+    if as_json:
+        for cell_key, value in cells:
+            draw.json_line({"key": _key(cell_key), "value": value})
+        return
+    draw.table(("key", "value"), [(_key(k), msgspec.json.encode(value).decode()) for k, value in cells])
+
+
+def _key(key: Any) -> str:
+    return key.decode(errors="backslashreplace") if isinstance(key, bytes) else str(key)
+
+
+@click.command()
+@click.option("--format", "form", type=click.Choice(["text", "mermaid", "json"]), default="text", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="As --format json.")
+@with_app
+def flow(app: App, form: str, as_json: bool) -> None:
+    """Show what flows where: consumed topics and what they are answered on, or the whole graph as Mermaid or JSON."""
+    if as_json or form == "json":
+        graph = inspect.flow(app)
+        edges = [e._asdict() | {"source": e.source._asdict(), "target": e.target._asdict()} for e in graph.edges]
+        draw.json_line({"nodes": [node._asdict() for node in graph.nodes], "edges": edges})
+    else:
+        click.echo(inspect.flow_mermaid(inspect.flow(app)) if form == "mermaid" else inspect.flow_text(app))
+
+
+@click.command()
+@json_option
+@with_app
+def check(app: App, as_json: bool) -> int:
+    """Check the settings and what the app declares; show each setting's value and where it came from."""
+    report = inspect.check(app)
+    settings = app.settings.rows()
+    consumers = [inspect.consumer_info(consumer) for consumer in app.consumers.values()]
+    jobs = [inspect.job_info(job) for job in app.job_handlers.values()]
+    if as_json:
+        draw.json_line(
+            {
+                "ok": not report.problems,
+                "problems": report.problems,
+                "warnings": report.warnings,
+                "settings": [row._asdict() for row in settings],
+                "topics": list(app.topics),
+                "consumers": [consumer._asdict() for consumer in consumers],
+                "jobs": [job._asdict() for job in jobs],
+                "tables": list(app.tables),
+            }
+        )
+        return 1 if report.problems else 0
+    draw.table(("setting", "value", "from", "what it is"), [(r.name, _value(r), r.origin, r.doc) for r in settings])
+    declared = [(t.name, getattr(t.type, "__name__", "any"), t.partitions or "default", _kept(t.retention)) for t in app.topics.values()]
+    draw.table(("topic", "type", "partitions", "retention"), declared)
+    if consumers:
+        draw.table(inspect.ConsumerInfo._fields, [c._replace(topics=", ".join(c.topics)) for c in consumers])  # type: ignore[arg-type]
+    if jobs:
+        draw.table(inspect.JobInfo._fields, jobs)
+    for warning in report.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    for problem in report.problems:
+        click.echo(f"Error: {problem}", err=True)
+    click.echo(f"{app.name}: " + (f"{len(report.problems)} problems" if report.problems else "all is well"))
+    return 1 if report.problems else 0
+
+
+def _value(row: Row) -> str:
+    if row.value is None or row.value == {}:
+        return "-"
+    text = row.value if isinstance(row.value, str) else msgspec.json.encode(row.value).decode()
+    return f"{text} {row.unit}".strip()
