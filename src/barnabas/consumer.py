@@ -1,6 +1,5 @@
 """What `@app.consumer(...)` declares: checked here, compiled to a Handler when a worker starts."""
 
-import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +35,8 @@ def refuse_unknown(what: str, options: dict[str, Any], known: Sequence[str]) -> 
     """Raise for the first option that does not exist, with the one that was probably meant."""
     for option, value in options.items():
         if option not in known:
+            import difflib
+
             near = difflib.get_close_matches(option, known, 1)
             hint = f"did you mean {near[0]}=?" if near else f"it knows {', '.join(known)}"
             raise DeclarationError(f"{what}: unknown option {option}={value!r}; {hint}")

@@ -1,6 +1,5 @@
 """When a failed message runs again, and when it is given up: pure functions of policy, attempt, error and time."""
 
-import random
 from collections.abc import Callable, Sequence
 
 from barnabas.errors import DeclarationError, Reject, ResponderError, RetryAfter
@@ -57,8 +56,10 @@ class Retry:
         self.give_up_on = give_up_on
         self.ordered = ordered
 
-    def wait(self, retry: int, rand: Callable[[], float] = random.random) -> float:
+    def wait(self, retry: int, rand: Callable[[], float] | None = None) -> float:
         """Seconds to wait before the retry of this number (from 1)."""
+        if rand is None:
+            from random import random as rand
         backoff = self.backoff
         if callable(backoff):
             seconds = float(backoff(retry))
@@ -77,7 +78,7 @@ def _seconds(backoff: object) -> bool:
 
 
 def decide(
-    policy: Retry, attempt: int, error: BaseException, now: float, rand: Callable[[], float] = random.random
+    policy: Retry, attempt: int, error: BaseException, now: float, rand: Callable[[], float] | None = None
 ) -> Again | Dead:
     """What becomes of a delivery whose run number `attempt` (from 1) ended in `error` at `now` (epoch seconds)."""
     if isinstance(error, Reject):

@@ -8,7 +8,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -219,11 +218,11 @@ class Settings:
         return [f"{name} is set, is not a setting, and is ignored{_meant(name, known)}" for name in strange]
 
     @property
-    def file(self) -> Path | None:
+    def file(self) -> str | None:
         """The settings file, absolute, or None if there is none or it is ignored."""
         named = self._source["file"]
-        path = Path(named or FILE).absolute()
-        return None if self._source["ignore_file"] or (named is None and not path.exists()) else path
+        path = os.path.abspath(named or FILE)  # pathlib alone would take a tenth of the import
+        return None if self._source["ignore_file"] or (named is None and not os.path.exists(path)) else path
 
     def _read(self) -> dict[str, Row]:
         """Lay the sources over each other, once: the values become attributes, their rows are returned."""
@@ -240,12 +239,12 @@ class Settings:
             rows[path[0]] = rows[path[0]]._replace(origin=row.origin)
             rows[row.name] = row
         for name in ("events", "jobs"):
-            values[name] = _absolute(values[name], file.parent if file else Path.cwd())
+            values[name] = _absolute(values[name], os.path.dirname(file) if file else os.getcwd())
             rows[name] = rows[name]._replace(value=values[name])
         self.__dict__.update(values, _known=rows)
         return rows
 
-    def _layers(self, file: Path | None, environ: Mapping[str, str]) -> Iterator[Place]:
+    def _layers(self, file: str | None, environ: Mapping[str, str]) -> Iterator[Place]:
         for name, value in self.code.items():
             yield from _rows(name, OPTIONS, value, "code")
         places = {option.key: option for option in OPTIONS.values()}
@@ -298,20 +297,21 @@ def _masked(name: str, value: Any) -> Any:
     return {key: _masked(key, inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
-def _absolute(url: str, folder: Path) -> str:
+def _absolute(url: str, folder: str) -> str:
     """A sqlite URL with its path made absolute; any other as it is."""
     if not url.startswith("sqlite:///"):
         return url
     path, mark, query = url[10:].partition("?")
-    return f"sqlite:///{os.path.normpath(folder / path)}{mark}{query}"
+    return f"sqlite:///{os.path.normpath(os.path.join(folder, path))}{mark}{query}"
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def _toml(path: str) -> dict[str, Any]:
     """What the file says, by place; [events] and [jobs] are opened up: "jobs.threads"."""
     import tomllib  # only who has a file pays for its reader
 
     try:
-        found = tomllib.loads(path.read_text("utf-8"))
+        with open(path, "rb") as file:
+            found = tomllib.load(file)
     except OSError as error:
         raise SettingError(f"{path} cannot be read ({error.strerror}); name another settings file, or none") from error
     except ValueError as error:  # not TOML, or not UTF-8

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from barnabas.app import App
@@ -65,11 +65,13 @@ class Worker:
         if not self.consumers and not self.queues:
             raise DeclarationError("there is nothing to run: the app has no consumer and no job (or --only left none)")
         self.inline = inline
+        self.drive: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run  # for inline crews
         self.gate = Gate()
         self.runners: list[Runner] = []
         self.recycling: str | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self._threads: list[threading.Thread] = []
+        self._fetching: set[Runner] = set()  # those that have their fetch thread
         self._stopping = threading.Event()
         self._close: list[Callable[[], Any]] = []
 
@@ -86,6 +88,7 @@ class Worker:
             for runner in self.runners:
                 if hasattr(runner, "source"):
                     runner.source.close()
+            self.runners = []
             raise
 
     def _crew(self, handler: Any, order: str, size: int, backend: Backend) -> Crew:
@@ -94,6 +97,8 @@ class Worker:
         crew = kind(handler, order, size, self.app.clock, box=box, base=base)
         if isinstance(crew, LoopCrew):
             crew.loop = self._event_loop()
+        if self.inline:
+            crew.drive = self.drive
         return crew
 
     def _runner(self, name: str, crews: list[Crew], **options: Any) -> Runner:
@@ -106,6 +111,7 @@ class Worker:
             sinks=lambda output: app.events if len(output) == 7 else app.jobs,
             gate=self.gate,
             interval=app.settings.checkpoint_interval,
+            grace=0.0 if self.inline else 5.0,
             **options,
         )
         self.runners.append(runner)
@@ -160,26 +166,46 @@ class Worker:
         asyncio.set_event_loop(loop)
         try:
             loop.run_forever()
+            left = asyncio.all_tasks(loop)
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.wait(left, timeout=1.0) if left else loop.shutdown_asyncgens())
         finally:
             loop.close()
 
     # Running.
 
     def start(self) -> None:
-        """Run the on_start hooks and begin. Raises what a hook or a backend raises."""
-        for hook in self.app.start_hooks:
-            hook()
-        self.build()
+        """Run the on_start hooks and begin. Raises what a hook or a backend raises, after leaving what was begun."""
+        try:
+            for hook in self.app.start_hooks:
+                self._hook(hook)
+            self.build()
+            for runner in self.runners:
+                for crew in runner.crews:
+                    crew.start()
+                if runner.begins is not None:
+                    runner.crews[0].call(runner.begins, timeout=60.0)
+        except BaseException:
+            self.stop(0.0)
+            raise
+        if self.inline:
+            return
         for runner in self.runners:
-            for crew in runner.crews:
-                crew.start()
-            if runner.begins is not None:
-                runner.crews[0].call(runner.begins, timeout=60.0)
             thread = threading.Thread(target=runner.run, name=f"{runner.name}-fetch", daemon=True)
             thread.start()
             self._threads.append(thread)
+            self._fetching.add(runner)
         if any(c.handler.timed for r in self.runners for c in r.crews):
             threading.Thread(target=self._watch, name="barnabas-watchdog", daemon=True).start()
+
+    def _hook(self, hook: Callable[[], Any]) -> None:
+        out = hook()
+        if asyncio.iscoroutine(out):
+            if self.inline:
+                self.drive(out)
+            else:
+                asyncio.run_coroutine_threadsafe(out, self._event_loop()).result(60.0)
 
     def failed(self) -> BaseException | None:
         """The error that ended a runner, if any did."""
@@ -210,6 +236,9 @@ class Worker:
         deadline = time.monotonic() + timeout
         for runner in self.runners:
             runner.stop()
+            if runner not in self._fetching:
+                runner.overrun.set()
+                runner.run()
         for runner in self.runners:
             runner.finished.wait(max(0.0, deadline - time.monotonic()))
         held = [line for runner in self.runners if not runner.finished.is_set() for line in self._release(runner)]
@@ -217,18 +246,25 @@ class Worker:
             runner.overrun.set()
             runner.finished.wait(5.0)
             if runner.ends is not None and not held:
-                try:
-                    runner.crews[0].call(runner.ends, timeout=5.0)
-                except Exception as error:
-                    log.error("%s: its tear_down() failed: %r", runner.name, error)
+                self._end(f"{runner.name}: its tear_down()", runner.crews[0].call, runner.ends)
+            for crew in runner.crews:
+                crew.leave()
         for hook in self.app.stop_hooks:
-            try:
-                hook()
-            except Exception:
-                log.exception("the on_stop hook %r failed", hook)
+            self._end(f"the on_stop hook {hook!r}", self._hook, hook)
         if self.loop is not None:
             self.loop.call_soon_threadsafe(self.loop.stop)
+        for thread in self._threads:
+            thread.join(0.0 if held else 5.0)
         return held
+
+    def _end(self, what: str, call: Callable[..., Any], function: Callable[[], Any]) -> None:
+        """Call something that may not stop the stop. A test is to see its error, though."""
+        try:
+            call(function)
+        except Exception:
+            if self.inline:
+                raise
+            log.exception("%s failed", what)
 
     def _release(self, runner: Runner) -> list[str]:
         """Cancel what can be cancelled, and say what held the stop up."""

@@ -44,10 +44,11 @@ class Failed(click.ClickException):
     """An error of ours on its way out: a message and the next command to try, no traceback."""
 
     def __init__(self, error: BarnabasError, command: str) -> None:
-        super().__init__(str(error))
+        super().__init__("\n".join([str(error), *getattr(error, "__notes__", ())]))
         self.exit_code = getattr(error, "exit_code", 1)
-        default = next((hint for kind, hint in _NEXT if isinstance(error, kind)), f"barnabas {command} --help")
-        self.next_command: str = getattr(error, "next_command", default)
+        usual = next((hint for kind, hint in _NEXT if isinstance(error, kind)), f"barnabas {command} --help")
+        hint: str = getattr(error, "next_command", usual)
+        self.next_command = "" if hint == f"barnabas {command}" else hint
 
     def show(self, file: Any = None) -> None:
         """Print it to stderr."""

@@ -18,11 +18,20 @@ from barnabas.errors import BarnabasError
 from barnabas.settings import Settings
 
 
-class NoApp(BarnabasError):
-    """The app that a command was to work on is not there."""
+class Wrong(BarnabasError):
+    """What a command was to work on is not there. `next_command` is what to try then."""
 
-    exit_code = 2
-    next_command = ""
+    def __init__(self, message: str, next_command: str = "", exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.next_command = next_command
+        self.exit_code = exit_code
+
+
+class NoApp(Wrong):
+    """The app that a command was to work on is not there: the command was called wrongly."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=2)
 
 
 def load(spec: str | None) -> App:
@@ -63,20 +72,24 @@ def _module(module_name: str, name: str) -> ModuleType:
         close = difflib.get_close_matches(module_name, here, 1)
         hint = f"did you mean {close[0]}:{name}?" if close else "go to the folder that has it, or check PYTHONPATH"
         raise NoApp(f"no module {error.name!r} in {os.getcwd()} or on sys.path; {hint}") from None
-    except BarnabasError:
+    except BarnabasError as error:
+        own = [f for f in traceback.extract_tb(error.__traceback__) if not _ours(f.filename)]
+        if own:
+            error.add_note(f"(declared at {own[-1].filename}:{own[-1].lineno})")
         raise
     except Exception as error:
         raise _broken(module_name, error) from error
 
 
-def _broken(module_name: str, error: Exception) -> NoApp:
+def _ours(filename: str) -> bool:
+    return filename.startswith((os.path.dirname(os.path.dirname(__file__)), "<frozen importlib")) or "importlib" in filename
+
+
+def _broken(module_name: str, error: Exception) -> Wrong:
     """An app whose own code fails: its author needs the traceback, from their first line on."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if f.filename != __file__ and "importlib" not in f.filename]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _ours(frame.filename)]
     shown = traceback.format_list(own) + traceback.format_exception_only(error)
-    broken = NoApp(f"{module_name} cannot be imported:\n{''.join(shown).rstrip()}")
-    broken.exit_code = 1
-    return broken
+    return Wrong(f"{module_name} cannot be imported:\n{''.join(shown).rstrip()}")
 
 
 def override(app: App, **flags: Any) -> App:

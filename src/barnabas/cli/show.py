@@ -8,7 +8,7 @@ import msgspec
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import json_option, with_app
+from barnabas.cli.loading import NoApp, Wrong, app_options, json_option, load, override, with_app
 from barnabas.errors import BarnabasError
 from barnabas.settings import Row
 from barnabas.topic import Retention
@@ -38,10 +38,6 @@ def _kept(retention: Retention | None) -> str:
     return ", ".join(limits) or "for good"
 
 
-class NotThere(BarnabasError):
-    """A table or key that is not there."""
-
-
 @click.command()
 @click.argument("name")
 @click.argument("key", required=False)
@@ -50,9 +46,8 @@ class NotThere(BarnabasError):
 def table(app: App, name: str, key: str | None, as_json: bool) -> None:
     """Show a table as it was last settled, or its value under KEY."""
     if name not in app.tables:
-        wrong = NotThere(f"app {app.name!r} declares no table {name!r}; {inspect.meant(name, app.tables, 'tables')}")
-        wrong.next_command = "barnabas check"  # type: ignore[attr-defined]
-        raise wrong
+        hint = inspect.meant(name, app.tables, "tables")
+        raise Wrong(f"app {app.name!r} declares no table {name!r}; {hint}", "barnabas check")
     with app.tables[name].open() as view:
         if key is None:
             cells = view.items()
@@ -60,9 +55,7 @@ def table(app: App, name: str, key: str | None, as_json: bool) -> None:
             draw.line(msgspec.json.encode(view[key]))
             return
         else:
-            wrong = NotThere(f"table {name!r} has nothing under {key!r}")
-            wrong.next_command = f"barnabas table {name}"  # type: ignore[attr-defined]
-            raise wrong
+            raise Wrong(f"table {name!r} has nothing under {key!r}", f"barnabas table {name}")
     if as_json:
         for cell_key, value in cells:
             draw.json_line({"key": _key(cell_key), "value": value})
@@ -90,40 +83,55 @@ def flow(app: App, form: str, as_json: bool) -> None:
 
 @click.command()
 @json_option
-@with_app
-def check(app: App, as_json: bool) -> int:
+@app_options
+def check(spec: str | None, events: str | None, jobs: str | None, as_json: bool) -> int:
     """Check the settings and what the app declares; show each setting's value and where it came from."""
+    try:
+        app = override(load(spec), events=events, jobs=jobs)
+    except NoApp:
+        raise
+    except BarnabasError as error:
+        if not as_json:
+            raise
+        draw.json_line({"ok": False, "problems": [str(error)], "warnings": []})
+        return 1
     report = inspect.check(app)
-    settings = app.settings.rows()
-    consumers = [inspect.consumer_info(consumer) for consumer in app.consumers.values()]
-    jobs = [inspect.job_info(job) for job in app.job_handlers.values()]
-    if as_json:
-        draw.json_line(
-            {
-                "ok": not report.problems,
-                "problems": report.problems,
-                "warnings": report.warnings,
-                "settings": [row._asdict() for row in settings],
-                "topics": list(app.topics),
-                "consumers": [consumer._asdict() for consumer in consumers],
-                "jobs": [job._asdict() for job in jobs],
-                "tables": list(app.tables),
-            }
-        )
-        return 1 if report.problems else 0
-    draw.table(("setting", "value", "from", "what it is"), [(r.name, _value(r), r.origin, r.doc) for r in settings])
-    declared = [(t.name, getattr(t.type, "__name__", "any"), t.partitions or "default", _kept(t.retention)) for t in app.topics.values()]
-    draw.table(("topic", "type", "partitions", "retention"), declared)
-    if consumers:
-        draw.table(inspect.ConsumerInfo._fields, [c._replace(topics=", ".join(c.topics)) for c in consumers])  # type: ignore[arg-type]
-    if jobs:
-        draw.table(inspect.JobInfo._fields, jobs)
+    app.close()
+    (_check_json if as_json else _check_text)(app, report)
+    return 1 if report.problems else 0
+
+
+def _check_json(app: App, report: inspect.Report) -> None:
+    draw.json_line(
+        {
+            "ok": not report.problems,
+            "problems": report.problems,
+            "warnings": report.warnings,
+            "settings": [row._asdict() for row in app.settings.rows()],
+            "topics": list(app.topics),
+            "consumers": [inspect.consumer_info(consumer)._asdict() for consumer in app.consumers.values()],
+            "jobs": [inspect.job_info(job)._asdict() for job in app.job_handlers.values()],
+            "tables": list(app.tables),
+        }
+    )
+
+
+def _check_text(app: App, report: inspect.Report) -> None:
+    draw.table(("setting", "value", "from", "what it is"), [(r.name, _value(r), r.origin, r.doc) for r in app.settings.rows()])
+    if app.topics:
+        kinds = {name: "any" if t.type is None else getattr(t.type, "__name__", str(t.type)) for name, t in app.topics.items()}
+        rows = [(n, kinds[n], t.partitions or "default", _kept(t.retention)) for n, t in app.topics.items()]
+        draw.table(("topic", "type", "partitions", "retention"), rows)
+    if app.consumers:
+        infos = [inspect.consumer_info(consumer) for consumer in app.consumers.values()]
+        draw.table(inspect.ConsumerInfo._fields, [(i.name, ", ".join(i.topics), *i[2:]) for i in infos])
+    if app.job_handlers:
+        draw.table(inspect.JobInfo._fields, [inspect.job_info(job) for job in app.job_handlers.values()])
     for warning in report.warnings:
         click.echo(f"Warning: {warning}", err=True)
     for problem in report.problems:
         click.echo(f"Error: {problem}", err=True)
-    click.echo(f"{app.name}: " + (f"{len(report.problems)} problems" if report.problems else "all is well"))
-    return 1 if report.problems else 0
+    click.echo(f"{app.name}: " + (f"{len(report.problems)} to mend" if report.problems else "all is well"))
 
 
 def _value(row: Row) -> str:

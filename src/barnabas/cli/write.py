@@ -16,9 +16,10 @@ import msgspec
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import json_option, with_app
+from barnabas.cli.loading import Wrong, json_option, with_app
 from barnabas.errors import SendError, UnknownTopic
 from barnabas.future import Future
+from barnabas.job import Job
 from barnabas.message import Message
 from barnabas.topic import Topic
 
@@ -177,7 +178,8 @@ def enqueue(
         raise click.UsageError("give --in or --at, not both")
     found = app.job_handlers.get(job)
     if found is None:
-        raise UnknownJob(f"app {app.name!r} declares no job {job!r}; {inspect.meant(job, app.job_handlers, 'jobs')}")
+        hint = inspect.meant(job, app.job_handlers, "jobs")
+        raise Wrong(f"app {app.name!r} declares no job {job!r}; {hint}", "barnabas check")
     values = [_argument(text) for text in args]
     _check_arguments(found, values)
     with_options = found.options(queue=queue)
@@ -199,12 +201,6 @@ def enqueue(
     return 0
 
 
-class UnknownJob(SendError):
-    """The app declares no job of that name."""
-
-    next_command = "barnabas check"
-
-
 def _argument(text: str) -> Any:
     try:
         return msgspec.json.decode(text)
@@ -212,13 +208,13 @@ def _argument(text: str) -> Any:
         return text
 
 
-def _check_arguments(job: Any, values: list[Any]) -> None:
+def _check_arguments(job: Job, values: list[Any]) -> None:
     """Refuse what would be dead on arrival."""
-    job._signature.bind(*values) if False else None
+    data = msgspec.json.encode(values)
     try:
-        job.decode_args(msgspec.json.encode(values))
+        job.decode_args(data)
     except msgspec.ValidationError as error:
         raise SendError(
-            f"the arguments {msgspec.json.encode(values).decode()} do not fit {job.name}{job._signature}: {error}; "
-            "an argument is read as JSON first: write '\"42\"' for the text 42"
+            f"the arguments {data.decode()} do not fit {job.name}{inspect.job_info(job).signature}: {error}; an argument "
+            "is read as JSON first: write '\"42\"' for the text 42"
         ) from None

@@ -286,7 +286,7 @@ class ThreadCrew(Crew):
 
     def start(self) -> None:
         self._idle = 0
-        self._alive = self.size
+        self._left = False
         self._calls: deque[Callable[[], None]] = deque()
         self._work = threading.Condition(self.lanes.lock)
         self.threads = [
@@ -306,11 +306,8 @@ class ThreadCrew(Crew):
                 future.fail(error)
 
         with self._work:
-            if self._alive:
-                self._calls.append(act)
-                self._work.notify_all()
-        if self._alive == 0:
-            act()
+            self._calls.append(act)
+            self._work.notify_all()
         future.result(timeout)
 
     def _drive(self, slot: int) -> None:
@@ -323,12 +320,13 @@ class ThreadCrew(Crew):
             self.error = error
             self.stopping = True
             self.wake()
+            self.take(slot)  # nothing but calls
         finally:
             self.handler.leave()
 
     def take(self, slot: int) -> Run | None:
         with self._work:
-            while not self.stopping or self._calls:
+            while not self._left:  # a stopped crew still answers calls: revoked, tear_down
                 if self._calls:
                     act = self._calls.popleft()
                     self._work.release()
@@ -337,7 +335,7 @@ class ThreadCrew(Crew):
                     finally:
                         self._work.acquire()
                     continue
-                run = self._take()
+                run = self._take() if not self.stopping else None
                 if run is not None:
                     if self._idle and self.lanes.ready:
                         self._work.notify()
@@ -345,7 +343,6 @@ class ThreadCrew(Crew):
                 self._idle += 1
                 self._work.wait()
                 self._idle -= 1
-            self._alive -= 1
         return None
 
     def _ready(self) -> None:
@@ -366,9 +363,9 @@ class ThreadCrew(Crew):
         if self.lanes.unpark(now):
             self.nudge()
 
-    def stop(self) -> None:
-        super().stop()
+    def leave(self) -> None:
         with self._work:
+            self._left = True
             self._work.notify_all()
 
 
@@ -437,8 +434,11 @@ class LoopCrew(Crew):
         asyncio.run_coroutine_threadsafe(act(), self.loop).result(timeout)
 
     def cancel(self, slot: int, run: Run, why: str) -> bool:
+        at = slot * SLOT + self.base + 1
+        offset = self.box[at]
+
         def now() -> None:
-            if self.current[slot] is run:
+            if self.current[slot] is run and self.box[at] == offset != -1:  # else it is past what took so long
                 self.cancelled[slot] = why
                 self.tasks[slot].cancel()
 

@@ -21,6 +21,7 @@ async def work(crew: "Crew", slot: int) -> None:
     handler = crew.handler
     function, decode, bind, answer = handler.function, handler.decode, handler.bind, handler.answer
     awaited, tables = handler.awaited, handler.tables
+    past: Any = crew.cancelled if awaited else crew.late
     take, monotonic, box, at_box = crew.take, crew.monotonic, crew.box, slot * SLOT + crew.base + 1
     hand = Hand(tables)
     CURRENT.set(hand)
@@ -36,11 +37,12 @@ async def work(crew: "Crew", slot: int) -> None:
         parked = None
         for row in run.rows:
             if monotonic() > until:
+                if awaited:
+                    box[at_box] = -1  # nothing in hand: nothing to cancel
+                    await asyncio.sleep(0)
                 until = crew.breathe(slot, run, done)
                 if until < 0:
                     break
-                if awaited:
-                    await asyncio.sleep(0)
             box[at_box] = row[0]
             if awaited:  # a hand a message: tasks that outlive the handler must not send into the next one's
                 hand = Hand(tables)
@@ -51,6 +53,8 @@ async def work(crew: "Crew", slot: int) -> None:
                 out: Any = function(decode(row[2])) if decode is not None else function(*bind(run, row))
                 if awaited:
                     out = await out
+                if past:
+                    crew.overdue(slot, run, row)
                 if answer is not None:
                     answer(hand, out)
             except (Exception, asyncio.CancelledError) as error:
@@ -83,7 +87,7 @@ async def work_batches(crew: "Crew", slot: int) -> None:
             crew.end(slot, run, 0, None)
             continue
         box[at_box], box[at_box + 1] = run.rows[0][0], len(run.rows)
-        error = await _call(crew, run, run.rows)
+        error = await _call(crew, slot, run, run.rows)
         parked = None
         done = len(run.rows)
         if error is not None:
@@ -96,7 +100,7 @@ async def work_batches(crew: "Crew", slot: int) -> None:
                     if crew.breathe(slot, run, done) < 0:
                         break
                     box[at_box], box[at_box + 1] = row[0], 1
-                    error = await _call(crew, run, [row])
+                    error = await _call(crew, slot, run, [row])
                     if error is not None:
                         parked = crew.failed(slot, run, row, error)
                         if parked is not None:
@@ -106,7 +110,7 @@ async def work_batches(crew: "Crew", slot: int) -> None:
         crew.end(slot, run, done, parked)
 
 
-async def _call(crew: "Crew", run: Any, rows: list[Any]) -> BaseException | None:
+async def _call(crew: "Crew", slot: int, run: Any, rows: list[Any]) -> BaseException | None:
     """Call the batch handler for these rows, without those that cannot be decoded: they are dead on their own."""
     handler = crew.handler
     hand = Hand(handler.tables)
@@ -123,6 +127,8 @@ async def _call(crew: "Crew", run: Any, rows: list[Any]) -> BaseException | None
         out = handler.call_batch(run, rows, values)
         if handler.awaited:
             out = await out
+        if crew.cancelled or crew.late:
+            crew.overdue(slot, run, rows[0])
         if handler.answer is not None:
             handler.answer(hand, out)
     except (Exception, asyncio.CancelledError) as error:

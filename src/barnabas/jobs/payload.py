@@ -11,10 +11,8 @@ are written, because every version understands those.
 
 import math
 import os
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import blake2b
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -61,6 +59,8 @@ os.register_at_fork(after_in_child=_jids.clear)  # or parent and child would han
 
 def derived_jid(cause: str, index: int) -> str:
     """The id of the `index`-th job sent by a handler while it worked on `cause`: a repeat of it carries the same id."""
+    from hashlib import blake2b  # 3 ms to import, and most processes never need it
+
     return blake2b(f"{cause}:{index}".encode(errors="surrogatepass"), digest_size=12).hexdigest()
 
 
@@ -290,7 +290,7 @@ def failed(
     now: float,
     *,
     default_retry: bool | int = DEFAULT_RETRY,
-    rand: Callable[[], float] = random.random,
+    rand: Callable[[], float] | None = None,
     delay: Callable[[int, BaseException], float | None] | None = None,
     queue: str | None = None,
     final: bool = False,
@@ -304,6 +304,8 @@ def failed(
     `retry_for` (seconds since the first failure) replaces the count, as in Sidekiq 8.1. Every value not set here keeps
     its bytes. Raises PayloadError for what is not a job; an error of `delay` passes through.
     """
+    if rand is None:
+        from random import random as rand
     job = parse(data)
     now = float(now)
     fields = _fields(data)
