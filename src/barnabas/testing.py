@@ -6,13 +6,16 @@
         assert [m.value for m in t.sent(receipts)] == [Receipt(...)]
 
 Topics, queues and tables live in `memory:` for as long as the block lasts; settings come from the code alone. Handlers
-run in the thread that calls `drain()`, async ones on an event loop of the test's own. What is not there: a `timeout=`
+run in the thread that calls `drain()`, async ones on an event loop of the test's own (so they share no locks and pools
+with an async test). What is not there: a `timeout=`
 is not enforced (nobody watches), and a batch does not wait to fill up (nothing else is coming).
 """
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 from barnabas.app import App
@@ -53,26 +56,21 @@ def run(app: App, *, raises: bool = True) -> Iterator["Trial"]:
 @contextlib.contextmanager
 def _isolated(app: App) -> Iterator[None]:
     """The app with the code's settings, empty `memory:` backends, a fake clock and observers' counts of its own."""
-    kept = dict(app.__dict__)
-    topics = {topic: dict(topic.__dict__) for topic in app.topics.values()}
-    app.clock = clock = FakeClock()
-    app.settings = Settings({**app.settings.code, "events": "memory:", "jobs": "memory:"}, ignore_file=True, ignore_env=True)
-    app.observers = Observers(app.observers.watchers)
-    for topic in topics:
-        app.as_declared(topic)
-    app.__dict__["_events"] = app.__dict__["_jobs"] = memory = _Memory("memory:", clock)
+    clock, settings, observers = app.clock, app.settings, app.observers
+    open_ = {name: app.__dict__.get(name) for name in ("_events", "_jobs")}
+    app.clock = now = FakeClock()
+    app.observers = Observers(observers.watchers)
+    app.adopt(Settings({**settings.code, "events": "memory:", "jobs": "memory:"}, ignore_file=True, ignore_env=True))
+    memory = _Memory("memory:", now)
     memory.declare(app.all_topics())
+    app.__dict__.update(_events=memory, _jobs=memory)
     try:
         yield
     finally:
-        for name in ("_events", "_jobs", "clock", "settings", "observers"):
-            app.__dict__.pop(name, None)
-            if name in kept:
-                app.__dict__[name] = kept[name]
-        for topic, fields in topics.items():
-            topic.__dict__.clear()
-            topic.__dict__.update(fields)
         memory.close()
+        app.__dict__.update(open_)
+        app.clock, app.observers = clock, observers
+        app.adopt(settings)
 
 
 class _Memory(MemoryBackend):
@@ -82,12 +80,11 @@ class _Memory(MemoryBackend):
         super().__init__(url, clock)
         self.came: dict[str, list[tuple[int, int]]] = {}
 
-    def _append(self, out: Outgoing) -> None:
-        before = {n: log.next for n, log in enumerate(self.logs.get(out.topic.name, ()))}
-        super()._append(out)
-        for number, log in enumerate(self.logs[out.topic.name]):
-            if log.next > before.get(number, 0):
-                self.came.setdefault(out.topic.name, []).append((number, log.next - 1))
+    def _append(self, out: Outgoing) -> tuple[int, int] | None:
+        at = super()._append(out)
+        if at is not None:
+            self.came.setdefault(out.topic.name, []).append(at)
+        return at
 
 
 class Trial:
@@ -101,7 +98,7 @@ class Trial:
         self._memory: _Memory = app.events  # type: ignore[assignment]
         self._raises = raises
         self._failed: list[Failed] = []
-        self._loop = asyncio.Runner()
+        self._runner = asyncio.Runner()
         self._worker: Worker | None = None
 
     def drain(self, *, raises: bool | None = None) -> None:
@@ -131,7 +128,7 @@ class Trial:
         return [self._message(topic, topic.decode, *at) for at in self._memory.came.get(topic.name, ())]
 
     def enqueued(self, job: Job) -> list[tuple[Any, ...]]:
-        """The arguments of each job that waits: ready ones first, then the scheduled and those to be retried, by time."""
+        """The arguments of each job that waits: ready ones first, then by time those scheduled or to be retried."""
         memory = self._memory
         payloads = [out.payload for queue in memory.ready.values() for _, out in sorted(queue, key=lambda row: row[0])]
         payloads += [out.payload for _, _, _, out in sorted(memory.later, key=lambda row: row[:2])]
@@ -159,7 +156,7 @@ class Trial:
         if not self.app.consumers and not self.app.job_handlers:
             return
         self._worker = worker = Worker(self.app, inline=True)
-        worker.drive = self._loop.run
+        worker.drive = self._drive
         worker.start()
         for runner in worker.runners:
             for crew in runner.crews:
@@ -171,7 +168,10 @@ class Trial:
             if self._worker is not None:
                 self._worker.stop(0.0)
         finally:
-            self._loop.close()
+            _off_loop(self._runner.close)
+
+    def _drive(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return _off_loop(lambda: self._runner.run(coroutine))
 
     def _saw(self, record: Any) -> None:
         if isinstance(record, Failed) and (record.outcome != "skipped" or record.error is not None):
@@ -206,11 +206,20 @@ class Trial:
         )
 
 
+def _off_loop(act: Callable[[], Any]) -> Any:
+    """Call `act`, which runs an event loop; an async test has one in this thread, so there it takes another thread."""
+    if asyncio._get_running_loop() is None:
+        return act()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(copy_context().run, act).result()
+
+
 def _cause(failure: Failed) -> BaseException:
     """The handler's own exception, with a note on where it happened."""
-    where = f"{failure.topic}[{failure.partition}]@{failure.offset}" if failure.partition >= 0 else f"queue {failure.topic}"
+    at = f"[{failure.partition}]@{failure.offset}" if failure.partition >= 0 else " (a queue)"
+    where = f"{failure.name}, {failure.topic}{at}, attempt {failure.attempt}"
     error = failure.error or BarnabasError(f"{failure.name}: {failure.reason}")
-    error.add_note(f"{failure.name}, {where}, attempt {failure.attempt}: {failure.outcome} (drain(raises=False) goes on)")
+    error.add_note(f"{where}: {failure.outcome}; t.drain(raises=False) lets retries and dead letters go their way")
     return error
 
 

@@ -71,6 +71,7 @@ class Worker:
         self.recycling: str | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self._threads: list[threading.Thread] = []
+        self._begun: set[Runner] = set()  # those whose set_up ran
         self._fetching: set[Runner] = set()  # those that have their fetch thread
         self._stopping = threading.Event()
         self._close: list[Callable[[], Any]] = []
@@ -181,11 +182,12 @@ class Worker:
             for hook in self.app.start_hooks:
                 self._hook(hook)
             self.build()
+            for crew in [crew for runner in self.runners for crew in runner.crews]:
+                crew.start()
             for runner in self.runners:
-                for crew in runner.crews:
-                    crew.start()
                 if runner.begins is not None:
                     runner.crews[0].call(runner.begins, timeout=60.0)
+                self._begun.add(runner)
         except BaseException:
             self.stop(0.0)
             raise
@@ -245,7 +247,7 @@ class Worker:
         for runner in self.runners:
             runner.overrun.set()
             runner.finished.wait(5.0)
-            if runner.ends is not None and not held:
+            if runner.ends is not None and runner in self._begun and not held:
                 self._end(f"{runner.name}: its tear_down()", runner.crews[0].call, runner.ends)
             for crew in runner.crews:
                 crew.leave()

@@ -123,7 +123,7 @@ def test_the_file_in_full(folder: Path) -> None:
     assert (settings.queues, settings.threads, settings.coroutines) == ({"mail": 5, "low": 1}, 20, 200)
     assert settings.topics == {"orders": {"partitions": 24, "retention_age": 3600.0}, "a.b": {"retention_size": 1000}}
     assert (settings.kafka, settings.redis) == ({"linger.ms": 20}, {"socket_timeout": 3})
-    assert settings.file == file
+    assert settings.file == str(file)
     assert type(settings.stop_timeout) is float
     assert settings.origin("topics.a.b.retention_size") == settings.origin("jobs") == f"barnabas.toml:{file}"
 

@@ -93,7 +93,8 @@ class MemoryBackend:
             if job.future is not None:
                 job.future.resolve(job.jid)
 
-    def _append(self, out: Outgoing) -> None:
+    def _append(self, out: Outgoing) -> tuple[int, int] | None:
+        """Store a message; its partition and offset, None if it could not be."""
         topic, partition, key, value, headers, timestamp, future = out
         parts = self.logs.get(topic.name)
         if parts is None:
@@ -107,13 +108,14 @@ class MemoryBackend:
             if future is None:
                 raise error
             future.fail(error)
-            return
+            return None
         log = parts[partition]
         offset = log.next
         log.rows.append((offset, key, value, headers, timestamp))
         log.size += len(value or b"")
         if future is not None:
             future.resolve((topic, partition, offset, key, value, headers, timestamp))
+        return partition, offset
 
     def flush(self, timeout: float) -> int:
         return 0

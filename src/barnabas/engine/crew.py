@@ -308,7 +308,12 @@ class ThreadCrew(Crew):
         with self._work:
             self._calls.append(act)
             self._work.notify_all()
-        future.result(timeout)
+        try:
+            future.result(timeout)
+        except TimeoutError:
+            if future.done():
+                raise
+            raise TimeoutError(f"it waited {timeout} s for a thread of {self.handler.name!r}, which is at work") from None
 
     def _drive(self, slot: int) -> None:
         self.handler.enter()

@@ -1,0 +1,179 @@
+"""Jobs on SQLite: no-op jobs, each settled durably, against a bare loop on the same tables and against huey."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+from time import perf_counter, sleep, time
+from typing import Any
+
+import msgspec
+from kit import WAIT, Figure, Other, Row, Tally, bench, expect, hear, in_turn, raw_db, say, tune, work_off
+
+from barnabas import App
+
+CLAIM = 100
+READY = (
+    "UPDATE jobs SET state = 1, owner = 1 WHERE id IN "
+    "(SELECT id FROM jobs WHERE state = 0 AND queue = 1 ORDER BY id LIMIT ?) RETURNING id, payload"
+)
+
+
+class Job(msgspec.Struct):
+    """Sidekiq's JSON, as Barnabas writes it."""
+
+    retry: int
+    queue: str
+    name: str = msgspec.field(name="class")
+    args: Any
+    jid: str
+    created_at: float
+    enqueued_at: float
+
+
+class Stored(msgspec.Struct):
+    """What a loop must read of it to find the function and its arguments."""
+
+    name: str = msgspec.field(name="class")
+    args: msgspec.Raw
+
+
+def bare(path: str, n: int) -> tuple[float, float]:
+    """Seconds to enqueue and to run n jobs, without a framework."""
+    db = raw_db(path, files("barnabas.backends").joinpath("sqlite.sql").read_text())
+    tally = Tally(n)
+    functions = {"noop": (tally.job, msgspec.json.Decoder(tuple[int]).decode)}
+    encode, decode = msgspec.json.Encoder().encode, msgspec.json.Decoder(Stored).decode
+    began = perf_counter()
+    rows = []
+    for number in range(1, n + 1):
+        now, jid = time(), os.urandom(12).hex()
+        rows.append((jid, encode(Job(25, "default", "noop", (number,), jid, now, now))))
+    db.execute("BEGIN IMMEDIATE")
+    db.executemany("INSERT INTO jobs (queue, state, at, jid, payload) VALUES (1, 0, NULL, ?, ?)", rows)
+    db.execute("COMMIT")
+    enqueued = perf_counter()
+    done: list[tuple[int]] = []
+    while True:
+        db.execute("BEGIN IMMEDIATE")
+        if done:
+            db.executemany("DELETE FROM jobs WHERE id = ?", done)
+        claimed = db.execute(READY, (CLAIM,)).fetchall()
+        db.execute("COMMIT")
+        if not claimed:
+            break
+        done = []
+        for id_, payload in claimed:
+            job = decode(payload)
+            function, arguments = functions[job.name]
+            function(*arguments(job.args))
+            done.append((id_,))
+    ended = perf_counter()
+    assert tally.seconds
+    expect("jobs left", db.execute("SELECT count(*) FROM jobs").fetchone()[0], 0)
+    db.close()
+    return enqueued - began, ended - enqueued
+
+
+def ours(path: str, n: int) -> tuple[float, float]:
+    """The same with Barnabas: from the worker's first job to its last settlement."""
+    app = App("bench", events=f"sqlite:///{path}", jobs=f"sqlite:///{path}")
+    tally = Tally(n)
+    noop = app.job(name="noop")(tally.job)
+    settled, last, end = [0], Event(), [0.0]
+
+    @app.observe
+    def watch(record: Any) -> None:
+        settled[0] += record.count
+        end[0] = perf_counter()
+        if settled[0] >= n:
+            last.set()
+
+    assert app.jobs.flush(0) == 0  # the file is there
+    began = perf_counter()
+    ids = noop.enqueue_many((number,) for number in range(1, n + 1)).result(WAIT)
+    enqueued = perf_counter()
+    expect("distinct ids", len(set(ids)), n)
+    expect("all settled", work_off(app, "jobs", n, lambda: last.wait(WAIT)), True)
+    assert tally.seconds
+    expect("jobs left", app.jobs.open_work({}, ["default"]), 0)
+    app.close()
+    return enqueued - began, end[0] - tally.marks[0]
+
+
+@bench(
+    100_000,
+    1_000,
+    Row("SQLite jobs, no-op, `enqueue_many` then run, each settled durably", 0.7, "x", "/s"),
+    Row("of which: enqueue", None, "x", "/s", note="raw: one transaction"),
+    Row("of which: run", 0.7, "x", "/s", note="raw: claim 100, acknowledge with the next claim"),
+)
+def jobs(n: int, turn: int) -> list[Figure]:
+    tune()
+    with TemporaryDirectory(dir=Path.cwd()) as folder:
+        (put, run), (own_put, own_run) = in_turn(
+            turn, lambda: bare(f"{folder}/raw.db", n), lambda: ours(f"{folder}/ours.db", n)
+        )
+    return [
+        Figure((put + run) / (own_put + own_run), n / (put + run), n / (own_put + own_run)),
+        Figure(put / own_put, n / put, n / own_put),
+        Figure(run / own_run, n / run, n / own_run),
+    ]
+
+
+def run_huey(path: str, n: int) -> None:
+    """The peer, in its own process: its loop with one worker thread."""
+    import logging
+
+    from huey import SqliteHuey
+    from huey.consumer import Consumer
+
+    logging.getLogger("huey").setLevel(logging.ERROR)
+    peer = SqliteHuey(filename=path)
+    tally = Tally(n)
+    noop = peer.task(name="noop")(tally.job)
+    tune()
+    say("ready")
+    hear()
+    began = perf_counter()
+    for number in range(1, n + 1):
+        noop(number)
+    enqueued = perf_counter()
+    consumer = Consumer(peer, workers=1, periodic=False)
+    consumer.start()
+    run = tally.seconds
+    sleep(0.1)
+    expect("jobs left", peer.pending_count(), 0)
+    consumer.stop(graceful=True)
+    say([enqueued - began, run])
+
+
+@bench(
+    10_000,
+    200,
+    Row(
+        "for the reader: huey on SQLite, the same no-op jobs, one worker thread, enqueue and run",
+        None,
+        "x",
+        "/s",
+        note="raw: huey. Its promise is weaker: a job is removed before it runs, so one killed in work is lost",
+    ),
+    Row("of which: run", None, "x", "/s", note="raw: huey"),
+)
+def huey(n: int, turn: int) -> list[Figure]:
+    tune()
+
+    def theirs() -> tuple[float, float]:
+        with Other(run_huey, f"{folder}/huey.db", n) as other:
+            other.hear()
+            other.say("go")
+            put, run = other.hear()
+            return put, run
+
+    with TemporaryDirectory(dir=Path.cwd()) as folder:
+        (put, run), (own_put, own_run) = in_turn(turn, theirs, lambda: ours(f"{folder}/ours.db", n))
+    return [
+        Figure((put + run) / (own_put + own_run), n / (put + run), n / (own_put + own_run)),
+        Figure(run / own_run, n / run, n / own_run),
+    ]

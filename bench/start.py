@@ -1,0 +1,31 @@
+"""How long a command takes to start."""
+
+import statistics
+import subprocess
+import sys
+from time import perf_counter
+
+from kit import Figure, Row, bench
+
+
+def milliseconds(runs: int, *arguments: str) -> float:
+    """The median of a fresh interpreter's time, its own start included."""
+    times = []
+    for _ in range(runs):
+        began = perf_counter()
+        subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True, timeout=60)
+        times.append(1000 * (perf_counter() - began))
+    return statistics.median(times)
+
+
+@bench(
+    7,
+    1,
+    Row("`barnabas --help`", 150, "ms", "ms", at_most=True, note="raw: an interpreter that does nothing"),
+    Row("`import barnabas`", 60, "ms", "ms", at_most=True, note="raw: an interpreter that does nothing"),
+)
+def start(n: int, turn: int) -> list[Figure]:
+    bare = milliseconds(n, "-c", "pass")
+    help_ = milliseconds(n, "-m", "barnabas", "--help")
+    import_ = milliseconds(n, "-c", "import barnabas")
+    return [Figure(help_, bare, help_), Figure(import_, bare, import_)]

@@ -1,0 +1,148 @@
+"""One worker process from its start to its end: signals, drain, recycling, status."""
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from barnabas.app import App
+from barnabas.cli.status import counts
+from barnabas.errors import BackendError, BarnabasError
+from barnabas.supervisor import STOPS, Lifeline
+from barnabas.worker import RECYCLE, Worker
+
+log = logging.getLogger("barnabas")
+TICK = 0.05  # seconds between looks at the worker
+HURRY = 2.0  # seconds a process that hangs gives to what does not
+
+
+class Stopper:
+    """The signals of a worker process: the first asks for a stop, a SIGINT after it ends the process at once.
+
+    Nothing is lost by that either: what is not settled will be delivered again.
+    """
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.name = ""
+
+    def asked(self, number: int, frame: FrameType | None = None) -> None:
+        """A signal came."""
+        if self.event.is_set():
+            if number == signal.SIGINT:
+                os._exit(128 + number)
+            return
+        self.name = signal.Signals(number).name
+        self.event.set()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator["Stopper"]:
+        """Listen, until the end of the block."""
+        numbers = [signal.Signals[name] for name in STOPS if hasattr(signal, name)]
+        before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self.asked)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def serve(
+    worker: Worker,
+    stopper: Stopper,
+    *,
+    drain: bool = False,
+    lifeline: Lifeline | None = None,
+    tell: Callable[[dict[str, float]], None] | None = None,
+) -> int:
+    """Run a worker until it is asked to stop, drained, failed or hanging; returns the exit status of its process."""
+    try:
+        worker.start()
+    except BaseException:
+        with contextlib.suppress(Exception):
+            worker.stop(HURRY)
+        raise
+    _tune()
+    if lifeline is not None:
+        lifeline.say("ready")
+        tell = lambda found: lifeline.say(json.dumps(found))  # noqa: E731
+    why = _wait(worker, stopper, drain, lifeline, tell)
+    if why == "stop":
+        timeout = worker.app.settings.stop_timeout
+        log.info("%s: finishing what is in work, within %.0f s (a second Ctrl-C ends at once)", stopper.name, timeout)
+    held = worker.stop(HURRY if why == "recycle" else None)
+    for text in [] if why == "recycle" else held:
+        log.error("the stop was held up by %s\nit is given back and will run again", text.rstrip())
+    if tell is not None:
+        tell(counts(worker))
+    if why == "recycle":
+        worker.exit_now()
+    error = worker.failed()
+    if error is not None:
+        log.error("this process ends: %s", error)
+        if lifeline is not None:
+            lifeline.say("failed")
+    status = 0 if error is None else 1
+    if held:  # the interpreter would wait for their threads
+        end_now(worker.app, status)
+    return status
+
+
+def _wait(
+    worker: Worker,
+    stopper: Stopper,
+    drain: bool,
+    lifeline: Lifeline | None,
+    tell: Callable[[dict[str, float]], None] | None,
+) -> str:
+    """Why the worker is to end: "stop", "failed", "recycle" or "drained"."""
+    told = time.monotonic()
+    while not stopper.event.wait(TICK):
+        if worker.failed() is not None:
+            return "failed"
+        if worker.recycling is not None and (lifeline is None or lifeline.may_recycle()):
+            return "recycle"
+        if drain and _drained(worker):
+            return "drained"
+        now = time.monotonic()
+        if tell is not None and now >= told + 1.0:
+            told = now
+            tell(counts(worker))
+    return "stop"
+
+
+def _drained(worker: Worker) -> bool:
+    try:
+        return worker.drained()
+    except BackendError:  # away for a while: the runners say so, and go on when it is back
+        return False
+
+
+def _tune() -> None:
+    """Handlers that compute let go of the interpreter sooner, and what was loaded is no garbage to look for."""
+    sys.setswitchinterval(0.001)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+def end_now(app: App, status: int) -> None:
+    """End a process in which a handler hangs; what is sent is flushed first."""
+    with contextlib.suppress(BarnabasError):
+        app.close()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+__all__ = ["RECYCLE", "Stopper", "end_now", "serve"]
