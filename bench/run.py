@@ -10,7 +10,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +48,7 @@ def machine(folder: Path) -> dict[str, str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
         "system": f"{platform.system()} {platform.release()}, fdatasync {disk(folder):.2f} ms",
         "Python": platform.python_version(),

@@ -167,7 +167,7 @@ def _expected(n: int) -> dict[str, int]:
     300_000,
     3_000,
     Row("counting into a table with 400 keys, position and cells in one transaction", 100_000, "/s", "/s"),
-    Row("the same, against the same consumer without a table", 0.4, "x", "/s", note="raw: our consumer without a table"),
+    Row("the same, against the same consumer without a table", 0.4, "x", "/s", note="raw: ours without a table"),
 )
 def table(n: int, turn: int) -> list[Figure]:
     plain, counting = in_turn(turn, lambda: consume(n, False), lambda: consume(n, True))

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any, Generic, TypeVar
 
+import msgspec
+
 from barnabas.errors import WaitInHandler
 
 T = TypeVar("T")
@@ -34,22 +36,19 @@ class _Failure:
             log.error("a send failed and nobody looked at its future: %s: %s", type(self.error).__name__, self.error)
 
 
-class Future(Generic[T]):
+class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
     """The outcome of a send or enqueue, resolved when it is durable. Safe in any thread and any event loop."""
 
-    __slots__ = ("_hand", "_id", "_value", "_waiters")
-
-    def __init__(self, id: Any = None, hand: Any = None) -> None:
-        self._value: Any = _PENDING
-        self._waiters: list[Callable[[], None]] | None = None
-        self._id = id
-        self._hand = hand
+    _id: Any = None  # text, or a function and its arguments: most ids are never asked for
+    _hand: Any = None
+    _value: Any = _PENDING
+    _waiters: Any = None
 
     @property
     def id(self) -> str | None:
         """The job id, or the id derived from the cause of a send inside a handler; None for other messages."""
         value = self._id
-        return value() if callable(value) else value
+        return value[0](*value[1:]) if type(value) is tuple else value
 
     def done(self) -> bool:
         """Whether the outcome is known."""

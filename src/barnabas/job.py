@@ -222,7 +222,7 @@ class Options:
             return resolved(jids)
         last = out[-1]
         out = [o._replace(future=None) for o in out[:-1]] + [last]
-        many: Future[list[str]] = Future(hand=hand if held else None)
+        many: Future[list[str]] = Future(None, hand if held else None)
         last.future.add_done_callback(lambda f: many.resolve(jids) if f.exception() is None else many.fail(f.exception()))
         if held:
             for o in out:

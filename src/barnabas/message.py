@@ -26,7 +26,7 @@ class Message(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
     offset: int = -1
 
 
-class Delivery(msgspec.Struct, Generic[T], frozen=True):
+class Delivery(msgspec.Struct, Generic[T], frozen=True, gc=False):
     """One message in hand: its fields, the attempt (from 1) and the consumer group.
 
     For a job: the topic is its queue, the key its job id, the value the tuple of its arguments, the group its name.

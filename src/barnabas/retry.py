@@ -87,7 +87,9 @@ def decide(
         return Dead(f"responder: {error}")
     if isinstance(error, policy.give_up_on):
         return Dead(f"gave up on {type(error).__name__}: {error}")
-    if not isinstance(error, (policy.on, RetryAfter) if isinstance(policy.on, type) else (*policy.on, RetryAfter)):
+    on = (policy.on, RetryAfter) if isinstance(policy.on, type) else (*policy.on, RetryAfter)
+    # No Exception: a CancelledError that the handler raised itself (ours is no failure), a failure as any other.
+    if not isinstance(error, on) and (isinstance(error, Exception) or Exception not in on):
         return Dead(f"not retried: {type(error).__name__}: {error}")
     if attempt > policy.times:
         return Dead(f"failed {attempt} times, last with {type(error).__name__}: {error}")

@@ -220,7 +220,7 @@ class Supervisor:
             if self._recycling is child:
                 self._recycling = None
             if child.crashes:
-                log.info("%s works again", child.name)
+                log.info("%s is up again", child.name)
         elif line == "failed":
             child.failed = True
         elif line == "recycle":

@@ -13,7 +13,8 @@ from typing import Any
 from barnabas.app import App
 from barnabas.consumer import Consumer
 from barnabas.engine.alone import Gate
-from barnabas.engine.crew import Crew, LoopCrew, ThreadCrew
+from barnabas.engine.crew import Crew
+from barnabas.engine.crews import LoopCrew, ThreadCrew
 from barnabas.engine.runner import Runner
 from barnabas.engine.work import SLOT
 from barnabas.errors import DeclarationError
@@ -109,7 +110,7 @@ class Worker:
             crews,
             clock=app.clock,
             observers=app.observers,
-            sinks=lambda output: app.events if len(output) == 7 else app.jobs,
+            sinks=None if app.settings.events == app.settings.jobs else (lambda output: app.events if len(output) == 7 else app.jobs),
             gate=self.gate,
             interval=app.settings.checkpoint_interval,
             grace=0.0 if self.inline else 5.0,
@@ -138,7 +139,8 @@ class Worker:
         runner = self._runner(consumer.name, [crew], on_parts=on_parts if instance is not None else None)
         runner.ends = getattr(instance, "tear_down", None)
         runner.begins = getattr(instance, "set_up", None)
-        ordered = consumer.order == "partition"
+        # What comes through a retry topic is finished as it gets due, whatever the order of the consumer.
+        ordered = consumer.order == "partition" and consumer.retry.ordered
         runner.attach(
             events.log(consumer.group, consumer.subscriptions, start=consumer.start, ordered=ordered, listener=runner)
         )

@@ -9,9 +9,10 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 from barnabas.backends.queues import QueueOrder
-from barnabas.backends.shares import by_target, close_books, fair, open_account, partition_of
+from barnabas.backends.shares import close_books, fair, open_account
 from barnabas.errors import DeclarationError, UnknownTopic
 from barnabas.message import Outgoing, OutgoingJob, Row
 from barnabas.ports import Listener, Part, Result, TopicState
@@ -81,17 +82,20 @@ class MemoryBackend:
         self.ring()
 
     def _store(self, outgoing: Iterable[Outgoing | OutgoingJob]) -> None:
-        messages, jobs = by_target(outgoing)
-        for out in messages:
-            self._append(out)
-        for job in jobs:
-            self._number += 1
-            if job.at is not None and job.at > self.clock.now():
-                heapq.heappush(self.later, (job.at, self._number, "scheduled", job))
+        for out in outgoing:
+            if len(out) == 7:
+                self._append(out)  # type: ignore[arg-type]
             else:
-                self.ready.setdefault(job.queue, deque()).append((self._number, job))
-            if job.future is not None:
-                job.future.resolve(job.jid)
+                self._push(out)  # type: ignore[arg-type]
+
+    def _push(self, job: OutgoingJob) -> None:
+        self._number += 1
+        if job.at is not None and job.at > self.clock.now():
+            heapq.heappush(self.later, (job.at, self._number, "scheduled", job))
+        else:
+            self.ready.setdefault(job.queue, deque()).append((self._number, job))
+        if job.future is not None:
+            job.future.resolve(job.jid)
 
     def _append(self, out: Outgoing) -> tuple[int, int] | None:
         """Store a message; its partition and offset, None if it could not be."""
@@ -101,8 +105,11 @@ class MemoryBackend:
             self.declare([topic])
             parts = self.logs[topic.name]
         if partition is None:
-            self._spin += 1
-            partition = partition_of(key, len(parts), self._spin)
+            if key is None:
+                self._spin += 1
+                partition = self._spin % len(parts)
+            else:
+                partition = crc32(key.encode() if type(key) is str else key) % len(parts)  # type: ignore[arg-type, union-attr]
         elif not 0 <= partition < len(parts):
             error = UnknownTopic(f"topic {topic.name!r} has no partition {partition}; it has {len(parts)}")
             if future is None:
@@ -110,9 +117,11 @@ class MemoryBackend:
             future.fail(error)
             return None
         log = parts[partition]
-        offset = log.next
-        log.rows.append((offset, key, value, headers, timestamp))
-        log.size += len(value or b"")
+        rows = log.rows
+        offset = log.first + len(rows)
+        rows.append((offset, key, value, headers, timestamp))
+        if value is not None:
+            log.size += len(value)
         if future is not None:
             future.resolve((topic, partition, offset, key, value, headers, timestamp))
         return partition, offset

@@ -54,7 +54,8 @@ class Text(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line without its traceback."""
-        of: dict[str, Any] = getattr(record, "context", {})
+        # Our own lines name what they are about.
+        of: dict[str, Any] = {} if record.name == "barnabas" else getattr(record, "context", {})
         where = ""
         if "topic" in of:
             where = f" ({of['consumer']} {of['topic']}[{of['partition']}]@{of['offset']})"

@@ -59,7 +59,7 @@ def alone(app: App, lifeline: Lifeline | None, only: Any, skip: Any, drain: bool
         try:
             code = serve(worker, stopper, drain=drain, lifeline=lifeline, tell=status)
             if status is not None:
-                _conclude(app, status, list(worker.queues) if drain else [])
+                _conclude(app, status, list(worker.queues) if drain and code == 0 else [])
         finally:
             app.close()
     return code
@@ -94,7 +94,7 @@ def supervise(app: App, target: str | None, *, only: Any, skip: Any, drain: bool
             end()
     status(supervisor.counts())
     try:
-        _conclude(app, status, queues if drain else [])
+        _conclude(app, status, queues if drain and code == 0 else [])
     finally:
         app.close()
     return code
@@ -119,9 +119,9 @@ def _announce(app: App, only: Any, skip: Any) -> None:
     settings = app.settings
     if settings.log_format == "json":
         for info in infos:
-            log.info("runs consumer %s", info.name, extra={**info._asdict(), "url": settings.events, "name_": info.name})
+            log.info("runs consumer %s", info.name, extra={"runs": info._asdict(), "url": settings.events})
         for queue in weights:
-            log.info("runs queue %s", queue, extra={"queue": queue, "url": settings.jobs})
+            log.info("runs queue %s", queue, extra={"runs": {"queue": queue, "weight": weights[queue]}, "url": settings.jobs})
     else:
         rows = [(f"consumer {i.name}", ", ".join(i.topics), i.group, i.concurrency, f"{i.order} order, {i.kind}") for i in infos]
         size = f"{settings.threads} threads, {settings.coroutines} coroutines"

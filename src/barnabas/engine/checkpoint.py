@@ -11,11 +11,15 @@ from barnabas.ports import Result, Source
 FLUSH = 60.0  # seconds that outputs may take to become durable elsewhere before the checkpoint fails (and is repeated)
 
 
-def checkpoint(source: Source, sinks: Callable[[Any], Any], results: Sequence[Result]) -> int:
+def checkpoint(source: Source, sinks: Callable[[Any], Any] | None, results: Sequence[Result]) -> int:
     """Settle `results`. Outputs for the source's own home ride in its transaction, others are durable before it.
 
+    sinks: where an output leaves; None if all leave where the source lives.
     Returns the number of outputs. Raises what the sink or the source raises; nothing is settled then.
     """
+    if sinks is None:
+        source.settle(results)
+        return sum([len(result.outputs) for result in results])
     away: dict[Any, list[Outgoing | OutgoingJob]] = {}
     settled = []
     count = 0

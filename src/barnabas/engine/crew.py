@@ -47,12 +47,17 @@ class Crew:
         self.lanes = Lanes(order, clock.monotonic, batch.max if batch else 1 << 30, batch.wait if batch else 0.0)
         self.box = array("q", bytes(8 * SLOT * size)) if box is None else box
         self.base = base
+        for slot in range(size):
+            self.box[slot * SLOT + base + 2] = 1
         self.wake = wake
-        self.results: deque[Result] = deque()
+        self.results: deque[Result | tuple[Part, Sequence[Row]]] = deque()  # a pair: done, and nothing else to say
         self.fresh = 0  # rows in results that the fetch thread has not seen
         self.enough = 500  # fresh rows that are worth waking the fetch thread for
         self.current: list[Run | None] = [None] * size
         self.given = [0] * size
+        self.hauls: list[deque[Run]] = [deque() for _ in range(size)]
+        self.ended: list[list[tuple[Run, int, float | None]]] = [[] for _ in range(size)]
+        self.until = [0.0] * size
         self.began = [0.0] * size
         self.cancelled: dict[int, str] = {}
         self.late: set[tuple[int, int]] = set()
@@ -68,18 +73,50 @@ class Crew:
 
     def take(self, slot: int) -> Run | None:
         """The next run for this worker; None if there is none now."""
+        haul = self.hauls[slot]
+        if haul and not self.stopping:
+            return haul.popleft()
         with self.lanes.lock:
-            return None if self.stopping else self._take()
+            return self._refill(slot)
 
-    def _take(self) -> Run | None:
+    def _refill(self, slot: int) -> Run | None:
+        """Give the lanes of finished runs back and take the next runs, with one hold of the lock for both.
+
+        Several at once where they are short: a lock a run would cost more than the run. Hold the lock.
+        """
+        lanes, ended = self.lanes, self.ended[slot]
+        if ended:
+            for run, done, at in ended:
+                if lanes.give(run, done, at):
+                    self._ready()
+            self._measure(slot)
+            ended.clear()
+        first = None
         if self.held:
-            solo, self.solo = self.solo, None
-            return solo
-        return self.lanes.take(self._count())
+            first, self.solo = self.solo, None
+        elif not self.stopping:
+            count = min(100, max(1, int(0.001 / self.pace))) if self.pace else 1
+            first = lanes.take(count)
+            if first is not None and count > 1 and lanes.ready:
+                haul = self.hauls[slot]
+                for _ in range(min(count, len(lanes.ready) // self.size)):
+                    run = lanes.take(1)
+                    if run is None:
+                        break
+                    haul.append(run)
+        if first is None:
+            self.box[slot * SLOT + self.base] = 0
+            if self.fresh:
+                self._tell()
+        else:
+            self.until[slot] = 0.0
+        return first
 
-    def _count(self) -> int:
-        """How many loose rows a worker takes at once: about a millisecond of work, so a slow one holds no other."""
-        return min(100, max(1, int(0.001 / self.pace))) if self.pace else 1
+    def _measure(self, slot: int) -> None:
+        """How long a row took of late: it decides how many a worker takes at once, and how far ahead jobs are claimed."""
+        rows = sum([done for _, done, _ in self.ended[slot]])
+        if rows:
+            self.pace += ((self.monotonic() - self.began[slot]) / rows - self.pace) * 0.2
 
     async def idle(self, slot: int) -> bool:
         """Wait for work; False if this worker is to end."""
@@ -87,15 +124,17 @@ class Crew:
 
     def begin(self, slot: int, run: Run) -> float:
         """A run starts: until when (monotonic seconds) it may go on without looking around, negative to stop."""
-        now = self.monotonic()
-        self.box[slot * SLOT + self.base] = run.part.id + 1
-        self.box[slot * SLOT + self.base + 2] = 1
+        part = run.part
+        self.box[slot * SLOT + self.base] = part.id + 1
         self.current[slot] = run
         self.given[slot] = 0
-        self.began[slot] = now
-        if run.part.closed or self.stopping or now > run.part.until:
-            return STOP
-        return min(now + TICK, run.part.until)
+        until = self.until[slot]
+        if not until:  # the first of a haul
+            self.began[slot] = now = self.monotonic()
+            self.until[slot] = until = now + TICK
+        if part.until < until or self.stopping:
+            return STOP if self.stopping or part.until < self.began[slot] else part.until
+        return until
 
     def breathe(self, slot: int, run: Run, done: int) -> float:
         """Between two deliveries: give what is done, and say until when to go on (negative: stop here)."""
@@ -105,38 +144,52 @@ class Crew:
         if self.fresh:
             self._tell()
         now = self.monotonic()
-        if run.part.closed or self.stopping or now > run.part.until:
+        if self.hauls[slot] or self.ended[slot]:
+            self._unload(slot, now)
+        if self.stopping or now > run.part.until:
             return STOP
-        return min(now + TICK, run.part.until)
+        self.until[slot] = until = min(now + TICK, run.part.until)
+        return until
+
+    def _unload(self, slot: int, now: float) -> None:
+        """This run takes longer than thought: give the others that were taken with it to other workers."""
+        haul, ended = self.hauls[slot], self.ended[slot]
+        with self.lanes.lock:
+            self._measure(slot)
+            for run, done, at in [*ended, *((run, 0, now) for run in haul)]:
+                if self.lanes.give(run, done, at):
+                    self._ready()
+            ended.clear()
+            haul.clear()
+        self.wake()  # the fetch thread makes ready what was parked until now
 
     def _give(self, slot: int, run: Run, done: int) -> None:
         start = self.given[slot]
         if done > start and not run.part.closed:
             rows = run.rows if start == 0 and done == len(run.rows) else run.rows[start:done]
-            self.results.append(Result(run.part, rows, run.outputs, run.cells, run.others))
             self.fresh += done - start
             self.given[slot] = done
-            run.outputs, run.cells, run.others = [], {}, {}
+            if run.outputs or run.cells or run.others:
+                self.results.append(Result(run.part, rows, run.outputs, run.cells, run.others))
+                run.outputs, run.cells, run.others = [], {}, {}
+            else:
+                self.results.append((run.part, rows))
 
     def end(self, slot: int, run: Run, done: int, parked: float | None) -> None:
         """A run is over: `done` rows have their outcome, the rest is parked until then or goes back to the source."""
-        base = slot * SLOT + self.base
-        self.box[base] = 0
-        now = self.monotonic()
         if self.current[slot] is not run:  # it was abandoned: its outcome is settled, whatever it does now
             return
-        if done:
-            self.pace += ((now - self.began[slot]) / done - self.pace) * 0.2
         self._give(slot, run, done)
-        if parked is not None and parked >= 0 and not run.part.closed:  # no row is done, but the attempt is to be kept
-            self.results.append(Result(run.part, (), run.outputs, run.cells, run.others))
-            run.outputs, run.cells, run.others = [], {}, {}
-        with self.lanes.lock:
-            self.current[slot] = None
-            if self.lanes.give(run, done, None if parked is None or parked < 0 else parked):
-                self._ready()
-            idle = not self.lanes.ready
-        if idle or self.fresh >= self.enough or parked is not None:
+        self.current[slot] = None
+        if parked is None:
+            self.ended[slot].append((run, done, None))
+        else:
+            if parked >= 0 and not run.part.closed:  # no row is done, but the attempt is to be kept
+                self.results.append(Result(run.part, (), run.outputs, run.cells, run.others))
+                run.outputs, run.cells, run.others = [], {}, {}
+            self.ended[slot].append((run, done, parked if parked >= 0 else None))
+            self._tell()
+        if self.fresh >= self.enough:
             self._tell()
 
     def _tell(self) -> None:
@@ -204,17 +257,21 @@ class Crew:
         if asyncio.iscoroutine(out):
             self.drive(out)
 
-    def decode_each(self, run: Run, rows: Sequence[Row]) -> tuple[list[Any], list[Row]]:
-        """Decode what can be decoded; the others are dead on their own."""
+    def decode_each(
+        self, run: Run, rows: Sequence[Row]
+    ) -> tuple[list[Any], list[Row], list[tuple[Row, BaseException]]]:
+        """Decode what can be decoded; the values and their rows, and the others with their errors."""
         decode = self.handler.decoder(run.part.topic)
-        values, kept = [], []
+        values: list[Any] = []
+        kept: list[Row] = []
+        bad: list[tuple[Row, BaseException]] = []
         for row in rows:
             try:
                 values.append(decode(row[2]))
                 kept.append(row)
             except Exception as error:
-                self.handler.failed(run, row, error, self.clock.now(), False)
-        return values, kept
+                bad.append((row, error))
+        return values, kept, bad
 
     # The fetch thread's side.
 
@@ -236,11 +293,24 @@ class Crew:
         """See that somebody looks for work."""
 
     def collect(self) -> list[Result]:
-        """The results since the last call."""
-        results, taken = self.results, []
+        """The results since the last call; where order does not matter, one a partition for all plain ones."""
+        results = self.results
+        taken: list[Result] = []
+        plain: dict[Part, list[Row]] = {}
+        apart = self.lanes.order == "partition"
         while results:
-            taken.append(results.popleft())
-        return taken
+            result = results.popleft()
+            if type(result) is Result:
+                taken.append(result)
+            elif apart:
+                taken.append(Result(*result, [], {}, {}))
+            else:
+                rows = plain.get(result[0])
+                if rows is None:
+                    plain[result[0]] = list(result[1])
+                else:
+                    rows += result[1]
+        return taken + [Result(part, rows, [], {}, {}) for part, rows in plain.items()]
 
     def unpark(self, now: float) -> None:
         """Make ready whatever was parked until now."""
@@ -279,182 +349,3 @@ class Crew:
 
     async def _together(self) -> None:
         await asyncio.gather(*(self.body(self, slot) for slot in range(self.size)))
-
-
-class ThreadCrew(Crew):
-    """Threads: for sync handlers."""
-
-    def start(self) -> None:
-        self._idle = 0
-        self._left = False
-        self._calls: deque[Callable[[], None]] = deque()
-        self._work = threading.Condition(self.lanes.lock)
-        self.threads = [
-            threading.Thread(target=self._drive, args=(slot,), name=f"{self.handler.name}-{slot}", daemon=True)
-            for slot in range(self.size)
-        ]
-        for thread in self.threads:
-            thread.start()
-
-    def call(self, function: Callable[..., Any], *args: Any, timeout: float = 5.0) -> None:
-        future: Future[None] = Future()
-
-        def act() -> None:
-            try:
-                future.resolve(function(*args))
-            except BaseException as error:
-                future.fail(error)
-
-        with self._work:
-            self._calls.append(act)
-            self._work.notify_all()
-        try:
-            future.result(timeout)
-        except TimeoutError:
-            if future.done():
-                raise
-            raise TimeoutError(f"it waited {timeout} s for a thread of {self.handler.name!r}, which is at work") from None
-
-    def _drive(self, slot: int) -> None:
-        self.handler.enter()
-        try:
-            self.body(self, slot).send(None)
-        except StopIteration:
-            pass
-        except BaseException as error:  # SystemExit and the like: the run in hand is settled by nobody
-            self.error = error
-            self.stopping = True
-            self.wake()
-            self.take(slot)  # nothing but calls
-        finally:
-            self.handler.leave()
-
-    def take(self, slot: int) -> Run | None:
-        with self._work:
-            while not self._left:  # a stopped crew still answers calls: revoked, tear_down
-                if self._calls:
-                    act = self._calls.popleft()
-                    self._work.release()
-                    try:
-                        act()
-                    finally:
-                        self._work.acquire()
-                    continue
-                run = self._take() if not self.stopping else None
-                if run is not None:
-                    if self._idle and self.lanes.ready:
-                        self._work.notify()
-                    return run
-                self._idle += 1
-                self._work.wait()
-                self._idle -= 1
-        return None
-
-    def _ready(self) -> None:
-        if self._idle:
-            self._work.notify()
-
-    def put(self, batches: Sequence[tuple[Part, Sequence[Row]]]) -> None:
-        super().put(batches)
-        self.nudge()
-
-    def nudge(self) -> None:
-        """Wake a worker; it wakes the next if there is more (a cascade: no herd)."""
-        with self._work:
-            if self._idle and (self.lanes.ready or self.solo):
-                self._work.notify()
-
-    def unpark(self, now: float) -> None:
-        if self.lanes.unpark(now):
-            self.nudge()
-
-    def leave(self) -> None:
-        with self._work:
-            self._left = True
-            self._work.notify_all()
-
-
-class LoopCrew(Crew):
-    """Tasks on an event loop: for async handlers. Long-lived workers, never a task a message."""
-
-    loop: asyncio.AbstractEventLoop
-
-    def start(self) -> None:
-        self._waiters: deque[asyncio.Future[None]] = deque()
-        self.tasks: list[asyncio.Task[None]] = []
-        asyncio.run_coroutine_threadsafe(self._begin(), self.loop).result()
-
-    async def _begin(self) -> None:
-        self.handler.enter()
-        self.tasks = [
-            asyncio.create_task(self.body(self, slot), name=f"{self.handler.name}-{slot}") for slot in range(self.size)
-        ]
-        for task in self.tasks:
-            task.add_done_callback(self._ended)
-
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        if not task.cancelled() and task.exception() is not None:
-            self.error = task.exception()
-            self.stopping = True
-            self.wake()
-
-    async def idle(self, slot: int) -> bool:
-        if self.stopping:
-            return False
-        waiter = self.loop.create_future()
-        self._waiters.append(waiter)
-        await waiter
-        return not self.stopping
-
-    def take(self, slot: int) -> Run | None:
-        run = super().take(slot)
-        if run is not None and self._waiters and self.lanes.ready:
-            self._ready()
-        return run
-
-    def _ready(self) -> None:
-        if self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def put(self, batches: Sequence[tuple[Part, Sequence[Row]]]) -> None:
-        super().put(batches)
-        self.nudge()
-
-    def nudge(self) -> None:
-        """Wake a worker on its own loop."""
-        self.loop.call_soon_threadsafe(self._ready)
-
-    def unpark(self, now: float) -> None:
-        if self.lanes.unpark(now):
-            self.nudge()
-
-    def call(self, function: Callable[..., Any], *args: Any, timeout: float = 5.0) -> None:
-        async def act() -> None:
-            out = function(*args)
-            if asyncio.iscoroutine(out):
-                await out
-
-        asyncio.run_coroutine_threadsafe(act(), self.loop).result(timeout)
-
-    def cancel(self, slot: int, run: Run, why: str) -> bool:
-        at = slot * SLOT + self.base + 1
-        offset = self.box[at]
-
-        def now() -> None:
-            if self.current[slot] is run and self.box[at] == offset != -1:  # else it is past what took so long
-                self.cancelled[slot] = why
-                self.tasks[slot].cancel()
-
-        self.loop.call_soon_threadsafe(now)
-        return True
-
-    def stop(self) -> None:
-        super().stop()
-
-        def wake_all() -> None:
-            while self._waiters:
-                self._ready()
-
-        self.loop.call_soon_threadsafe(wake_all)

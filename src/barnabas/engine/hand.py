@@ -17,6 +17,11 @@ def cause_of(part: Part, row: Row) -> str:
     return f"{part.group}/{part.topic}/{part.partition}/{row[0]}"
 
 
+def id_of(derive: Any, part: Part, row: Row, index: int) -> str:
+    """The id of the `index`-th send of a delivery."""
+    return derive(cause_of(part, row), index)  # type: ignore[no-any-return]
+
+
 class Hand:
     """The sends and table writes of the delivery a worker has in hand. `used` says that there are any."""
 
@@ -46,8 +51,8 @@ class Hand:
     def future(self, derive: Any) -> Future[Any]:
         """A future for a send that is held back; its id is derived from the cause when somebody asks."""
         self.sent = index = self.sent + 1
-        part, row = self.run.part, self.row
-        return Future(lambda: derive(cause_of(part, row), index), self)
+        self.used = True  # so that the next delivery counts from 1 again
+        return Future((id_of, derive, self.run.part, self.row, index), self)
 
     def has_key(self, key: Key) -> bool:
         """Whether a message of the batch in hand has this key."""
@@ -60,7 +65,7 @@ class Hand:
         run = self.run
         if self.outputs:
             run.outputs += self.outputs
-            self.outputs = []
+            self.outputs.clear()
         if self.cells:
             self.tables.keep(run.part, self.cells)
             run.cells.update(self.cells)

@@ -126,6 +126,10 @@ class Handler:
         self.decode = first.decode if plain else None
         function: Callable[..., Any] = first.function if same else (_call_async if self.awaited else _call)
         self._dispatch = not same
+        kinds = first.params.kinds
+        self._wants_delivery = self._hooked or any("delivery" in r.params.kinds for r in routes)
+        # The two commonest shapes have a way of their own: hooks around f(value), and f(value, delivery).
+        self._plain = same and kinds == (["value"] if self._hooked else ["value", "delivery"])
         self.function = wrap(function, hooks, self.awaited, self.name) if hooks else function
         self.answer: Callable[[Any, Any], None] | None = None
         if consumer.responds:
@@ -176,18 +180,19 @@ class Handler:
         data = row[2]
         value = route.decode(data) if data is not None or not route.params.optional else None  # type: ignore[arg-type]
         delivery: Any = None
-        if self._hooked or "delivery" in route.params.kinds:
-            delivery = self.delivery(part, row, value)
+        if self._wants_delivery:
+            if row[3]:
+                delivery = self.delivery(part, row, value)
+            else:
+                attempt = part.attempts.get(row[0], 0) + 1 if part.attempts else 1
+                delivery = Delivery(part.topic, part.partition, row[0], row[1], value, (), row[4], attempt, self.group)
+            if self._plain:
+                return (delivery, value) if self._hooked else (value, delivery)
         args: list[Any] = [delivery] if self._hooked else []
         if self._dispatch:
             args.append(route.function)
         for kind in route.params.kinds:
-            if kind == "value":
-                args.append(value)
-            elif kind == "delivery":
-                args.append(delivery)
-            else:
-                args.append(self._respond())
+            args.append(value if kind == "value" else delivery if kind == "delivery" else self._respond())
         return tuple(args)
 
     def _respond(self) -> Respond:
@@ -221,18 +226,22 @@ class Handler:
         offset, data = row[0], row[2]
         attempt = self.delivery(part, row, None).attempt
         reason = None
-        if data is None and not self.routes[part.topic].params.optional:
-            self._say(part, offset, attempt, "skipped", "a null value, and the handler's annotation has no None", None)
+        if data is None and not whole and not self.routes[part.topic].params.optional:
+            reason = "a null value, and the handler's annotation has no None"
+            run.others[offset] = Dead(reason)
+            self._say(part, offset, attempt, "skipped", reason, None)
             return None
         if not whole and data is not None:
             reason = self._undecodable(part, data)
         verdict = Dead(f"undecodable: {reason}") if reason else decide(consumer.retry, attempt, error, now)
         if isinstance(verdict, Again):
             if consumer.retry.ordered:
-                part.attempts[offset] = part.attempts.get(offset, 0) + 1
+                for failed in run.rows if whole else (row,):
+                    part.attempts[failed[0]] = part.attempts.get(failed[0], 0) + 1
                 self._say(part, offset, attempt, "again", f"{type(error).__name__}: {error}", error)
                 return verdict.at
             run.outputs.append(self._retry_message(part, row, attempt, verdict.at))
+            run.others[offset] = verdict
             self._say(part, offset, attempt, "retry topic", f"{type(error).__name__}: {error}", error)
             return None
         if whole:
@@ -248,6 +257,7 @@ class Handler:
         if on_dead == "stop":
             self._say(part, row[0], attempt, "stop", reason, error)
             raise Stop(f'{self.name}: {part.topic}[{part.partition}]@{row[0]} is dead and on_dead="stop": {reason}')
+        run.others[row[0]] = Dead(reason)
         if on_dead == "topic":
             run.outputs.append(self._dead_letter(part, row, reason, error, attempt, now))
         self._say(part, row[0], attempt, "dead" if on_dead == "topic" else "skipped", reason, error)

@@ -57,6 +57,24 @@ def wrap(function: Callable[..., Any], hooks: Sequence[Any], awaited: bool, owne
             )
         return _wrap_mixed(function, hooks)
 
+    if len(hooks) == 1 and not awaited:
+        only = hooks[0]
+
+        def hooked_once(delivery: Any, /, *args: Any) -> Any:
+            generator = only(delivery)
+            next(generator)
+            try:
+                out = function(*args)
+            except BaseException as error:
+                return _fail([generator], error)
+            try:
+                generator.send(out)
+            except StopIteration:
+                return out
+            return _leave([generator], out)
+
+        return hooked_once
+
     def enter(entered: list[Any], delivery: Any) -> None:
         for hook in hooks:
             generator = hook(delivery)

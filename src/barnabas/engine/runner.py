@@ -29,7 +29,7 @@ class Runner:
         *,
         clock: Any,
         observers: Observers,
-        sinks: Callable[[Any], Any],
+        sinks: Callable[[Any], Any] | None,
         gate: Gate,
         route: Callable[[Row], int] | None = None,
         limit: int = 2000,

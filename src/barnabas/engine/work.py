@@ -75,7 +75,6 @@ async def work(crew: "Crew", slot: int) -> None:
 async def work_batches(crew: "Crew", slot: int) -> None:
     """The same for batch handlers: one call a run. A failing batch is retried whole; when its attempts are spent its
     messages run as batches of one, so that only culprits die."""
-    handler = crew.handler
     box, at_box = crew.box, slot * SLOT + crew.base + 1
     while True:
         run = crew.take(slot)
@@ -86,56 +85,56 @@ async def work_batches(crew: "Crew", slot: int) -> None:
         if crew.begin(slot, run) < 0:
             crew.end(slot, run, 0, None)
             continue
-        box[at_box], box[at_box + 1] = run.rows[0][0], len(run.rows)
-        error = await _call(crew, slot, run, run.rows)
-        parked = None
-        done = len(run.rows)
+        rows = run.rows
+        box[at_box], box[at_box + 1] = rows[0][0], len(rows)
+        error = await _call(crew, slot, run, rows)
+        done, parked = len(rows), None
         if error is not None:
-            first = run.rows[0]
-            parked = crew.failed(slot, run, first, error, whole=True)
-            if parked is not None:
-                done = 0
-            else:
-                for done, row in enumerate(run.rows):  # noqa: B007
-                    if crew.breathe(slot, run, done) < 0:
-                        break
-                    box[at_box], box[at_box + 1] = row[0], 1
-                    error = await _call(crew, slot, run, [row])
-                    if error is not None:
-                        parked = crew.failed(slot, run, row, error)
-                        if parked is not None:
-                            break
-                else:
-                    done = len(run.rows)
+            done, parked = 0, _failed(crew, slot, run, rows[0], error, True)
+            while parked is None and done < len(rows) and crew.breathe(slot, run, done) >= 0:
+                box[at_box], box[at_box + 1] = rows[done][0], 1
+                error = await _call(crew, slot, run, [rows[done]])
+                if error is not None:
+                    parked = _failed(crew, slot, run, rows[done], error)
+                done += parked is None
         crew.end(slot, run, done, parked)
 
 
+def _failed(crew: "Crew", slot: int, run: Any, row: Any, error: BaseException, whole: bool = False) -> float | None:
+    return -1.0 if error is crew.error else crew.failed(slot, run, row, error, whole)
+
+
 async def _call(crew: "Crew", slot: int, run: Any, rows: list[Any]) -> BaseException | None:
-    """Call the batch handler for these rows, without those that cannot be decoded: they are dead on their own."""
+    """Call the batch handler for these rows, without those that cannot be decoded. Those are dead on their own, once the
+    others are done: a batch that is retried meets them again."""
     handler = crew.handler
     hand = Hand(handler.tables)
     hand.run, hand.row, hand.open, hand.keys = run, rows[0], True, None
     CURRENT.set(hand)
     decode = handler.decoder(run.part.topic)
+    bad: list[Any] = []
     try:
         values = [decode(row[2]) for row in rows]
     except Exception:
-        values, rows = crew.decode_each(run, rows)
-    if not values:
-        return None
+        values, rows, bad = crew.decode_each(run, rows)
     try:
-        out = handler.call_batch(run, rows, values)
-        if handler.awaited:
-            out = await out
-        if crew.cancelled or crew.late:
-            crew.overdue(slot, run, rows[0])
-        if handler.answer is not None:
-            handler.answer(hand, out)
+        if values:
+            out = handler.call_batch(run, rows, values)
+            if handler.awaited:
+                out = await out
+            if crew.cancelled or crew.late:
+                crew.overdue(slot, run, run.rows[0])
+            if handler.answer is not None:
+                handler.answer(hand, out)
     except (Exception, asyncio.CancelledError) as error:
         hand.drop()
         return error
     finally:
         hand.open = False
+    for row, error in bad:
+        crew.failed(slot, run, row, error)
+    if bad and crew.error is not None:  # on_dead="stop"
+        return crew.error
     if hand.used:
         hand.keep()
     return None

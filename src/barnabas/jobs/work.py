@@ -118,9 +118,9 @@ class JobHandler:
         if outcome.kind == "again":
             verdict = Again(outcome.at, outcome.payload)
         elif outcome.kind == "drop" and entry is not None:
-            verdict = Dead(f"dropped: {outcome.reason}", None)
+            verdict = Dead(f"dropped: {outcome.reason}: {error}", None)
         else:
-            verdict = Dead(outcome.reason, outcome.payload)
+            verdict = Dead(f"{outcome.reason}: {error}", outcome.payload)
         self._note(run, row, payload.name, payload.attempt, verdict, error)
 
     def bury(self, run: Run, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> None:

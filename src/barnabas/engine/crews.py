@@ -1,0 +1,195 @@
+"""Crews at work: threads for sync handlers, tasks of an event loop for async ones."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from barnabas.engine.crew import Crew
+from barnabas.engine.lanes import Run
+from barnabas.future import Future
+from barnabas.message import Row
+from barnabas.ports import Part
+
+
+class ThreadCrew(Crew):
+    """Threads: for sync handlers."""
+
+    def start(self) -> None:
+        self._idle = 0
+        self._left = False
+        self._calls: deque[Callable[[], None]] = deque()
+        self._work = threading.Condition(self.lanes.lock)
+        self.threads = [
+            threading.Thread(target=self._drive, args=(slot,), name=f"{self.handler.name}-{slot}", daemon=True)
+            for slot in range(self.size)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def call(self, function: Callable[..., Any], *args: Any, timeout: float = 5.0) -> None:
+        future: Future[None] = Future()
+
+        def act() -> None:
+            try:
+                future.resolve(function(*args))
+            except BaseException as error:
+                future.fail(error)
+
+        with self._work:
+            self._calls.append(act)
+            self._work.notify_all()
+        try:
+            future.result(timeout)
+        except TimeoutError:
+            if future.done():
+                raise
+            raise TimeoutError(f"it waited {timeout} s for a thread of {self.handler.name!r}, which is at work") from None
+
+    def _drive(self, slot: int) -> None:
+        self.handler.enter()
+        try:
+            self.body(self, slot).send(None)
+        except StopIteration:
+            pass
+        except BaseException as error:  # SystemExit and the like: the run in hand is settled by nobody
+            self.error = error
+            self.stopping = True
+            self.wake()
+            self.take(slot)  # nothing but calls
+        finally:
+            self.handler.leave()
+
+    def take(self, slot: int) -> Run | None:
+        haul = self.hauls[slot]
+        if haul and not self.stopping:
+            return haul.popleft()
+        with self._work:
+            while not self._left:  # a stopped crew still answers calls: revoked, tear_down
+                if self._calls:
+                    act = self._calls.popleft()
+                    self._work.release()
+                    try:
+                        act()
+                    finally:
+                        self._work.acquire()
+                    continue
+                run = self._refill(slot)
+                if run is not None:
+                    if self._idle and self.lanes.ready:
+                        self._work.notify()
+                    return run
+                self._idle += 1
+                self._work.wait()
+                self._idle -= 1
+        return None
+
+    def _ready(self) -> None:
+        if self._idle:
+            self._work.notify()
+
+    def put(self, batches: Sequence[tuple[Part, Sequence[Row]]]) -> None:
+        super().put(batches)
+        self.nudge()
+
+    def nudge(self) -> None:
+        """Wake a worker; it wakes the next if there is more (a cascade: no herd)."""
+        with self._work:
+            if self._idle and (self.lanes.ready or self.solo):
+                self._work.notify()
+
+    def unpark(self, now: float) -> None:
+        if self.lanes.unpark(now):
+            self.nudge()
+
+    def leave(self) -> None:
+        with self._work:
+            self._left = True
+            self._work.notify_all()
+
+
+class LoopCrew(Crew):
+    """Tasks on an event loop: for async handlers. Long-lived workers, never a task a message."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def start(self) -> None:
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self.tasks: list[asyncio.Task[None]] = []
+        asyncio.run_coroutine_threadsafe(self._begin(), self.loop).result()
+
+    async def _begin(self) -> None:
+        self.handler.enter()
+        self.tasks = [
+            asyncio.create_task(self.body(self, slot), name=f"{self.handler.name}-{slot}") for slot in range(self.size)
+        ]
+        for task in self.tasks:
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self.error = task.exception()
+            self.stopping = True
+            self.wake()
+
+    async def idle(self, slot: int) -> bool:
+        if self.stopping:
+            return False
+        waiter = self.loop.create_future()
+        self._waiters.append(waiter)
+        await waiter
+        return not self.stopping
+
+    def take(self, slot: int) -> Run | None:
+        run = super().take(slot)
+        if run is not None and self._waiters and self.lanes.ready:
+            self._ready()
+        return run
+
+    def _ready(self) -> None:
+        if self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def put(self, batches: Sequence[tuple[Part, Sequence[Row]]]) -> None:
+        super().put(batches)
+        self.nudge()
+
+    def nudge(self) -> None:
+        """Wake a worker on its own loop."""
+        self.loop.call_soon_threadsafe(self._ready)
+
+    def unpark(self, now: float) -> None:
+        if self.lanes.unpark(now):
+            self.nudge()
+
+    def call(self, function: Callable[..., Any], *args: Any, timeout: float = 5.0) -> None:
+        async def act() -> None:
+            out = function(*args)
+            if asyncio.iscoroutine(out):
+                await out
+
+        asyncio.run_coroutine_threadsafe(act(), self.loop).result(timeout)
+
+    def cancel(self, slot: int, run: Run, why: str) -> bool:
+        at = slot * SLOT + self.base + 1
+        offset = self.box[at]
+
+        def now() -> None:
+            if self.current[slot] is run and self.box[at] == offset != -1:  # else it is past what took so long
+                self.cancelled[slot] = why
+                self.tasks[slot].cancel()
+
+        self.loop.call_soon_threadsafe(now)
+        return True
+
+    def stop(self) -> None:
+        super().stop()
+
+        def wake_all() -> None:
+            while self._waiters:
+                self._ready()
+
+        self.loop.call_soon_threadsafe(wake_all)
