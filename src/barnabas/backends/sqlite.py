@@ -6,38 +6,31 @@ never the standard library's sqlite3: that one waits a switch interval for every
 """
 
 import atexit
-import json
 import logging
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
-from itertools import repeat
-from pathlib import Path
 from typing import Any, TypeVar
 
 import apsw
 import msgspec
 
-from barnabas.backends.host import Bell, Life, Turn, forget, look
+from barnabas.backends.host import Bell, Turn
+from barnabas.backends.neighbours import Neighbours
 from barnabas.backends.shares import by_target, partition_of
+from barnabas.backends.sqlite_read import SHIFT, SqliteReader, connect, explain
 from barnabas.errors import BackendError, BufferFull, DeclarationError, SendError, UnknownTopic
-from barnabas.message import Headers, Key, Outgoing, OutgoingJob, Row
-from barnabas.ports import Listener, Source, TopicState
+from barnabas.message import Outgoing, OutgoingJob
+from barnabas.ports import Listener, Source
 
 T = TypeVar("T")
 log = logging.getLogger("barnabas")
 SCHEMA = 1
 DEFAULT_PARTITIONS = 6
-SHIFT = 40  # id of a record = partition's number << SHIFT | offset
 BATCH_COUNT, BATCH_BYTES = 1000, 256 * 1024  # the most a record holds
-Columns = tuple[list[Key], list[bytes | None], list[Headers | None] | None, list[float]]
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(
-    tuple[list[Any], list[bytes | None], list[list[tuple[str, bytes]] | None] | None, list[float]]
-).decode
 _open: "weakref.WeakSet[SqliteBackend]" = weakref.WeakSet()
 _inherited: list[Any] = []  # a forked child keeps its parent's handles untouched, here
 
@@ -49,48 +42,24 @@ def open_backend(url: str, settings: Any, clock: Any) -> "SqliteBackend":
     return backend
 
 
-def unpack(record: int, data: bytes) -> list[Row]:
-    """The rows of a stored record."""
-    keys, values, headers, times = _decode(data)
-    base = record & ((1 << SHIFT) - 1)
-    return list(zip(range(base, base + len(keys)), keys, values, headers or repeat(None), times, strict=False))
-
-
-def connect(path: str) -> apsw.Connection:
-    """A connection with the settings that every one of ours has."""
-    try:
-        db = apsw.Connection(path)
-        db.set_busy_timeout(10_000)  # against outside tools only: our own writers take turns
-        db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL")
-        return db
-    except apsw.Error as error:
-        raise BackendError(f"{path}: {type(error).__name__}: {error}; is it a SQLite file, and may this user write it?") from error
-
-
-class SqliteBackend:
+class SqliteBackend(SqliteReader):
     """One file, as this process sees it."""
 
     def __init__(self, url: str, settings: Any, clock: Any) -> None:
         self.url = url
         self.closed = False
         self.clock = clock
-        self.path = url.removeprefix("sqlite:///")
-        self.session: float = settings.session_timeout
+        path = url.removeprefix("sqlite:///")
         self._send_timeout: float = settings.send_timeout
         self._most = (settings.buffer_messages, settings.buffer_bytes)
-        folder = Path(self.path).parent
-        if not folder.is_dir():
-            raise BackendError(f"{self.path}: the folder {folder} does not exist; create it or change the URL")
+        if not os.path.isdir(os.path.dirname(path)):
+            raise BackendError(f"{path}: its folder does not exist; create it, or change the URL")
         self._mutex = threading.RLock()  # the writing connection
-        self._reading = threading.Lock()  # the reading one
-        self._turn = Turn(self.path)
-        self._bell = Bell(self.path)
-        self._db = connect(self.path)
-        self._migrate()
-        self._reader = connect(self.path)
-        self.heads: dict[int, int] = {}
-        self.parts: dict[str, list[int]] = {}  # a topic's partitions by number; queues are in queue_ids
-        self.queue_ids: dict[str, int] = {}
+        self._turn = Turn(path)
+        self._bell = Bell(path)
+        self._db = connect(path)
+        self._migrate(path)
+        super().__init__(path)
         self._names: dict[tuple[str, str], int] = {}
         self._pending: list[Outgoing | OutgoingJob] = []
         self._waiting = [0, 0]  # messages and bytes in the buffer
@@ -99,55 +68,21 @@ class SqliteBackend:
         self._committer: threading.Thread | None = None
         self._spin = int.from_bytes(os.urandom(2), "little")
         self._moved: dict[int, int] = {}
-        self._life: Life | None = None
-        self.process = 0
+        self._end = threading.Event()
+        self.neighbours = Neighbours(self, settings.session_timeout)
         self.sources: list[Any] = []
         self._watchers: list[Callable[[], None]] = []
         self._listening = False
-        self._keeper: threading.Thread | None = None
-        self._end = threading.Event()
         self.refresh()
 
-    def _migrate(self) -> None:
-        with self._mutex, self._turn.take():
+    def _migrate(self, path: str) -> None:
+        with self._turn.take():
             version = self._db.pragma("user_version")
             if version == 0:
                 with self._db:
                     self._db.execute(files("barnabas.backends").joinpath("sqlite.sql").read_text())
             elif version > SCHEMA:
-                raise BackendError(f"{self.path} has schema {version}, this Barnabas knows {SCHEMA}: upgrade Barnabas, or use another file")
-
-    # Reading.
-
-    def query(self, sql: str, args: Sequence[Any] = ()) -> list[Any]:
-        """Rows of a read, from the reading connection."""
-        with self._reading:
-            return self._reader.execute(sql, args).fetchall()
-
-    def refresh(self) -> list[int]:
-        """Read the heads; returns the numbers of partitions and queues that changed."""
-        changed = []
-        heads = self.heads
-        for gid, next_ in self.query("SELECT gid, next FROM heads"):
-            if heads.get(gid) != next_:
-                heads[gid] = next_
-                changed.append(gid)
-        if any(gid not in self._known for gid in changed):
-            self._learn()
-        return changed
-
-    _known: frozenset[int] = frozenset()
-
-    def _learn(self) -> None:
-        rows = self.query("SELECT gid, topic, partition FROM heads ORDER BY gid")
-        self._known = frozenset(row[0] for row in rows)
-        parts: dict[str, list[int]] = {}
-        for gid, topic, partition in rows:
-            if partition == -1:
-                self.queue_ids[topic] = gid
-            elif partition >= 0:
-                parts.setdefault(topic, []).append(gid)
-        self.parts = parts
+                raise BackendError(f"{path} has schema {version}, this Barnabas knows {SCHEMA}: upgrade Barnabas, or use another file")
 
     # Writing.
 
@@ -167,8 +102,10 @@ class SqliteBackend:
                         if self._db.in_transaction:
                             self._db.execute("ROLLBACK")
                         raise
-                except BaseException:
+                except BaseException as error:
                     self._give_back(pending)
+                    if isinstance(error, apsw.Error):
+                        raise explain(self.path, error) from error
                     raise
             self.heads.update(self._moved)
             self._resolve(pending, stored)
@@ -329,10 +266,6 @@ class SqliteBackend:
             self._names[kind, name] = known
         return known
 
-    def _find(self, kind: str, name: str) -> int | None:
-        rows = self.query("SELECT id FROM names WHERE kind = ? AND name = ?", (kind, name))
-        return rows[0][0] if rows else None
-
     # The sink.
 
     def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
@@ -403,20 +336,6 @@ class SqliteBackend:
 
     # What consumers and workers use.
 
-    def join(self) -> None:
-        """Be a process that owns things: a row, a file with a lock, and a keeper that gives signs of life."""
-        with self._mutex:
-            if self._life is None:
-                self.write(self._register)
-                self._keeper = threading.Thread(target=self._keep, name="barnabas-keeper", daemon=True)
-                self._keeper.start()
-        self.listen()
-
-    def _register(self, db: apsw.Connection) -> None:
-        db.execute("INSERT INTO processes (pid, started) VALUES (?, ?)", (os.getpid(), self.clock.now()))
-        self.process = db.last_insert_rowid()
-        self._life = Life(self.path, self.process)
-
     def listen(self) -> None:
         """Watch the bell."""
         with self._mutex:
@@ -428,7 +347,7 @@ class SqliteBackend:
         if self._watchers or any(source.waiting for source in self.sources):
             try:
                 self.refresh()
-            except (apsw.Error, BackendError):
+            except BackendError:
                 pass  # whoever fetches next meets the same error, and says so
             self._wake_own()
 
@@ -440,21 +359,27 @@ class SqliteBackend:
             wake()
 
     def box(self, workers: int) -> tuple[Any, int]:
-        self.join()
-        assert self._life is not None
-        return self._life.box, self._life.places(workers)
+        self._join()
+        life = self.neighbours.life
+        assert life is not None
+        return life.box, life.places(workers)
+
+    def _join(self) -> None:
+        with self._mutex:
+            self.neighbours.join()
+        self.listen()
 
     def log(self, group: str, topics: Sequence[Any], *, start: str, ordered: bool, listener: Listener) -> Source:
         from barnabas.backends.sqlite_sources import SqliteLog
 
         self.declare(topics)
-        self.join()
+        self._join()
         return SqliteLog(self, group, topics, start, ordered, listener)
 
     def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> Source:
         from barnabas.backends.sqlite_sources import SqliteQueues
 
-        self.join()
+        self._join()
         return SqliteQueues(self, queues, listener)
 
     def store(self, db: apsw.Connection, outputs: Iterable[Any], cells: dict[tuple[str, Any], bytes | None]) -> list[tuple[Any, Any]]:
@@ -479,148 +404,6 @@ class SqliteBackend:
             if future is not None:
                 future.fail(value) if isinstance(value, Exception) else future.resolve(value)
 
-    # Other processes.
-
-    def _keep(self) -> None:
-        """Signs of life, and a look whether the others still give theirs: twice a second."""
-        last = time.monotonic()
-        while not self._end.wait(0.5):
-            now = time.monotonic()
-            if now - last > self.session / 2:  # we were frozen: nothing is ours until the group confirms it
-                log.warning("this process did not run for %.1f s; its partitions are claimed anew", now - last)
-                for source in list(self.sources):
-                    source.lapse()
-            last = now
-            assert self._life is not None
-            self._life.beat()
-            for source in list(self.sources):
-                source.extend(now + self.session * 0.7)
-            try:
-                self._look_around()
-            except (apsw.Error, BackendError, OSError) as error:
-                log.debug("looking at other processes failed: %s", error)
-
-    def _look_around(self) -> None:
-        for (number,) in self.query("SELECT id FROM processes WHERE id <> ?", (self.process,)):
-            dead, silent, work = look(self.path, number)
-            if dead:
-                self.write(lambda db, number=number, work=work: self._bury(db, number, work))
-                forget(self.path, number)
-            elif silent > self.session and self.query("SELECT 1 FROM members WHERE process = ? LIMIT 1", (number,)):
-                self.write(lambda db, number=number: self._expel(db, number))
-
-    def _bury(self, db: apsw.Connection, number: int, work: list[tuple[int, int, int]]) -> None:
-        """A process died: count its crash against what it had in work, free its partitions and jobs."""
-        if not db.execute("SELECT 1 FROM processes WHERE id = ?", (number,)).fetchone():
-            return
-        suspects: dict[int, list[int]] = {}
-        for owner, first, count in work:
-            if owner < 0:
-                db.execute("UPDATE jobs SET crashes = crashes + 1 WHERE id = ? AND owner = ?", (first, number))
-            else:
-                suspects.setdefault(owner - 1, []).extend(range(first, first + max(1, count)))
-        for position, offsets in suspects.items():
-            row = db.execute(
-                "SELECT p.offset, p.open FROM positions p JOIN members m ON m.id = p.member WHERE p.id = ? AND m.process = ?",
-                (position, number),
-            ).fetchone()
-            if row is not None:
-                state = json.loads(row[1] or "{}")
-                crashes = state.setdefault("crashes", {})
-                done = state.get("done", [])
-                for offset in offsets:
-                    if offset >= row[0] and not any(a <= offset < b for a, b in done):
-                        crashes[str(offset)] = crashes.get(str(offset), 0) + 1
-                db.execute("UPDATE positions SET open = ? WHERE id = ?", (json.dumps(state), position))
-        db.execute("UPDATE jobs SET state = 0, owner = NULL WHERE owner = ?", (number,))
-        self.stir(db, "partition = -1")
-        self._expel(db, number)
-        db.execute("DELETE FROM processes WHERE id = ?", (number,))
-        log.warning("process %d died with %d deliveries in work; they are given to others", number, len(work))
-
-    def _expel(self, db: apsw.Connection, number: int) -> None:
-        """Take a process's partitions: it is dead, or was silent for a session."""
-        db.execute("UPDATE positions SET member = NULL WHERE member IN (SELECT id FROM members WHERE process = ?)", (number,))
-        self.stir(
-            db,
-            "partition = -2 AND topic IN (SELECT n.name FROM members m JOIN names n ON n.id = m.grp WHERE m.process = ?)",
-            (number,),
-        )
-        db.execute("DELETE FROM members WHERE process = ?", (number,))
-
-    # Windows.
-
-    def cell(self, table: str, key: Any) -> bytes | None:
-        tbl = self._find("table", table)
-        rows = self.query("SELECT value FROM cells WHERE tbl = ? AND key = ?", (tbl, key)) if tbl is not None else []
-        return rows[0][0] if rows else None
-
-    def cells(self, table: str) -> Iterable[tuple[Any, bytes]]:
-        return self.query("SELECT key, value FROM cells WHERE tbl = ? ORDER BY key", (self._find("table", table),))
-
-    def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
-        with self._reading, self._reader:  # one transaction, one state of the file
-            count = 0
-            for group, topics in groups.items():
-                for topic in topics:
-                    for next_, first, offset, open_ in self._reader.execute(
-                        "SELECT h.next, h.first, p.offset, p.open FROM heads h LEFT JOIN positions p ON p.gid = h.gid AND p.grp = "
-                        "(SELECT id FROM names WHERE kind = 'group' AND name = ?) WHERE h.topic = ? AND h.partition >= 0",
-                        (group, topic),
-                    ):
-                        done = json.loads(open_).get("done", []) if open_ else []
-                        count += max(0, next_ - max(first, offset or 0)) - sum(b - a for a, b in done)
-            for queue in queues:
-                for state in (0, 1):
-                    found = self._reader.execute(
-                        f"SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state = {state} {'AND owner IS NOT NULL' if state else ''} "
-                        "AND queue = (SELECT gid FROM heads WHERE topic = ? AND partition = -1) LIMIT 1)",
-                        (queue,),
-                    ).fetchone()
-                    count += found[0]
-            return count
-
-    def waiting(self, queues: Sequence[str]) -> dict[str, int]:
-        counts = {"scheduled": 0, "retry": 0, "dead": 0}
-        names = {2: "scheduled", 3: "retry", 4: "dead"}
-        for queue, state, n in self.query(
-            "SELECT h.topic, j.state, count(*) FROM jobs j JOIN heads h ON h.gid = j.queue WHERE j.at IS NOT NULL GROUP BY 1, 2 "
-            "UNION ALL SELECT h.topic, j.state, count(*) FROM jobs j JOIN heads h ON h.gid = j.queue WHERE j.died IS NOT NULL GROUP BY 1, 2"
-        ):
-            if queue in queues:
-                counts[names[state]] += n
-        return counts
-
-    def topics(self) -> list[TopicState]:
-        found: dict[str, list[tuple[int, int, int]]] = {}
-        for topic, first, next_, size in self.query(
-            "SELECT topic, first, next, bytes FROM heads WHERE partition >= 0 ORDER BY topic, partition"
-        ):
-            found.setdefault(topic, []).append((first, next_, size))
-        return [TopicState(name, partitions) for name, partitions in found.items()]
-
-    def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
-        gid = self.parts[topic][partition]
-        rows: list[Row] = []
-        at = offset
-        while len(rows) < limit:
-            found = self.records(gid, at, 16)
-            if not found:
-                break
-            for record, data in found:
-                rows += [row for row in unpack(record, data) if row[0] >= offset]
-            at = rows[-1][0] + 1 if rows else at + 1
-        return rows[:limit]
-
-    def records(self, gid: int, offset: int, limit: int) -> list[tuple[int, bytes]]:
-        """Stored records of one partition, from the one that holds `offset` on."""
-        low = gid << SHIFT
-        return self.query(
-            "SELECT id, data FROM records WHERE id >= coalesce((SELECT max(id) FROM records WHERE id BETWEEN ? AND ?), ?) "
-            "AND id < ? AND id + count > ? ORDER BY id LIMIT ?",
-            (low, low | offset, low, low + (1 << SHIFT), low | offset, limit),
-        )
-
     def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
         self.listen()
         self._watchers = [*self._watchers, wake]
@@ -641,15 +424,9 @@ class SqliteBackend:
         self._end.set()
         with self._room:
             self._room.notify_all()
-        for thread in (self._committer, self._keeper):
-            if thread is not None and thread is not threading.current_thread():
-                thread.join(5.0)
-        if self._life is not None:
-            try:
-                self.write(lambda db: db.execute("DELETE FROM processes WHERE id = ?", (self.process,)))
-            except (apsw.Error, OSError) as error:
-                log.debug("leaving %s failed: %s", self.path, error)
-            self._life.close()
+        if self._committer is not None and self._committer is not threading.current_thread():
+            self._committer.join(5.0)
+        self.neighbours.leave()
         with self._mutex, self._reading:
             self._bell.close()
             self._reader.close()
@@ -667,8 +444,8 @@ def _in_child() -> None:
     """After a fork: the parent's handles are its own; the child opens new ones at its next use."""
     for backend in list(_open):
         backend.closed = True
-        if backend._life is not None:
-            backend._life.abandon()
+        if backend.neighbours.life is not None:
+            backend.neighbours.life.abandon()
         _inherited.append((backend, backend._db, backend._reader))
     _open.clear()
 

@@ -10,7 +10,7 @@ import apsw
 
 from barnabas.backends.queues import QueueOrder
 from barnabas.backends.shares import close_books, fair, open_account
-from barnabas.backends.sqlite import unpack
+from barnabas.backends.sqlite_read import unpack
 from barnabas.jobs.payload import PayloadError, enqueued
 from barnabas.message import Row
 from barnabas.ports import Listener, Part, Result
@@ -86,7 +86,7 @@ class SqliteLog(_Fetcher):
     def _join(self, db: apsw.Connection) -> None:
         db.execute(
             "INSERT INTO members (grp, process, topics) VALUES (?, ?, ?)",
-            (self._group, self.home.process, json.dumps(self._topics)),
+            (self._group, self.home.neighbours.number, json.dumps(self._topics)),
         )
         self._member = db.last_insert_rowid()
         self.home.stir(db, "gid = ?", (self._signal,))
@@ -114,7 +114,7 @@ class SqliteLog(_Fetcher):
         if self._lapsed:
             self._drop(list(self._parts))
             self._lapsed = False
-            self._lease = self.home.clock.monotonic() + self.home.session * 0.7
+            self._lease = self.home.clock.monotonic() + self.home.neighbours.session * 0.7
         gone, lost = self._plan()
         if lost:
             for gid in lost:
@@ -193,7 +193,7 @@ class SqliteLog(_Fetcher):
             ).fetchone()
             state = json.loads(open_) if open_ else {}
             part = Part(topic, number, id_, self._group_name)
-            part.until = self._lease or self.home.clock.monotonic() + self.home.session * 0.7
+            part.until = self._lease or self.home.clock.monotonic() + self.home.neighbours.session * 0.7
             open_account(
                 part, self._ordered, offset, [(a, b) for a, b in state.get("done", ())], _numbers(state.get("attempts", {}))
             )
@@ -380,7 +380,7 @@ class SqliteQueues(_Fetcher):
             for id_, jid, payload, crashes in db.execute(
                 "UPDATE jobs SET state = 1, owner = ? WHERE id IN (SELECT id FROM jobs WHERE state = 0 AND queue = ? ORDER BY id "
                 "LIMIT ?) RETURNING id, jid, payload, crashes",
-                (self.home.process, gid, room),
+                (self.home.neighbours.number, gid, room),
             ).fetchall():
                 rows.append((id_, jid, payload, None, now))
                 if crashes:
@@ -414,7 +414,7 @@ class SqliteQueues(_Fetcher):
         outputs: list[Any] = []
         cells: dict[Any, bytes | None] = {}
         finished: list[int] = []
-        now, process = self.home.clock.now(), self.home.process
+        now, process = self.home.clock.now(), self.home.neighbours.number
         for result in results:
             outputs += result.outputs
             cells.update(result.cells)
@@ -463,7 +463,7 @@ class SqliteQueues(_Fetcher):
         """Give back what is not settled, to the front of its queue."""
         self._closing = True
         self.home.sources.remove(self)
-        ids = [(id_, self.home.process) for id_ in self._work]
+        ids = [(id_, self.home.neighbours.number) for id_ in self._work]
         if ids:
 
             def act(db: apsw.Connection) -> None:

@@ -5,7 +5,6 @@ the workers' coroutines themselves).
 """
 
 import asyncio
-import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -14,7 +13,6 @@ from typing import Any
 from barnabas.engine.lanes import Lanes, Run
 from barnabas.engine.work import SLOT, work, work_batches
 from barnabas.errors import TimedOut
-from barnabas.future import Future
 from barnabas.message import Row
 from barnabas.ports import Part, Result
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from barnabas.engine.crew import Crew
 from barnabas.engine.lanes import Run
+from barnabas.engine.work import SLOT
 from barnabas.future import Future
 from barnabas.message import Row
 from barnabas.ports import Part

@@ -185,7 +185,7 @@ class Handler:
                 delivery = self.delivery(part, row, value)
             else:
                 attempt = part.attempts.get(row[0], 0) + 1 if part.attempts else 1
-                delivery = Delivery(part.topic, part.partition, row[0], row[1], value, (), row[4], attempt, self.group)
+                delivery = Delivery(part.topic, part.partition, row[0], row[1], value, [], row[4], attempt, self.group)
             if self._plain:
                 return (delivery, value) if self._hooked else (value, delivery)
         args: list[Any] = [delivery] if self._hooked else []

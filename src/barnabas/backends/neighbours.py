@@ -1,0 +1,121 @@
+"""Processes that share a SQLite file: signs of life, and what is done when one is dead or silent."""
+
+import json
+import logging
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import apsw
+
+from barnabas.backends.host import Life, forget, look
+from barnabas.errors import BackendError
+
+if TYPE_CHECKING:
+    from barnabas.backends.sqlite import SqliteBackend
+
+log = logging.getLogger("barnabas")
+
+
+class Neighbours:
+    """This process among those that own partitions and jobs of a file: a row, a locked file, a thread that looks around."""
+
+    def __init__(self, home: "SqliteBackend", session: float) -> None:
+        self.home = home
+        self.session = session
+        self.number = 0
+        self.life: Life | None = None
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def join(self) -> None:
+        """Be a process that owns things: a row, a file with a lock, and a thread that gives signs of life."""
+        if self.life is None:
+            self.home.write(self._register)
+            self._thread = threading.Thread(target=self._keep, name="barnabas-keeper", daemon=True)
+            self._thread.start()
+
+    def _register(self, db: apsw.Connection) -> None:
+        db.execute("INSERT INTO processes (pid, started) VALUES (?, ?)", (os.getpid(), self.home.clock.now()))
+        self.number = db.last_insert_rowid()
+        self.life = Life(self.home.path, self.number)
+
+    def leave(self) -> None:
+        """End in order: nothing is owned any more."""
+        self._end.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(5.0)
+        if self.life is not None:
+            try:
+                self.home.write(lambda db: db.execute("DELETE FROM processes WHERE id = ?", (self.number,)))
+            except (BackendError, OSError) as error:
+                log.debug("leaving %s failed: %s", self.home.path, error)
+            self.life.close()
+
+    def _keep(self) -> None:
+        """Signs of life, and a look whether the others still give theirs: twice a second."""
+        last = time.monotonic()
+        while not self._end.wait(0.5):
+            now = time.monotonic()
+            if now - last > self.session / 2:  # we were frozen: nothing is ours until the group confirms it
+                log.warning("this process did not run for %.1f s; its partitions are claimed anew", now - last)
+                for source in list(self.home.sources):
+                    source.lapse()
+            last = now
+            assert self.life is not None
+            self.life.beat()
+            for source in list(self.home.sources):
+                source.extend(now + self.session * 0.7)
+            try:
+                self._look_around()
+            except (BackendError, OSError) as error:
+                log.debug("looking at other processes failed: %s", error)
+
+    def _look_around(self) -> None:
+        for (number,) in self.home.query("SELECT id FROM processes WHERE id <> ?", (self.number,)):
+            dead, silent, work = look(self.home.path, number)
+            if dead:
+                self.home.write(lambda db, number=number, work=work: self._bury(db, number, work))
+                forget(self.home.path, number)
+            elif silent > self.session and self.home.query("SELECT 1 FROM members WHERE process = ? LIMIT 1", (number,)):
+                self.home.write(lambda db, number=number: self._expel(db, number))
+
+    def _bury(self, db: apsw.Connection, number: int, work: list[tuple[int, int, int]]) -> None:
+        """A process died: count its crash against what it had in work, free its partitions and jobs."""
+        if not db.execute("SELECT 1 FROM processes WHERE id = ?", (number,)).fetchone():
+            return
+        suspects: dict[int, list[int]] = {}
+        for owner, first, count in work:
+            if owner < 0:
+                db.execute("UPDATE jobs SET crashes = crashes + 1 WHERE id = ? AND owner = ?", (first, number))
+            else:
+                suspects.setdefault(owner - 1, []).extend(range(first, first + max(1, count)))
+        for position, offsets in suspects.items():
+            row = db.execute(
+                "SELECT p.offset, p.open FROM positions p JOIN members m ON m.id = p.member WHERE p.id = ? AND m.process = ?",
+                (position, number),
+            ).fetchone()
+            if row is not None:
+                state = json.loads(row[1] or "{}")
+                crashes = state.setdefault("crashes", {})
+                done = state.get("done", [])
+                for offset in offsets:
+                    if offset >= row[0] and not any(a <= offset < b for a, b in done):
+                        crashes[str(offset)] = crashes.get(str(offset), 0) + 1
+                db.execute("UPDATE positions SET open = ? WHERE id = ?", (json.dumps(state), position))
+        db.execute("UPDATE jobs SET state = 0, owner = NULL WHERE owner = ?", (number,))
+        self.home.stir(db, "partition = -1")
+        self._expel(db, number)
+        db.execute("DELETE FROM processes WHERE id = ?", (number,))
+        log.warning("process %d died with %d deliveries in work; they are given to others", number, len(work))
+
+    def _expel(self, db: apsw.Connection, number: int) -> None:
+        """Take a process's partitions: it is dead, or was silent for a session."""
+        db.execute("UPDATE positions SET member = NULL WHERE member IN (SELECT id FROM members WHERE process = ?)", (number,))
+        self.home.stir(
+            db,
+            "partition = -2 AND topic IN (SELECT n.name FROM members m JOIN names n ON n.id = m.grp WHERE m.process = ?)",
+            (number,),
+        )
+        db.execute("DELETE FROM members WHERE process = ?", (number,))

@@ -1,0 +1,171 @@
+"""The reading half of a SQLite file: it never waits for writers and never writes."""
+
+import json
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import Any
+
+import apsw
+import msgspec
+
+from barnabas.errors import BackendError
+from barnabas.message import Row
+from barnabas.ports import TopicState
+
+SHIFT = 40  # id of a record = partition's number << SHIFT | offset
+_decode = msgspec.msgpack.Decoder(
+    tuple[list[Any], list[bytes | None], list[list[tuple[str, bytes]] | None] | None, list[float]]
+).decode
+
+
+def unpack(record: int, data: bytes) -> list[Row]:
+    """The rows of a stored record."""
+    keys, values, headers, times = _decode(data)
+    base = record & ((1 << SHIFT) - 1)
+    return list(zip(range(base, base + len(keys)), keys, values, headers or repeat(None), times, strict=False))
+
+
+def connect(path: str) -> apsw.Connection:
+    """A connection with the settings that every one of ours has."""
+    try:
+        db = apsw.Connection(path)
+        db.set_busy_timeout(10_000)  # against outside tools only: our own writers take turns
+        db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL")
+        return db
+    except apsw.Error as error:
+        raise explain(path, error) from error
+
+
+def explain(path: str, error: apsw.Error) -> BackendError:
+    """The driver's error in our words: what happened, and what to do."""
+    ways = {
+        "FullError": "the disk is full; make room, and work goes on by itself",
+        "ReadOnlyError": "this user may not write the file or its folder; change their owner or mode",
+        "CantOpenError": "it cannot be opened; see that its folder exists and this user may write there",
+        "NotADBError": "it is not a SQLite file; use another URL",
+        "CorruptError": "it is damaged; stop all processes and restore a backup",
+        "BusyError": "another program holds it locked; end that program's transaction",
+        "IOError": "the system could not read or write it; look at the disk and the system's log",
+    }
+    name = type(error).__name__
+    return BackendError(f"{path}: {ways.get(name, 'SQLite refused')} ({name}: {error})")
+
+
+class SqliteReader:
+    """What is stored in one file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._reading = threading.Lock()
+        self._reader = connect(path)
+        self.heads: dict[int, int] = {}
+        self.parts: dict[str, list[int]] = {}  # a topic's partitions by number
+        self.queue_ids: dict[str, int] = {}
+        self._known: frozenset[int] = frozenset()
+
+    def query(self, sql: str, args: Sequence[Any] = ()) -> list[Any]:
+        """Rows of a read, from the reading connection."""
+        try:
+            with self._reading:
+                return self._reader.execute(sql, args).fetchall()
+        except apsw.Error as error:
+            raise explain(self.path, error) from error
+
+    def refresh(self) -> list[int]:
+        """Read the heads; returns the numbers of partitions and queues that changed."""
+        changed = []
+        heads = self.heads
+        for gid, next_ in self.query("SELECT gid, next FROM heads"):
+            if heads.get(gid) != next_:
+                heads[gid] = next_
+                changed.append(gid)
+        if any(gid not in self._known for gid in changed):
+            self._learn()
+        return changed
+
+    def _learn(self) -> None:
+        rows = self.query("SELECT gid, topic, partition FROM heads ORDER BY gid")
+        self._known = frozenset(row[0] for row in rows)
+        parts: dict[str, list[int]] = {}
+        for gid, topic, partition in rows:
+            if partition == -1:
+                self.queue_ids[topic] = gid
+            elif partition >= 0:
+                parts.setdefault(topic, []).append(gid)
+        self.parts = parts
+
+    def _find(self, kind: str, name: str) -> int | None:
+        rows = self.query("SELECT id FROM names WHERE kind = ? AND name = ?", (kind, name))
+        return rows[0][0] if rows else None
+
+    def cell(self, table: str, key: Any) -> bytes | None:
+        tbl = self._find("table", table)
+        rows = self.query("SELECT value FROM cells WHERE tbl = ? AND key = ?", (tbl, key)) if tbl is not None else []
+        return rows[0][0] if rows else None
+
+    def cells(self, table: str) -> Iterable[tuple[Any, bytes]]:
+        return self.query("SELECT key, value FROM cells WHERE tbl = ? ORDER BY key", (self._find("table", table),))
+
+    def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
+        with self._reading, self._reader:  # one transaction, one state of the file
+            count = 0
+            for group, topics in groups.items():
+                for topic in topics:
+                    for next_, first, offset, open_ in self._reader.execute(
+                        "SELECT h.next, h.first, p.offset, p.open FROM heads h LEFT JOIN positions p ON p.gid = h.gid AND p.grp = "
+                        "(SELECT id FROM names WHERE kind = 'group' AND name = ?) WHERE h.topic = ? AND h.partition >= 0",
+                        (group, topic),
+                    ):
+                        done = json.loads(open_).get("done", []) if open_ else []
+                        count += max(0, next_ - max(first, offset or 0)) - sum(b - a for a, b in done)
+            for queue in queues:
+                for state in (0, 1):
+                    found = self._reader.execute(
+                        f"SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state = {state} {'AND owner IS NOT NULL' if state else ''} "
+                        "AND queue = (SELECT gid FROM heads WHERE topic = ? AND partition = -1) LIMIT 1)",
+                        (queue,),
+                    ).fetchone()
+                    count += found[0]
+            return count
+
+    def waiting(self, queues: Sequence[str]) -> dict[str, int]:
+        counts = {"scheduled": 0, "retry": 0, "dead": 0}
+        names = {2: "scheduled", 3: "retry", 4: "dead"}
+        for queue, state, n in self.query(
+            "SELECT h.topic, j.state, count(*) FROM jobs j JOIN heads h ON h.gid = j.queue WHERE j.at IS NOT NULL GROUP BY 1, 2 "
+            "UNION ALL SELECT h.topic, j.state, count(*) FROM jobs j JOIN heads h ON h.gid = j.queue WHERE j.died IS NOT NULL GROUP BY 1, 2"
+        ):
+            if queue in queues:
+                counts[names[state]] += n
+        return counts
+
+    def topics(self) -> list[TopicState]:
+        found: dict[str, list[tuple[int, int, int]]] = {}
+        for topic, first, next_, size in self.query(
+            "SELECT topic, first, next, bytes FROM heads WHERE partition >= 0 ORDER BY topic, partition"
+        ):
+            found.setdefault(topic, []).append((first, next_, size))
+        return [TopicState(name, partitions) for name, partitions in found.items()]
+
+    def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
+        gid = self.parts[topic][partition]
+        rows: list[Row] = []
+        at = offset
+        while len(rows) < limit:
+            found = self.records(gid, at, 16)
+            if not found:
+                break
+            for record, data in found:
+                rows += [row for row in unpack(record, data) if row[0] >= offset]
+            at = rows[-1][0] + 1 if rows else at + 1
+        return rows[:limit]
+
+    def records(self, gid: int, offset: int, limit: int) -> list[tuple[int, bytes]]:
+        """Stored records of one partition, from the one that holds `offset` on."""
+        low = gid << SHIFT
+        return self.query(
+            "SELECT id, data FROM records WHERE id >= coalesce((SELECT max(id) FROM records WHERE id BETWEEN ? AND ?), ?) "
+            "AND id < ? AND id + count > ? ORDER BY id LIMIT ?",
+            (low, low | offset, low, low + (1 << SHIFT), low | offset, limit),
+        )
