@@ -19,6 +19,7 @@ from barnabas.ports import Listener, Part, Result, TopicState
 from barnabas.verdict import Again, Dead
 
 DEFAULT_PARTITIONS = 6
+SWEEP = 20_000  # sends between two looks at what retention no longer covers
 FETCH = 500  # rows of one partition per fetch
 
 
@@ -60,6 +61,7 @@ class MemoryBackend:
         self.taken = 0  # jobs in work
         self._number = 0
         self._spin = 0
+        self._unswept = 0
         self._watchers: list[Callable[[], None]] = []
 
     # Topics and sends.
@@ -79,6 +81,10 @@ class MemoryBackend:
     def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
         with self.lock:
             self._store(outgoing)
+            self._unswept += len(outgoing)
+            if self._unswept > SWEEP:
+                self._unswept = 0
+                self.expire(self.clock.now())
         self.ring()
 
     def _store(self, outgoing: Iterable[Outgoing | OutgoingJob]) -> None:

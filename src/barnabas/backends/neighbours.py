@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import apsw
 
 from barnabas.backends.host import Life, forget, look
+from barnabas.backends.sqlite_expire import EVERY, expire
 from barnabas.errors import BackendError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Neighbours:
     def _keep(self) -> None:
         """Signs of life, and a look whether the others still give theirs: twice a second."""
         last = time.monotonic()
+        swept = 0.0
         while not self._end.wait(0.5):
             now = time.monotonic()
             if now - last > self.session / 2:  # we were frozen: nothing is ours until the group confirms it
@@ -69,6 +71,9 @@ class Neighbours:
                 source.extend(now + self.session * 0.7)
             try:
                 self._look_around()
+                if now - swept > EVERY:
+                    swept = now
+                    expire(self.home, self.home.clock.now())
             except (BackendError, OSError) as error:
                 log.debug("looking at other processes failed: %s", error)
 

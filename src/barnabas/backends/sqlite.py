@@ -61,6 +61,7 @@ class SqliteBackend(SqliteReader):
         self._migrate(path)
         super().__init__(path)
         self._names: dict[tuple[str, str], int] = {}
+        self.retention: dict[str, Any] = {}
         self._pending: list[Outgoing | OutgoingJob] = []
         self._waiting = [0, 0]  # messages and bytes in the buffer
         self._failed: BaseException | None = None
@@ -225,6 +226,7 @@ class SqliteBackend(SqliteReader):
 
     def declare(self, topics: Iterable[Any]) -> None:
         for topic in topics:
+            self.retention[topic.name] = topic.retention
             known = self.parts.get(topic.name)
             if known is not None and topic.partitions is not None and len(known) != topic.partitions:
                 raise DeclarationError(
