@@ -5,7 +5,7 @@ from typing import Any, Generic, TypeVar
 
 from barnabas.codec import as_key, make_codec, make_key
 from barnabas.engine.hand import CURRENT, id_of
-from barnabas.errors import DeclarationError, SendError, ValueTooLarge
+from barnabas.errors import DeclarationError, SendError, UnknownTopic, ValueTooLarge
 from barnabas.future import Future
 from barnabas.message import Headers, Key, Message, Outgoing
 
@@ -66,6 +66,7 @@ class Topic(Generic[T]):
         self.encode, self.decode = make_codec(owner, type_, codec)
         self._key = make_key(owner, type_, key)
         self._family: dict[str, Topic[Any]] = {}
+        self._count = 0  # partitions, as far as somebody asked
 
     def __repr__(self) -> str:
         return f"<topic {self.name}>"
@@ -76,6 +77,7 @@ class Topic(Generic[T]):
         self.retention = retention or Retention()
         self.limit = limit
         self._family = {}
+        self._count = 0
 
     # Relatives: where this topic's failures go.
 
@@ -130,9 +132,21 @@ class Topic(Generic[T]):
             raise self._too_large(len(data))
         if headers:
             headers = _checked_headers(headers)
+        if partition is not None:
+            self._check_partition(partition)
         if timestamp is None:
             timestamp = self.app.clock.now()
         return _new(Outgoing, (self, partition, key, data, headers, timestamp, future))
+
+    def _check_partition(self, partition: int) -> None:
+        """Refuse one that does not exist while it can still fail the handler: a sink would find out too late."""
+        if isinstance(partition, bool) or not isinstance(partition, int):
+            raise SendError(f"partition={partition!r}: give a partition's number, from 0 on, or None")
+        if not 0 <= partition < self._count:
+            states = [state for state in self.app.events.topics() if state.name == self.name]
+            self._count = len(states[0].partitions) if states else partition + 1  # to be created: the sink decides
+            if not 0 <= partition < self._count:
+                raise UnknownTopic(f"topic {self.name!r} has no partition {partition}; it has {self._count}, from 0")
 
     def _too_large(self, size: int) -> ValueTooLarge:
         return ValueTooLarge(

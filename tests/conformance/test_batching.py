@@ -117,7 +117,7 @@ def test_deliveries_have_their_fields(place, app, topic):
     topic.send_many([Message(value=Step("k", 1), headers=[("a", b"1")], timestamp=5.0), Step("l", 2)]).result(5)
     place.drain(app)
     first, second = seen
-    assert (first.topic, first.partition, first.offset, first.key, first.value) == ("steps", 0, 0, None, Step("k", 1))
+    assert (first.topic, first.partition, first.offset, first.key, first.value) == ("steps", 0, 0, "k", Step("k", 1))
     assert (first.headers, first.timestamp, first.attempt, first.group) == ([("a", b"1")], 5.0, 1, "shop-read")
     assert (second.offset, second.key, second.headers) == (1, "l", [])
 

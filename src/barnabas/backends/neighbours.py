@@ -49,7 +49,7 @@ class Neighbours:
             self._thread.join(5.0)
         if self.life is not None:
             try:
-                self.home.write(lambda db: db.execute("DELETE FROM processes WHERE id = ?", (self.number,)))
+                self.home.write(lambda db: self._let_go(db, self.number))  # a stop that overran has left things owned
             except (BackendError, OSError) as error:
                 log.debug("leaving %s failed: %s", self.home.path, error)
             self.life.close()
@@ -109,11 +109,16 @@ class Neighbours:
                     if offset >= row[0] and not any(a <= offset < b for a, b in done):
                         crashes[str(offset)] = crashes.get(str(offset), 0) + 1
                 db.execute("UPDATE positions SET open = ? WHERE id = ?", (json.dumps(state), position))
+        self._let_go(db, number)
+        log.warning("process %d died with %d deliveries in work; they are given to others", number, len(work))
+
+    def _let_go(self, db: apsw.Connection, number: int) -> None:
+        """A process owns nothing any more."""
         db.execute("UPDATE jobs SET state = 0, owner = NULL WHERE owner = ?", (number,))
-        self.home.stir(db, "partition = -1")
+        if db.changes():
+            self.home.stir(db, "partition = -1")
         self._expel(db, number)
         db.execute("DELETE FROM processes WHERE id = ?", (number,))
-        log.warning("process %d died with %d deliveries in work; they are given to others", number, len(work))
 
     def _expel(self, db: apsw.Connection, number: int) -> None:
         """Take a process's partitions: it is dead, or was silent for a session."""

@@ -218,7 +218,7 @@ class Runner:
         """Partitions go: drop what waits of them, give what runs a bounded grace, settle it, discard the rest."""
         for part in parts:
             part.until = 0.0  # workers stop before their next delivery
-        deadline = self.clock.monotonic() + self.grace
+        deadline = self.clock.monotonic() + (min(0.5, self.grace) if self.overrun.is_set() else self.grace)
         while any(crew.busy(parts) for crew in self.crews) and self.clock.monotonic() < deadline:
             self.finished.wait(0.005)
         for crew in self.crews:
