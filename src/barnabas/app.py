@@ -152,7 +152,8 @@ class App:
             raise DeclarationError(f"table {name!r}: give it a name")
         if name in self.tables:
             raise DeclarationError(f"table {name!r} is declared twice; declare it once and import it")
-        self.tables[name] = table = Table(self, name, type)
+        table: Table[Any] = Table(self, name, type)
+        self.tables[name] = table
         return table
 
     # Hooks.
@@ -208,7 +209,7 @@ class App:
         return self._backend("jobs")
 
     def _backend(self, kind: str) -> Backend:
-        found = self.__dict__.get(f"_{kind}")
+        found: Any = self.__dict__.get(f"_{kind}")
         if found is not None and not found.closed:
             return found  # type: ignore[no-any-return]
         with self._lock:

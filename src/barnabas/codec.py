@@ -67,7 +67,7 @@ def make_key(owner: str, type_: Any, key: str | Callable[[Any], Any] | None) -> 
 def as_key(key: Any) -> Key:
     """A key as it is stored: text and bytes as they are, None for none, numbers as their decimal text."""
     if key is None or type(key) is str or type(key) is bytes:
-        return key  # type: ignore[no-any-return]
+        return key
     if isinstance(key, int) and not isinstance(key, bool):
         return str(key)
     if isinstance(key, str | bytes):

@@ -48,7 +48,7 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
     def id(self) -> str | None:
         """The job id, or the id derived from the cause of a send inside a handler; None for other messages."""
         value = self._id
-        return value[0](*value[1:]) if type(value) is tuple else value
+        return value[0](*value[1:]) if type(value) is tuple else value  # type: ignore[no-any-return]
 
     def done(self) -> bool:
         """Whether the outcome is known."""

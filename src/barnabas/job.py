@@ -24,7 +24,7 @@ class Job:
     """A job of an app. Calling it calls the function; `enqueue` stores it for a worker, in Sidekiq's JSON."""
 
     def __init__(self, app: Any, function: Callable[..., Any], **options: Any) -> None:
-        self.name: str = options.get("name") or getattr(function, "__name__", "")
+        self.name: str = options["name"] if options.get("name") else getattr(function, "__name__", "")
         self.owner = f"job {self.name!r}"
         refuse_unknown(self.owner, options, OPTIONS)
         self.app = app

@@ -59,7 +59,9 @@ class Retry:
     def wait(self, retry: int, rand: Callable[[], float] | None = None) -> float:
         """Seconds to wait before the retry of this number (from 1)."""
         if rand is None:
-            from random import random as rand
+            from random import random
+
+            rand = random
         backoff = self.backoff
         if callable(backoff):
             seconds = float(backoff(retry))

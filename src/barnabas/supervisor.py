@@ -7,6 +7,7 @@ has reported), "recycle" (it wants to end because a handler hangs) and its count
 it is that child's turn.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -17,7 +18,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 from barnabas.worker import RECYCLE
@@ -118,11 +118,16 @@ class Supervisor:
                     self.step()
                     self._wait()
             finally:
-                for child in self.children:
-                    if child.process is not None:  # only an error of our own leads here: closing its lifeline stops it
-                        self._hang_up(child)
-                self._selector.close()
+                self.close()
         return self.status
+
+    def close(self) -> None:
+        """Let go of the lifelines: a child that still lives, after an error of our own, stops by that."""
+        for child in self.children:
+            self._hang_up(child)
+        self._selector.close()
+        self._bell.close()
+        self._ring.close()
 
     def alive(self) -> bool:
         """Whether a child lives or is to be started."""
@@ -163,7 +168,7 @@ class Supervisor:
             else:
                 self._listen(key.data)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """Pass signals on; every one, and every child's end, ends `_wait`."""
         self._bell.setblocking(False)
@@ -203,7 +208,8 @@ class Supervisor:
     def restart(self) -> None:
         """Stop all children and start them afresh: the code has changed. From any thread."""
         self._restart = True
-        self._ring.send(b"r")
+        with contextlib.suppress(OSError):  # full: it wakes up anyhow; closed: it has ended
+            self._ring.send(b"r")
 
     def counts(self) -> dict[str, float]:
         """What the children say they have done, added up; "work" is what they have in work now."""
@@ -388,7 +394,8 @@ class Lifeline:
         self._lost = lost
         self._asked = False
         self._socket = socket.socket(fileno=fd)
-        threading.Thread(target=self._listen, name="barnabas-lifeline", daemon=True).start()
+        self.thread = threading.Thread(target=self._listen, name="barnabas-lifeline", daemon=True)
+        self.thread.start()
 
     def say(self, line: str) -> None:
         """Tell the supervisor; without waiting, should it be stopped."""
@@ -411,4 +418,5 @@ class Lifeline:
                     self.turn.set()
         except OSError:
             log.debug("the lifeline broke")
+        self._socket.close()
         self._lost()

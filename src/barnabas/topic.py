@@ -136,7 +136,7 @@ class Topic(Generic[T]):
             self._check_partition(partition)
         if timestamp is None:
             timestamp = self.app.clock.now()
-        return _new(Outgoing, (self, partition, key, data, headers, timestamp, future))
+        return _new(Outgoing, (self, partition, key, data, headers, timestamp, future))  # type: ignore[no-any-return]
 
     def _check_partition(self, partition: int) -> None:
         """Refuse one that does not exist while it can still fail the handler: a sink would find out too late."""
@@ -230,7 +230,7 @@ class Topic(Generic[T]):
         _, partition, offset, key, value, headers, timestamp = row
         return Message(
             topic=self.name,
-            value=None if value is None else self.decode(value),
+            value=None if value is None else self.decode(value),  # type: ignore[arg-type]
             key=key,
             headers=headers or (),
             timestamp=timestamp,

@@ -90,9 +90,9 @@ class MemoryBackend:
     def _store(self, outgoing: Iterable[Outgoing | OutgoingJob]) -> None:
         for out in outgoing:
             if len(out) == 7:
-                self._append(out)  # type: ignore[arg-type]
+                self._append(out)
             else:
-                self._push(out)  # type: ignore[arg-type]
+                self._push(out)
 
     def _push(self, job: OutgoingJob) -> None:
         self._number += 1
@@ -115,7 +115,7 @@ class MemoryBackend:
                 self._spin += 1
                 partition = self._spin % len(parts)
             else:
-                partition = crc32(key.encode() if type(key) is str else key) % len(parts)  # type: ignore[arg-type, union-attr]
+                partition = crc32(key.encode() if type(key) is str else key) % len(parts)  # type: ignore[arg-type]
         elif not 0 <= partition < len(parts):
             error = UnknownTopic(f"topic {topic.name!r} has no partition {partition}; it has {len(parts)}")
             if future is None:

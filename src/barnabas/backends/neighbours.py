@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import apsw
@@ -81,10 +82,10 @@ class Neighbours:
         for (number,) in self.home.query("SELECT id FROM processes WHERE id <> ?", (self.number,)):
             dead, silent, work = look(self.home.path, number)
             if dead:
-                self.home.write(lambda db, number=number, work=work: self._bury(db, number, work))
+                self.home.write(partial(self._bury, number=number, work=work))
                 forget(self.home.path, number)
             elif silent > self.session and self.home.query("SELECT 1 FROM members WHERE process = ? LIMIT 1", (number,)):
-                self.home.write(lambda db, number=number: self._expel(db, number))
+                self.home.write(partial(self._expel, number=number))
 
     def _bury(self, db: apsw.Connection, number: int, work: list[tuple[int, int, int]]) -> None:
         """A process died: count its crash against what it had in work, free its partitions and jobs."""

@@ -16,7 +16,7 @@ def partition_of(key: Key, count: int, spin: int) -> int:
     """The partition of a key (crc32; `spin` spreads messages without one)."""
     if key is None:
         return spin % count
-    return crc32(key.encode() if type(key) is str else key) % count  # type: ignore[arg-type, union-attr]
+    return crc32(key.encode() if type(key) is str else key) % count  # type: ignore[arg-type]
 
 
 def fair(members: Sequence[M], partitions: Sequence[P], owners: Mapping[P, M]) -> dict[P, M]:
@@ -68,7 +68,8 @@ def close_books(results: Iterable[Result]) -> set[Part]:
 
 def by_target(outputs: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     """Messages and jobs apart."""
-    messages, jobs = [], []
+    messages: list[Any] = []
+    jobs: list[Any] = []
     for output in outputs:
         (messages if len(output) == 7 else jobs).append(output)
     return messages, jobs

@@ -20,7 +20,7 @@ import msgspec
 from barnabas.backends.host import Bell, Turn
 from barnabas.backends.neighbours import Neighbours
 from barnabas.backends.shares import by_target, partition_of
-from barnabas.backends.sqlite_read import SHIFT, SqliteReader, connect, explain
+from barnabas.backends.sqlite_read import SHIFT, SqliteReader, connect, explain, one
 from barnabas.errors import BackendError, BufferFull, DeclarationError, SendError, UnknownTopic
 from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Listener, Source
@@ -179,7 +179,7 @@ class SqliteBackend(SqliteReader):
 
     def _append(self, db: apsw.Connection, gid: int, rows: list[Outgoing], stored: list[tuple[Any, Any]]) -> None:
         """Append rows to one partition, as records of at most BATCH_COUNT rows and about BATCH_BYTES."""
-        base = db.execute("SELECT next FROM heads WHERE gid = ?", (gid,)).fetchone()[0]
+        base = one(db, "SELECT next FROM heads WHERE gid = ?", (gid,))[0]
         size = 0
         while rows:
             batch = rows[:BATCH_COUNT]
@@ -207,7 +207,8 @@ class SqliteBackend(SqliteReader):
 
     def _store_jobs(self, db: apsw.Connection, jobs: list[OutgoingJob], stored: list[tuple[Any, Any]]) -> None:
         now = self.clock.now()
-        rows, counts = [], {}
+        rows: list[tuple[Any, ...]] = []
+        counts: dict[int, int] = {}
         for queue, payload, at, jid, future in jobs:
             qid = self.queue_ids.get(queue)
             if qid is None:
@@ -219,8 +220,7 @@ class SqliteBackend(SqliteReader):
                 stored.append((future, jid))
         db.executemany("INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)", rows)
         for qid, n in counts.items():
-            row = db.execute("UPDATE heads SET next = next + ? WHERE gid = ? RETURNING next", (n, qid)).fetchone()
-            self._moved[qid] = row[0]
+            self._moved[qid] = one(db, "UPDATE heads SET next = next + ? WHERE gid = ? RETURNING next", (n, qid))[0]
 
     # Topics, queues, names.
 
@@ -252,7 +252,7 @@ class SqliteBackend(SqliteReader):
         return len(self.parts[parent.name]) if parent is not None and parent.name in self.parts else DEFAULT_PARTITIONS
 
     def _create_queue(self, db: apsw.Connection, queue: str) -> int:
-        row = db.execute("SELECT gid FROM heads WHERE topic = ? AND partition = -1", (queue,)).fetchone()
+        row = one(db, "SELECT gid FROM heads WHERE topic = ? AND partition = -1", (queue,))
         if row is None:
             db.execute("INSERT INTO heads (topic, partition) VALUES (?, -1)", (queue,))
             row = (db.last_insert_rowid(),)
@@ -264,7 +264,7 @@ class SqliteBackend(SqliteReader):
         known = self._names.get((kind, name))
         if known is None:
             db.execute("INSERT OR IGNORE INTO names (kind, name) VALUES (?, ?)", (kind, name))
-            known = db.execute("SELECT id FROM names WHERE kind = ? AND name = ?", (kind, name)).fetchone()[0]
+            known = one(db, "SELECT id FROM names WHERE kind = ? AND name = ?", (kind, name))[0]
             self._names[kind, name] = known
         return known
 

@@ -1,5 +1,6 @@
 """Retention: what is old or too much goes in the background, in steps so small that nobody waits for them."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import apsw
@@ -22,7 +23,7 @@ def expire(home: "SqliteBackend", now: float) -> int:
     for name, keep in list(home.retention.items()):
         for gid in home.parts.get(name, ()):
             while _expired(home, gid, keep, now):
-                count = home.write(lambda db, gid=gid, keep=keep: _step(home, db, gid, keep, now))
+                count = home.write(partial(_step, home=home, gid=gid, keep=keep, now=now))
                 dropped += count
                 if count < STEP:
                     break
@@ -52,7 +53,7 @@ def _expired(home: "SqliteBackend", gid: int, keep: object, now: float) -> list[
     return found
 
 
-def _step(home: "SqliteBackend", db: apsw.Connection, gid: int, keep: object, now: float) -> int:
+def _step(db: apsw.Connection, home: "SqliteBackend", gid: int, keep: object, now: float) -> int:
     found = _expired(home, gid, keep, now)  # again: a reader sees what was committed, and we have the turn
     if found:
         last, count, _ = found[-1]

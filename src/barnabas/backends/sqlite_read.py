@@ -52,6 +52,11 @@ def explain(path: str, error: apsw.Error) -> BackendError:
     return BackendError(f"{path}: {ways.get(name, 'SQLite refused')} ({name}: {error})")
 
 
+def one(db: apsw.Connection, sql: str, args: Sequence[Any] = ()) -> Any:
+    """The first row of a query, None if there is none."""
+    return db.execute(sql, args).fetchone()
+
+
 class SqliteReader:
     """What is stored in one file."""
 
@@ -108,8 +113,8 @@ class SqliteReader:
         return self.query("SELECT key, value FROM cells WHERE tbl = ? ORDER BY key", (self._find("table", table),))
 
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
+        count = 0
         with self._reading, self._reader:  # one transaction, one state of the file
-            count = 0
             for group, topics in groups.items():
                 for topic in topics:
                     for next_, first, offset, open_ in self._reader.execute(
@@ -121,13 +126,14 @@ class SqliteReader:
                         count += max(0, next_ - max(first, offset or 0)) - sum(b - a for a, b in done)
             for queue in queues:
                 for state in (0, 1):
-                    found = self._reader.execute(
+                    found = one(
+                        self._reader,
                         f"SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state = {state} {'AND owner IS NOT NULL' if state else ''} "
                         "AND queue = (SELECT gid FROM heads WHERE topic = ? AND partition = -1) LIMIT 1)",
                         (queue,),
-                    ).fetchone()
+                    )
                     count += found[0]
-            return count
+        return count
 
     def waiting(self, queues: Sequence[str]) -> dict[str, int]:
         counts = {"scheduled": 0, "retry": 0, "dead": 0}

@@ -10,7 +10,7 @@ import apsw
 
 from barnabas.backends.queues import QueueOrder
 from barnabas.backends.shares import close_books, fair, open_account
-from barnabas.backends.sqlite_read import unpack
+from barnabas.backends.sqlite_read import one, unpack
 from barnabas.jobs.payload import PayloadError, enqueued
 from barnabas.message import Row
 from barnabas.ports import Listener, Part, Result
@@ -75,7 +75,7 @@ class SqliteLog(_Fetcher):
         """Become a member; positions begin for partitions that the group has not seen."""
         self._group = self.home.name_id(db, "group", self._group_name)
         db.execute("INSERT OR IGNORE INTO heads (topic, partition) VALUES (?, -2)", (self._group_name,))
-        self._signal: int = db.execute("SELECT gid FROM heads WHERE topic = ? AND partition = -2", (self._group_name,)).fetchone()[0]
+        self._signal: int = one(db, "SELECT gid FROM heads WHERE topic = ? AND partition = -2", (self._group_name,))[0]
         self._join(db)
         first = "next" if self._start == "latest" else "first"
         db.executemany(
@@ -186,11 +186,12 @@ class SqliteLog(_Fetcher):
             db.execute(
                 "UPDATE positions SET member = ?, epoch = epoch + 1 WHERE grp = ? AND gid = ?", (self._member, self._group, gid)
             )
-            id_, offset, open_, epoch, first = db.execute(
-                "SELECT p.id, max(p.offset, h.first), p.open, p.epoch, h.first FROM positions p JOIN heads h ON h.gid = p.gid "
+            id_, offset, open_, epoch = one(
+                db,
+                "SELECT p.id, max(p.offset, h.first), p.open, p.epoch FROM positions p JOIN heads h ON h.gid = p.gid "
                 "WHERE p.grp = ? AND p.gid = ?",
                 (self._group, gid),
-            ).fetchone()
+            )
             state = json.loads(open_) if open_ else {}
             part = Part(topic, number, id_, self._group_name)
             part.until = self._lease or self.home.clock.monotonic() + self.home.neighbours.session * 0.7
@@ -377,11 +378,12 @@ class SqliteQueues(_Fetcher):
             gid = ids[name]
             part = self._parts[gid]
             rows: list[Row] = []
-            for id_, jid, payload, crashes in db.execute(
+            claimed: list[Any] = db.execute(
                 "UPDATE jobs SET state = 1, owner = ? WHERE id IN (SELECT id FROM jobs WHERE state = 0 AND queue = ? ORDER BY id "
                 "LIMIT ?) RETURNING id, jid, payload, crashes",
                 (self.home.neighbours.number, gid, room),
-            ).fetchall():
+            ).fetchall()
+            for id_, jid, payload, crashes in claimed:
                 rows.append((id_, jid, payload, None, now))
                 if crashes:
                     part.crashes[id_] = crashes
@@ -394,7 +396,7 @@ class SqliteQueues(_Fetcher):
         return found
 
     def _move_due(self, db: apsw.Connection, now: float) -> None:
-        due = db.execute("SELECT id, payload, queue FROM jobs WHERE at IS NOT NULL AND at <= ? ORDER BY at LIMIT ?", (now, DUE)).fetchall()
+        due: list[Any] = db.execute("SELECT id, payload, queue FROM jobs WHERE at IS NOT NULL AND at <= ? ORDER BY at LIMIT ?", (now, DUE)).fetchall()
         for id_, payload, _ in due:
             try:
                 payload = enqueued(payload, now)
@@ -403,7 +405,7 @@ class SqliteQueues(_Fetcher):
             db.execute("UPDATE jobs SET state = 0, at = NULL, payload = ? WHERE id = ?", (payload, id_))
         for gid in {row[2] for row in due}:
             self.home.stir(db, "gid = ?", (gid,))
-        following = db.execute("SELECT min(at) FROM jobs WHERE at IS NOT NULL").fetchone()[0]
+        following = one(db, "SELECT min(at) FROM jobs WHERE at IS NOT NULL")[0]
         self._due = following if following is not None else NEVER
 
     def settle(self, results: Sequence[Result]) -> None:

@@ -84,12 +84,12 @@ class Crew:
         """
         lanes, ended = self.lanes, self.ended[slot]
         if ended:
-            for run, done, at in ended:
-                if lanes.give(run, done, at):
+            for given, done, at in ended:
+                if lanes.give(given, done, at):
                     self._ready()
             self._measure(slot)
             ended.clear()
-        first = None
+        first: Run | None = None
         if self.held:
             first, self.solo = self.solo, None
         elif not self.stopping:
@@ -131,7 +131,7 @@ class Crew:
             self.began[slot] = now = self.monotonic()
             self.until[slot] = until = now + TICK
         if part.until < until or self.stopping:
-            return STOP if self.stopping or part.until < self.began[slot] else part.until
+            return STOP if self.stopping or part.until < self.began[slot] else float(part.until)
         return until
 
     def breathe(self, slot: int, run: Run, done: int) -> float:
@@ -146,7 +146,8 @@ class Crew:
             self._unload(slot, now)
         if self.stopping or now > run.part.until:
             return STOP
-        self.until[slot] = until = min(now + TICK, run.part.until)
+        until: float = min(now + TICK, run.part.until)
+        self.until[slot] = until
         return until
 
     def _unload(self, slot: int, now: float) -> None:
@@ -301,7 +302,7 @@ class Crew:
             if type(result) is Result:
                 taken.append(result)
             elif apart:
-                taken.append(Result(*result, [], {}, {}))
+                taken.append(Result(result[0], result[1], [], {}, {}))
             else:
                 rows = plain.get(result[0])
                 if rows is None:

@@ -248,7 +248,8 @@ class Handler:
             for other in run.rows:  # one more run for each alone: only the culprits die
                 part.attempts[other[0]] = max(part.attempts.get(other[0], 0), consumer.retry.times)
             return None
-        return self.bury(run, row, verdict.reason, error, attempt, now)
+        self.bury(run, row, verdict.reason, error, attempt, now)
+        return None
 
     def bury(self, run: Run, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> None:
         """A row is dead: to the dead-letter topic, skipped and counted, or a stop of the process."""

@@ -131,8 +131,8 @@ async def _call(crew: "Crew", slot: int, run: Any, rows: list[Any]) -> BaseExcep
         return error
     finally:
         hand.open = False
-    for row, error in bad:
-        crew.failed(slot, run, row, error)
+    for row, why in bad:
+        crew.failed(slot, run, row, why)
     if bad and crew.error is not None:  # on_dead="stop"
         return crew.error
     if hand.used:

@@ -305,7 +305,9 @@ def failed(
     its bytes. Raises PayloadError for what is not a job; an error of `delay` passes through.
     """
     if rand is None:
-        from random import random as rand
+        from random import random
+
+        rand = random
     job = parse(data)
     now = float(now)
     fields = _fields(data)

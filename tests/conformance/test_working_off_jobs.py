@@ -1,0 +1,622 @@
+"""Jobs: what enqueueing promises, what a worker makes of it, and what becomes of failures."""
+
+import asyncio
+import random
+import threading
+import uuid
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+import pytest
+from conftest import failures, settled, wait_for
+
+from barnabas import Reject, RetryAfter
+from barnabas.backends.queues import QueueOrder
+from barnabas.errors import SendError
+
+
+class Order(msgspec.Struct):
+    id: int
+    customer: str = "ann"
+
+
+@pytest.fixture
+def app(place):
+    return place.app()
+
+
+def waiting(app, *queues):
+    return app.jobs.waiting(queues or ["default"])
+
+
+def test_a_job_runs_once_with_its_arguments(place, app):
+    seen = []
+
+    @app.job
+    def mail(order_id: int, text: str = "hello"):
+        seen.append((order_id, text))
+
+    jid = mail.enqueue(1).result(5)
+    assert len(jid) == 24 and int(jid, 16) >= 0
+    mail.enqueue(2, "bye").result(5)
+    place.drain(app)
+    assert sorted(seen) == [(1, "hello"), (2, "bye")]
+    place.again(app)
+    place.drain(app)
+    assert len(seen) == 2
+    assert settled(app, "jobs") == app.observers.counts["jobs", "done"] == 2
+
+
+def test_the_id_is_there_at_once(app):
+    @app.job
+    def mail(order_id: int): ...
+
+    future = mail.enqueue(1)
+    assert future.id == future.result(5)
+
+
+def test_an_enqueue_can_be_awaited_anywhere(place, app):
+    seen = []
+
+    @app.job
+    def mail(n: int):
+        seen.append(n)
+
+    async def main():
+        return await asyncio.gather(*(mail.enqueue(n) for n in range(50)))
+
+    assert len(set(asyncio.run(main()))) == 50
+    threads = [threading.Thread(target=lambda n=n: mail.enqueue(n).result(10)) for n in range(50, 60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    place.drain(app)
+    assert sorted(seen) == list(range(60))
+
+
+def test_the_decorated_function_can_still_be_called(app):
+    @app.job(queue="mail")
+    def double(n: int) -> int:
+        """Twice."""
+        return 2 * n
+
+    assert double(4) == 8 and double.__name__ == "double" and double.__doc__ == "Twice."
+
+
+def test_keywords_are_bound_to_positions(place, app):
+    seen = []
+
+    @app.job
+    def mail(to: str, subject: str = "none", copies: int = 1):
+        seen.append((to, subject, copies))
+
+    mail.enqueue("ann", copies=3)
+    mail.enqueue(subject="hi", to="bob")
+    mail.enqueue("cid").result(5)
+    place.drain(app)
+    assert sorted(seen) == [("ann", "none", 3), ("bob", "hi", 1), ("cid", "none", 1)]
+
+
+def test_star_arguments_are_stored_in_order(place, app):
+    seen = []
+
+    @app.job
+    def add(first: int, *rest: int):
+        seen.append((first, rest))
+
+    add.enqueue(1)
+    add.enqueue(1, 2, 3).result(5)
+    place.drain(app)
+    assert sorted(seen) == [(1, ()), (1, (2, 3))]
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((1, 2, 3), {}), ((1,), {"nothing": 1}), ((1,), {"a": 1})])
+def test_arguments_that_do_not_fit_are_refused_at_once(app, args, kwargs):
+    @app.job
+    def mail(a: int, b: int = 0): ...
+
+    with pytest.raises(SendError, match="'mail' cannot be enqueued"):
+        mail.enqueue(*args, **kwargs)
+
+
+@pytest.mark.parametrize("value", [object(), float("nan"), "\ud800", [[[float("inf")]]]])
+def test_arguments_that_cannot_be_stored_are_refused_at_once(app, value):
+    @app.job
+    def mail(a): ...
+
+    with pytest.raises(SendError, match="argument 1"):
+        mail.enqueue(value)
+
+
+def test_arguments_are_decoded_by_the_annotations(place, app):
+    seen = []
+
+    @app.job
+    def mail(order: Order, when: datetime, ids: list[uuid.UUID], opt: int | None, free, tags: set[str]):
+        seen.append((order, when, ids, opt, free, tags))
+
+    now = datetime(2025, 1, 2, tzinfo=UTC)
+    mail.enqueue(Order(1), now, [uuid.UUID(int=3)], None, {"a": [1]}, {"x"}).result(5)
+    place.drain(app)
+    assert seen == [(Order(1), now, [uuid.UUID(int=3)], None, {"a": [1]}, {"x"})]
+
+
+def test_arguments_that_do_not_match_are_dead_at_once_with_the_reason(place, app):
+    @app.job
+    def mail(n: int):
+        raise AssertionError("it ran")
+
+    mail.enqueue("no number").result(5)
+    place.drain(app)
+    assert waiting(app) == {"scheduled": 0, "retry": 0, "dead": 1}
+    (failure,) = failures(app)
+    assert failure.outcome == "dead" and "Expected `int`, got `str`" in failure.reason
+    assert app.observers.counts["mail", "dead"] == 1 and app.observers.counts["jobs", "done"] == 0
+
+
+def test_enqueue_many_gives_the_ids(place, app):
+    seen = []
+
+    @app.job
+    def mail(n: int, text: str = ""):
+        seen.append(n)
+
+    ids = mail.enqueue_many((n,) for n in range(1500)).result(10)
+    assert len(set(ids)) == 1500
+    assert mail.enqueue_many([]).result(5) == []
+    place.drain(app)
+    assert sorted(seen) == list(range(1500))
+
+
+def test_one_thread_runs_a_queue_in_its_order(place):
+    app = place.app(threads=1)
+    seen = []
+
+    @app.job
+    def mail(n: int):
+        seen.append(n)
+
+    mail.enqueue_many((n,) for n in range(300)).result(10)
+    place.drain(app)
+    assert seen == list(range(300))
+
+
+def test_threads_is_how_many_sync_jobs_run_at_once(place):
+    app = place.app(threads=3)
+    meeting = threading.Barrier(3, timeout=10)
+    lock, now, most = threading.Lock(), 0, 0
+
+    @app.job(retry=False)
+    def mail(n: int):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        meeting.wait()
+        with lock:
+            now -= 1
+
+    mail.enqueue_many((n,) for n in range(30)).result(10)
+    place.drain(app)
+    assert most == 3 and not failures(app)
+
+
+def test_async_jobs_run_beside_each_other_and_beside_sync_ones(place):
+    app = place.app(threads=1, coroutines=20)
+    both, inside, everybody = threading.Barrier(2, timeout=10), [], asyncio.Event()
+
+    @app.job(retry=False)
+    def sync(n: int):
+        both.wait()
+
+    @app.job(retry=False)
+    async def meet(n: int):
+        inside.append(n)
+        if len(inside) == 20:
+            await asyncio.to_thread(both.wait)
+            everybody.set()
+        await everybody.wait()
+
+    meet.enqueue_many((n,) for n in range(20))
+    sync.enqueue(1).result(5)
+    place.drain(app)
+    assert sorted(inside) == list(range(20)) and not failures(app)
+
+
+def test_a_job_enqueued_for_later_waits_for_its_time(place, app):
+    seen = []
+
+    @app.job
+    def mail(text: str):
+        seen.append(text)
+
+    now = app.clock.now()
+    mail.enqueue_in(3600, "in an hour")
+    mail.enqueue_in(timedelta(hours=2), "in two")
+    mail.enqueue_at(now + 3 * 3600, "at three")
+    mail.enqueue_at(datetime.fromtimestamp(now + 4 * 3600, UTC), "at four")
+    mail.enqueue_at(datetime.fromtimestamp(now + 5 * 3600), "at five, local time")  # noqa: DTZ006
+    mail.enqueue_in(-1, "long due")
+    mail.enqueue_at(now - 10, "due").result(5)
+    place.drain(app)
+    assert sorted(seen) == ["due", "long due"]
+    assert waiting(app) == {"scheduled": 5, "retry": 0, "dead": 0}
+    for text in ("in an hour", "in two", "at three", "at four", "at five, local time"):
+        place.again(app)
+        app.clock.advance(3600.5)
+        place.drain(app)
+        assert seen[-1] == text
+    assert len(seen) == 7 and waiting(app)["scheduled"] == 0
+
+
+def test_a_running_worker_takes_what_becomes_due(place, app):
+    seen = []
+
+    @app.job
+    def mail(text: str):
+        seen.append(text)
+
+    with place.running(app) as worker:
+        mail.enqueue_in(0.05, "soon").result(5)
+        wait_for(lambda: seen, worker=worker)
+    assert seen == ["soon"]
+
+
+@pytest.mark.parametrize("delay", ["soon", float("nan"), None, True])
+def test_a_time_that_is_none_is_refused(app, delay):
+    @app.job
+    def mail(): ...
+
+    with pytest.raises(SendError, match="seconds"):
+        mail.enqueue_in(delay)
+    with pytest.raises(SendError, match="epoch seconds or a datetime"):
+        mail.enqueue_at(delay)
+
+
+def test_options_change_the_queue_of_one_call(place):
+    app = place.app(queues=["default", "slow"])
+    seen = []
+
+    @app.job
+    def mail(n: int):
+        seen.append(n)
+
+    mail.options(queue="slow").enqueue(1)
+    mail.options(queue="slow").enqueue_many([(2,), (3,)])
+    mail.options(queue="slow").enqueue_in(3600, 9)
+    mail.enqueue(4).result(5)
+    place.drain(app, only=["queue:default"])
+    assert seen == [4]
+    assert waiting(app, "slow")["scheduled"] == 1 and waiting(app)["scheduled"] == 0
+    place.drain(app, only=["queue:slow"])
+    assert sorted(seen) == [1, 2, 3, 4]
+
+
+def test_options_change_the_retries_of_one_call(place, app):
+    @app.job(retry=5)
+    def mail(n: int):
+        raise ValueError(n)
+
+    mail.options(retry=0).enqueue(1).result(5)
+    place.drain(app)
+    assert waiting(app) == {"scheduled": 0, "retry": 0, "dead": 1}
+
+
+def test_the_queues_of_the_declared_jobs_are_served_by_default(place, app):
+    seen = []
+    app.job(queue="a", name="x")(lambda: None)
+
+    @app.job(queue="b")
+    def mail(n: int):
+        seen.append(n)
+
+    mail.enqueue(1)
+    mail.options(queue="nobodys").enqueue(2).result(5)
+    place.drain(app)
+    assert seen == [1]
+
+
+def test_strict_queues_are_emptied_in_their_order(place):
+    app = place.app(threads=1, queues=["high", "mid", "low"])
+    seen = []
+
+    @app.job(queue="low")
+    def mail(text: str):
+        seen.append(text)
+
+    for n in range(30):
+        for queue in ("low", "high", "mid"):
+            mail.options(queue=queue).enqueue(queue)
+    app.jobs.flush(5)
+    place.drain(app)
+    assert seen == ["high"] * 30 + ["mid"] * 30 + ["low"] * 30
+
+
+def test_weighted_queues_are_all_served(place):
+    app = place.app(threads=2, queues={"much": 5, "little": 1})
+    seen = []
+
+    @app.job(queue="much")
+    def mail(text: str):
+        seen.append(text)
+
+    for _ in range(50):
+        mail.enqueue("much")
+        mail.options(queue="little").enqueue("little")
+    app.jobs.flush(5)
+    place.drain(app)
+    assert (seen.count("much"), seen.count("little")) == (50, 50)
+
+
+def test_weights_are_how_often_a_queue_is_looked_at_first():
+    order = QueueOrder({"much": 5, "little": 1}, random.Random(1))
+    first = [order.next()[0] for _ in range(6000)]
+    assert 4800 < first.count("much") < 5200
+    assert QueueOrder(["b", "a"]).next() == ["b", "a"]
+
+
+def test_a_failed_job_waits_as_long_as_sidekiq_says(place, app):
+    attempts = []
+
+    @app.around
+    def watch(delivery):
+        attempts.append(delivery.attempt)
+        yield
+
+    @app.job
+    def mail(n: int):
+        raise ValueError("smtp")
+
+    mail.enqueue(1).result(5)
+    place.drain(app)
+    assert attempts == [1] and waiting(app) == {"scheduled": 0, "retry": 1, "dead": 0}
+    app.clock.advance(14)
+    place.drain(app)
+    assert attempts == [1]  # 15 + 0..9 seconds
+    place.again(app)
+    app.clock.advance(11)
+    place.drain(app)
+    assert attempts == [1, 2]
+    app.clock.advance(15)
+    place.drain(app)
+    assert attempts == [1, 2]  # 16 + (0..9) * 2
+    app.clock.advance(20)
+    place.drain(app)
+    assert attempts == [1, 2, 3] and waiting(app)["retry"] == 1
+    assert [f.outcome for f in failures(app)] == ["again"] * 3
+    assert app.observers.counts["mail", "again"] == 3 and app.observers.counts["jobs", "done"] == 0
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_job_out_of_retries_goes_to_the_dead_set(place, app, kind):
+    runs = []
+    if kind == "sync":
+
+        @app.job(retry=2)
+        def mail(n: int):
+            runs.append(n)
+            raise ValueError("smtp")
+    else:
+
+        @app.job(retry=2)
+        async def mail(n: int):
+            runs.append(n)
+            raise ValueError("smtp")
+
+    mail.enqueue(7).result(5)
+    for _ in range(5):
+        place.drain(app)
+        app.clock.advance(3600)
+    assert runs == [7] * 3 and waiting(app) == {"scheduled": 0, "retry": 0, "dead": 1}
+    assert [f.outcome for f in failures(app)] == ["again", "again", "dead"]
+    assert "failed 3 times, and retry is 2" in failures(app)[-1].reason and "smtp" in failures(app)[-1].reason
+
+
+def test_a_job_that_wants_no_dead_entry_is_dropped_and_counted(place, app):
+    @app.job(retry=0, dead=False)
+    def mail(n: int):
+        raise ValueError("smtp")
+
+    mail.enqueue(7).result(5)
+    place.drain(app)
+    assert waiting(app) == {"scheduled": 0, "retry": 0, "dead": 0}
+    assert [f.outcome for f in failures(app)] == ["dropped"]
+    assert app.observers.counts["mail", "dropped"] == 1
+
+
+def test_retry_false_is_no_retry_and_no_dead_entry_as_in_sidekiq(place, app):
+    @app.job(retry=False)
+    def mail(n: int):
+        raise ValueError("smtp")
+
+    mail.enqueue(7).result(5)
+    place.drain(app)
+    assert waiting(app) == {"scheduled": 0, "retry": 0, "dead": 0}
+    assert app.observers.counts["mail", "dropped"] == 1
+
+
+def test_a_rejected_job_is_dead_at_once(place, app):
+    runs = []
+
+    @app.job
+    def mail(n: int):
+        runs.append(n)
+        raise Reject("no such order")
+
+    mail.enqueue(7).result(5)
+    place.drain(app)
+    app.clock.advance(10**6)
+    place.drain(app)
+    assert runs == [7] and waiting(app) == {"scheduled": 0, "retry": 0, "dead": 1}
+    assert "no such order" in failures(app)[0].reason
+
+
+def test_retry_after_names_the_jobs_own_time(place, app):
+    runs = []
+
+    @app.job
+    def mail(n: int):
+        runs.append(n)
+        if len(runs) == 1:
+            raise RetryAfter(120)
+
+    mail.enqueue(7).result(5)
+    place.drain(app)
+    app.clock.advance(118)
+    place.drain(app)
+    assert runs == [7]
+    app.clock.advance(3)
+    place.drain(app)
+    assert runs == [7, 7] and waiting(app)["retry"] == 0
+
+
+def test_a_job_that_nobody_declares_takes_the_retry_road(place, app):
+    @app.job
+    def known(n: int): ...
+
+    @app.job
+    def ghost(n: int): ...
+
+    ghost.enqueue(1).result(5)
+    del app.job_handlers["ghost"]
+    place.drain(app)
+    assert waiting(app) == {"scheduled": 0, "retry": 1, "dead": 0}
+    assert "no job 'ghost' is declared here" in failures(app)[0].reason
+    seen = []
+    app.job(name="ghost")(seen.append)
+    app.clock.advance(60)
+    place.drain(app)
+    assert seen == [1]
+
+
+def test_a_failing_job_sends_and_enqueues_nothing(place, app):
+    out = app.topic("out", int, partitions=1)
+    runs = []
+
+    @app.job
+    def child(n: int):
+        runs.append(("child", n))
+
+    @app.job
+    def mail(n: int):
+        runs.append(("mail", n))
+        out.send(len(runs))
+        child.enqueue(len(runs))
+        if len(runs) == 1:
+            raise ValueError("smtp")
+
+    mail.enqueue(1).result(5)
+    place.drain(app)
+    assert place.values(out) == [] and runs == [("mail", 1)]
+    app.clock.advance(60)
+    place.drain(app)
+    assert place.values(out) == [2] and runs == [("mail", 1), ("mail", 1), ("child", 2)]
+
+
+def test_a_job_enqueued_in_a_handler_leaves_with_it(place, app):
+    orders = app.topic("orders", Order, key="customer")
+    seen = []
+
+    @app.job
+    def mail(order_id: int):
+        seen.append(order_id)
+
+    @app.job
+    def later(order_id: int):
+        seen.append(-order_id)
+
+    @app.consumer(orders)
+    def bill(order: Order):
+        mail.enqueue(order.id)
+        mail.enqueue_many([(order.id + 100,), (order.id + 200,)])
+        later.enqueue_in(3600, order.id)
+
+    orders.send_many(Order(i, f"c{i}") for i in range(1, 21)).result(5)
+    place.drain(app)
+    assert sorted(seen) == [*range(1, 21), *range(101, 121), *range(201, 221)]
+    assert waiting(app)["scheduled"] == 20
+
+
+def test_before_enqueue_may_change_or_refuse(place):
+    app = place.app(queues=["default", "vip"])
+    seen, asked = [], []
+
+    @app.job
+    def mail(n: int, text: str):
+        seen.append((n, text))
+
+    @app.before_enqueue
+    def change(job):
+        asked.append((job["class"], job["queue"], job["args"]))
+        if job["args"][0] == 1:
+            job["args"][1] = "changed"
+            job["queue"] = "vip"
+        if job["args"][0] == 2:
+            return False
+
+    assert mail.enqueue(1, "as it was").result(5)
+    assert mail.enqueue(2, "refused").result(5) is None
+    assert len(mail.enqueue_many([(2, "refused"), (3, "kept")]).result(5)) == 1
+    place.drain(app, only=["queue:vip"])
+    assert seen == [(1, "changed")]
+    place.drain(app)
+    assert seen == [(1, "changed"), (3, "kept")]
+    assert asked[0] == ("mail", "default", [1, "as it was"])
+
+
+def test_jobs_survive_a_restart_wherever_they_are(place, app):
+    seen = []
+
+    @app.job(retry=3)
+    def mail(n: int):
+        if n < 0 and len([m for m in seen if m == n]) == 0:
+            seen.append(n)
+            raise ValueError("first time")
+        seen.append(n)
+
+    mail.enqueue_many([(n,) for n in range(100)])
+    mail.enqueue_in(3600, 1000)
+    mail.enqueue(-1)
+    place.again(app)
+    with place.running(app) as worker:  # stopped wherever it happens to be
+        wait_for(lambda: len(seen) > 10, worker=worker)
+    place.again(app)
+    place.drain(app)
+    place.again(app)
+    app.clock.advance(3600)
+    place.drain(app)
+    assert sorted(n for n in seen if n >= 0) == [*range(100), 1000]
+    assert seen.count(-1) == 2
+
+
+def test_two_workers_share_a_queue_and_run_nothing_twice(place, app):
+    seen = []
+
+    @app.job
+    def mail(n: int):
+        seen.append(n)
+
+    mail.enqueue_many((n,) for n in range(2000)).result(10)
+    with place.running(app) as one, place.running(app) as two:
+        wait_for(lambda: one.drained() and two.drained(), worker=one)
+    assert sorted(seen) == list(range(2000))
+
+
+def test_no_more_jobs_are_taken_than_can_start_soon(place):
+    app = place.app(threads=2)
+    release, started = threading.Event(), []
+
+    @app.job
+    def slow(n: int):
+        started.append(n)
+        release.wait(20)
+
+    slow.enqueue_many((n,) for n in range(100)).result(10)
+    with place.running(app) as worker:
+        wait_for(lambda: len(started) == 2, worker=worker)
+        runner = worker.runners[0]
+        in_hand = sum(len(run.rows) for crew in runner.crews for run in [*crew.lanes.ready, *crew.current] if run)
+        assert in_hand <= 2
+        release.set()
+        wait_for(lambda: len(started) == 100, worker=worker)
