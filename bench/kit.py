@@ -1,6 +1,6 @@
 """What the benches share: how one is declared, what is carried, handlers that count, and a second process."""
 
-import gc
+import faulthandler
 import json
 import subprocess
 import sys
@@ -14,10 +14,11 @@ import apsw
 import msgspec
 
 from barnabas import App
+from barnabas.cli.process import _tune as tune  # what `barnabas run` does: raw loops get it too
 from barnabas.worker import Worker
 
 RUN = Path(__file__).parent / "run.py"
-WAIT = 300.0  # seconds after which a run that did not finish has failed
+WAIT = 120.0  # seconds after which a run that did not finish has failed
 KEYS = 1_000
 
 
@@ -75,14 +76,6 @@ def expect(what: str, found: Any, wanted: Any) -> None:
     """A bench must not be fast by doing nothing."""
     if found != wanted:
         raise AssertionError(f"{what}: {found!r} instead of {wanted!r}")
-
-
-def tune() -> None:
-    """What `barnabas run` does for a process that works; the raw loop of the same bench gets it too."""
-    sys.setswitchinterval(0.001)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
 
 
 # What is carried.
@@ -160,6 +153,7 @@ class Tally:
     def seconds(self) -> float:
         """From the first to the last handled; waits for it."""
         if not self.done.wait(WAIT):
+            faulthandler.dump_traceback()
             raise TimeoutError(f"not all messages were handled within {WAIT} s")
         return self.marks[-1] - self.marks[0]
 

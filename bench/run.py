@@ -61,6 +61,8 @@ def machine(folder: Path) -> dict[str, str]:
 def one_round(name: str, n: int, turn: int, folder: Path) -> list[Any]:
     """A bench's figures of one round, from a process of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BARNABAS_")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once
+    environment["PYTHONPYCACHEPREFIX"] = str(folder / "compiled")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SRC), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(HERE / "run.py"), "--round", name, str(n), str(turn)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)

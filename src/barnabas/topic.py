@@ -203,8 +203,9 @@ class Topic(Generic[T]):
         total = _Total(future)
         chunk: list[Outgoing] = []
         try:
+            outgoing = self.outgoing
             for value in values:
-                chunk.append(self._from(value))
+                chunk.append(self._from(value) if type(value) is Message else outgoing(value))
                 if len(chunk) == CHUNK:
                     total.add(self.app.events, chunk)
                     chunk = []

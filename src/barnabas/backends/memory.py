@@ -196,6 +196,8 @@ class MemoryBackend:
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
         with self.lock:
             count = self.taken + sum(len(self.ready.get(q, ())) for q in queues)
+            now = self.clock.now()
+            count += sum(1 for at, _, _, job in self.later if at <= now and job.queue in queues)
             for group, topics in groups.items():
                 for topic in topics:
                     for number, log in enumerate(self.logs.get(topic, ())):

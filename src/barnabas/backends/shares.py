@@ -2,21 +2,12 @@
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
-from zlib import crc32
 
 from barnabas.engine.ledger import Intervals, Ledger, Straight
-from barnabas.message import Key
 from barnabas.ports import Part, Result
 
 M = TypeVar("M", bound=Hashable)
 P = TypeVar("P", bound=Hashable)
-
-
-def partition_of(key: Key, count: int, spin: int) -> int:
-    """The partition of a key (crc32; `spin` spreads messages without one)."""
-    if key is None:
-        return spin % count
-    return crc32(key.encode() if type(key) is str else key) % count  # type: ignore[arg-type]
 
 
 def fair(members: Sequence[M], partitions: Sequence[P], owners: Mapping[P, M]) -> dict[P, M]:

@@ -13,13 +13,14 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any, TypeVar
+from zlib import crc32
 
 import apsw
 import msgspec
 
 from barnabas.backends.host import Bell, Turn
 from barnabas.backends.neighbours import Neighbours
-from barnabas.backends.shares import by_target, partition_of
+from barnabas.backends.shares import by_target
 from barnabas.backends.sqlite_read import SHIFT, SqliteReader, connect, explain, one
 from barnabas.errors import BackendError, BufferFull, DeclarationError, SendError, UnknownTopic
 from barnabas.message import Outgoing, OutgoingJob
@@ -154,21 +155,20 @@ class SqliteBackend(SqliteReader):
 
     def _store_messages(self, db: apsw.Connection, messages: list[Outgoing], stored: list[tuple[Any, Any]]) -> None:
         by_gid: dict[int, list[Outgoing]] = {}
-        parts = self.parts
+        last, gids, count = None, [], 0
         for out in messages:
-            name = out[0].name
-            gids = parts.get(name)
-            if gids is None:
-                gids = self._create(db, out[0])
-                parts = self.parts
-            partition = out[1]
+            topic, partition, key = out[0], out[1], out[2]
+            if topic is not last:  # most come many of a topic
+                last, gids = topic, self.parts.get(topic.name) or self._create(db, topic)
+                count = len(gids)
             if partition is None:
-                key = out[2]
                 if key is None:
                     self._spin += 1
-                partition = partition_of(key, len(gids), self._spin)
-            elif not 0 <= partition < len(gids):
-                stored.append((out[6], UnknownTopic(f"topic {name!r} has no partition {partition}; it has {len(gids)}")))
+                    partition = self._spin % count
+                else:
+                    partition = crc32(key.encode() if type(key) is str else key) % count  # type: ignore[arg-type]
+            elif not 0 <= partition < count:
+                stored.append((out[6], UnknownTopic(f"topic {topic.name!r} has no partition {partition}; it has {count}")))
                 continue
             rows = by_gid.get(gids[partition])
             if rows is None:

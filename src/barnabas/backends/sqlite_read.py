@@ -159,7 +159,7 @@ class SqliteReader:
         rows: list[Row] = []
         at = offset
         while len(rows) < limit:
-            found = self.records(gid, at, 16)
+            found = self.records(gid, at, limit, 1 << 22)
             if not found:
                 break
             for record, data in found:
@@ -167,11 +167,22 @@ class SqliteReader:
             at = rows[-1][0] + 1 if rows else at + 1
         return rows[:limit]
 
-    def records(self, gid: int, offset: int, limit: int) -> list[tuple[int, bytes]]:
-        """Stored records of one partition, from the one that holds `offset` on."""
+    def records(self, gid: int, offset: int, rows: int, size: int) -> list[tuple[int, bytes]]:
+        """Stored records of one partition, from the one that holds `offset` on: about `rows` messages, `size` bytes."""
         low = gid << SHIFT
-        return self.query(
-            "SELECT id, data FROM records WHERE id >= coalesce((SELECT max(id) FROM records WHERE id BETWEEN ? AND ?), ?) "
-            "AND id < ? AND id + count > ? ORDER BY id LIMIT ?",
-            (low, low | offset, low, low + (1 << SHIFT), low | offset, limit),
-        )
+        found = []
+        try:
+            with self._reading:
+                for id_, count, data in self._reader.execute(
+                    "SELECT id, count, data FROM records WHERE id >= coalesce((SELECT max(id) FROM records "
+                    "WHERE id BETWEEN ? AND ?), ?) AND id < ? AND id + count > ? ORDER BY id",
+                    (low, low | offset, low, low + (1 << SHIFT), low | offset),
+                ):
+                    found.append((id_, data))
+                    rows -= count
+                    size -= len(data)
+                    if rows <= 0 or size <= 0:
+                        break
+        except apsw.Error as error:
+            raise explain(self.path, error) from error
+        return found

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from barnabas.backends.sqlite import SqliteBackend
 
 log = logging.getLogger("barnabas")
-FETCH_BYTES = 4 * 1024 * 1024  # bytes of one partition per fetch, at least one record
+FETCH_BYTES = 2 * 1024 * 1024  # bytes of one partition per fetch, at least one record
+FLIGHT_BYTES = 8 * 1024 * 1024  # bytes of one partition in flight, at least one message
 DUE = 500  # jobs moved to their queues in one transaction
 NEVER = 1e18
 
@@ -63,6 +64,7 @@ class SqliteLog(_Fetcher):
         self._ordered = ordered
         self._parts: dict[int, Part] = {}
         self._epochs: dict[int, int] = {}
+        self._weight: dict[int, float] = {}  # bytes of a stored message of late
         self._topics = [t.name for t in topics]
         self._all = [(gid, t.name, n) for t in topics for n, gid in enumerate(home.parts[t.name])]
         self._generation = -1
@@ -232,24 +234,24 @@ class SqliteLog(_Fetcher):
 
     def _read(self, limit: int) -> list[tuple[Part, Sequence[Row]]]:
         found: list[tuple[Part, Sequence[Row]]] = []
-        heads = self.home.heads
+        heads, home = self.home.heads, self.home
         for gid, part in self._parts.items():
-            account = part.held
-            room = limit - len(account)
-            if room <= 0 or account.next >= heads[gid] or not part.until:
+            account, head = part.held, heads[gid]
+            # What is in flight is bounded in messages and, by the weight of the last ones, in bytes.
+            room = min(limit, int(FLIGHT_BYTES / self._weight.get(gid, 1.0)) + 1) - len(account)
+            if room <= 0 or account.next >= head or not part.until:
                 continue
             rows: list[Row] = []
             size = 0
-            for record, data in self.home.records(gid, account.next, 32):
-                batch = unpack(record, data)
-                if batch[0][0] < account.next:
-                    batch = [row for row in batch if row[0] >= account.next]
-                rows += batch
+            for record, data in home.records(gid, account.next, room, FETCH_BYTES):
+                rows += unpack(record, data)
                 size += len(data)
-                if len(rows) >= room or size > FETCH_BYTES:
-                    break
-            if not rows:
+            if not rows:  # retention was faster than we
+                account.next = head
                 continue
+            if rows[0][0] < account.next:
+                rows = [row for row in rows if row[0] >= account.next]
+            self._weight[gid] = size / len(rows)
             account.next = rows[-1][0] + 1
             todo = account.add(rows)
             if todo:

@@ -10,7 +10,7 @@ import msgspec
 _encode = msgspec.json.Encoder().encode
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table; columns whose name ends in "#" hold numbers, which are put to the right. Nothing is cut off
     where the output is not a terminal."""
     from rich.box import SIMPLE_HEAD
@@ -18,7 +18,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         drawn.add_column(column.removesuffix("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
     for row in rows:
@@ -27,8 +27,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
     console = Console(file=sys.stdout, width=None if terminal else 10_000)
     with console.capture() as capture:
         console.print(drawn)
-    text = "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
-    sys.stdout.write(f"{text}\n")
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    sys.stdout.write("\n".join(line for line in lines if line) + "\n\n")
 
 
 def json_line(value: Any) -> None:

@@ -128,9 +128,10 @@ def _announce(app: App, only: Any, skip: Any) -> None:
         rows += [(f"queue {q}", _jobs_of(app, q), "", weight or "", size) for q, weight in weights.items()]
         columns = ("runs", "topics or jobs", "group", "concurrency or weight#", "how")
         several = f" in {settings.processes} processes" if settings.processes > 1 else ""
-        urls = f"events {settings.events}" + ("" if settings.jobs == settings.events else f", jobs {settings.jobs}")
+        same = settings.jobs == settings.events
+        urls = settings.events if same else f"events {settings.events}, jobs {settings.jobs}"
         draw.table(columns, rows)
-        click.echo(f"{app.name}{several}, {urls if settings.jobs != settings.events else settings.events}")
+        click.echo(f"{app.name}{several}: {urls}")
         draw.flush()
     for warning in settings.warnings:
         log.warning("%s", warning)

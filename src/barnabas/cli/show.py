@@ -18,7 +18,10 @@ from barnabas.topic import Retention
 @json_option
 @with_app
 def topics(app: App, as_json: bool) -> None:
-    """List the stored topics: partitions, messages, bytes, retention, and whether the app declares them."""
+    """List the stored topics: partitions, messages, bytes, retention, and whether the app declares them.
+
+    Dead-letter and retry topics are shown where they hold something (with --json always).
+    """
     found = inspect.topics(app)
     if as_json:
         for topic in found:
@@ -26,7 +29,7 @@ def topics(app: App, as_json: bool) -> None:
             limits = {"age": kept.age, "size": kept.size, "force": kept.force} if kept else None
             draw.json_line(topic._replace(retention=None)._asdict() | {"retention": limits})
         return
-    rows = [(t.name, t.partitions, t.messages, draw.size(t.bytes), _kept(t.retention), t.declared) for t in found]
+    rows = [(t.name, t.partitions, t.messages, draw.size(t.bytes), _kept(t.retention), t.declared) for t in found if t.messages or t.declared in ("yes", "no")]
     draw.table(("topic", "partitions#", "messages#", "bytes#", "retention", "declared"), rows)
 
 

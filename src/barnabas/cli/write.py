@@ -90,8 +90,8 @@ def _value(topic: Topic[Any], data: bytes, where: str, key: str | None) -> Any:
     try:
         return topic.decode(data)
     except Exception as error:  # msgspec's or pydantic's
-        shape = "JSON" if topic.type is None else f"a {getattr(topic.type, '__name__', topic.type)}"
-        raise SendError(f"{where} is not {shape} as topic {topic.name!r} takes it: {error}") from None
+        shape = "JSON" if topic.type is None else getattr(topic.type, "__name__", str(topic.type))
+        raise SendError(f"{where} does not fit {shape} of topic {topic.name!r}: {error}") from None
 
 
 def _sent(

@@ -244,6 +244,7 @@ class Crew:
         Only for a process that is about to end: the thread cannot be ended.
         """
         offset = self.box[slot * SLOT + self.base + 1]
+        self.late.discard((id(run), offset))
         for done, row in enumerate(run.rows):
             if row[0] == offset:
                 parked = self.failed(slot, run, row, TimedOut(f"did not return after twice its timeout of {self.handler.limit(run)} s"))

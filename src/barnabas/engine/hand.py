@@ -73,13 +73,17 @@ class Hand:
         self.used = False
         self.sent = 0
 
-    def drop(self) -> None:
-        """The handler failed: nothing of it leaves."""
+    def forget(self) -> None:
+        """The handler failed: nothing of it leaves. Ids go on, for what a hook may still send."""
         for output in self.outputs:
             if output.future is not None:
                 output.future.resolve(None)
         self.outputs = []
         self.cells = {}
+
+    def drop(self) -> None:
+        """The delivery failed: nothing of it leaves."""
+        self.forget()
         self.used = False
         self.sent = 0
 

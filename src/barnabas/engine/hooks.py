@@ -8,6 +8,7 @@ import inspect
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any
 
+from barnabas.engine.hand import CURRENT
 from barnabas.errors import DeclarationError
 from barnabas.verdict import Done
 
@@ -62,7 +63,10 @@ def wrap(function: Callable[..., Any], hooks: Sequence[Any], awaited: bool, owne
 
         def hooked_once(delivery: Any, /, *args: Any) -> Any:
             generator = only(delivery)
-            next(generator)
+            try:
+                next(generator)
+            except StopIteration:
+                raise _no_yield(only) from None
             try:
                 out = function(*args)
             except BaseException as error:
@@ -71,14 +75,17 @@ def wrap(function: Callable[..., Any], hooks: Sequence[Any], awaited: bool, owne
                 generator.send(out)
             except StopIteration:
                 return out
-            return _leave([generator], out)
+            raise _yielded_twice(generator)
 
         return hooked_once
 
     def enter(entered: list[Any], delivery: Any) -> None:
         for hook in hooks:
             generator = hook(delivery)
-            next(generator)
+            try:
+                next(generator)
+            except StopIteration:
+                raise _no_yield(hook) from None
             entered.append(generator)
 
     if awaited:
@@ -106,6 +113,15 @@ def wrap(function: Callable[..., Any], hooks: Sequence[Any], awaited: bool, owne
     return hooked_sync
 
 
+def _no_yield(hook: Any) -> RuntimeError:
+    return RuntimeError(f"the hook {hook.__name__} ended before its `yield`; to refuse a delivery, raise Reject")
+
+
+def _yielded_twice(generator: Any) -> RuntimeError:
+    generator.close()
+    return RuntimeError(f"the hook {generator.__name__} yielded twice; a hook has exactly one `yield`")
+
+
 def _leave(entered: list[Any], out: Any) -> Any:
     """After a success: each hook gets the outcome; an error of one is seen by those outside of it."""
     while entered:
@@ -116,23 +132,35 @@ def _leave(entered: list[Any], out: Any) -> Any:
             continue
         except BaseException as error:
             return _fail(entered, error)
-        generator.close()
-        return _fail(entered, RuntimeError(f"the hook {generator.__name__} yielded twice; a hook has exactly one `yield`"))
+        return _fail(entered, _yielded_twice(generator))
     return out
 
 
-def _fail(entered: list[Any], error: BaseException) -> None:
-    """After an error: each hook sees it, inside out. Returns if one says `return Done`, else raises: merely swallowing
-    an error does not make a delivery done, and a cancellation is nobody's to swallow."""
-    for generator in reversed(entered):
+def _fail(entered: list[Any], error: BaseException) -> Any:
+    """After an error: each hook sees it, inside out. If one says `return Done`, that is the outcome for those outside of
+    it; else it is raised: merely swallowing an error does not make a delivery done."""
+    _forget()
+    while entered:
         try:
-            generator.throw(error)
+            entered.pop().throw(error)
         except StopIteration as stop:
-            if (stop.value is Done or isinstance(stop.value, Done)) and isinstance(error, Exception):
-                return
+            if _forgives(stop.value, error):
+                return _leave(entered, Done)
         except BaseException as other:
             error = other
     raise error
+
+
+def _forgives(said: Any, error: BaseException) -> bool:
+    """Whether a hook made an error good. A cancellation is nobody's to forgive."""
+    return (said is Done or isinstance(said, Done)) and isinstance(error, Exception)
+
+
+def _forget() -> None:
+    """A failing handler sends nothing, also if a hook forgives it; what the hooks send from now on counts."""
+    hand = CURRENT.get()
+    if hand is not None and hand.open:
+        hand.forget()
 
 
 def _wrap_mixed(function: Callable[..., Any], hooks: Sequence[Any]) -> Callable[..., Any]:
@@ -146,32 +174,40 @@ def _wrap_mixed(function: Callable[..., Any], hooks: Sequence[Any]) -> Callable[
 
 async def _onion(delivery: Any, function: Callable[..., Any], args: tuple[Any, ...], hooks: list[Any]) -> Any:
     if not hooks:
-        return await function(*args)
+        try:
+            return await function(*args)
+        except BaseException:
+            _forget()
+            raise
     generator = hooks[0](delivery)
-    is_async = hasattr(generator, "asend")
-    if is_async:
-        await generator.asend(None)
-    else:
-        next(generator)
+    awaited = hasattr(generator, "asend")
+    send, throw = (generator.asend, generator.athrow) if awaited else (generator.send, generator.throw)
+    if (await _resume(send, None, awaited))[0]:
+        raise _no_yield(hooks[0])
     try:
         out = await _onion(delivery, function, args, hooks[1:])
     except BaseException as error:
-        try:
-            if is_async:
-                await generator.athrow(error)
-            else:
-                generator.throw(error)
-        except StopIteration as stop:
-            if stop.value is Done or isinstance(stop.value, Done):
-                return None
-        except StopAsyncIteration:
-            pass
+        ended, said = await _resume(throw, error, awaited)
+        if ended and _forgives(said, error):
+            return Done
         raise
     try:
-        if is_async:
-            await generator.asend(out)
-        else:
-            generator.send(out)
-    except (StopIteration, StopAsyncIteration):
-        pass
+        if not (await _resume(send, out, awaited))[0]:
+            raise RuntimeError(f"the hook {hooks[0].__name__} yielded twice; a hook has exactly one `yield`")
+    except BaseException:
+        _forget()
+        raise
     return out
+
+
+async def _resume(go_on: Callable[[Any], Any], value: Any, awaited: bool) -> tuple[bool, Any]:
+    """Let a hook go on; whether that was its end, and what it returned."""
+    try:
+        step = go_on(value)
+        if awaited:
+            await step
+    except StopIteration as stop:
+        return True, stop.value
+    except StopAsyncIteration:
+        return True, None
+    return False, None

@@ -6,6 +6,7 @@ from typing import Any
 from barnabas.engine.hand import Hand
 from barnabas.errors import DeclarationError, ResponderError
 from barnabas.message import Message
+from barnabas.verdict import Done
 
 
 class RespondTo:
@@ -51,6 +52,8 @@ def make_answer(
     required = [] if optional else [d.topic for d in declared if d.required]
 
     def answer(hand: Hand, out: Any, respond: Respond | None) -> None:
+        if out is Done:  # the handler failed and a hook forgave it
+            return
         answers = list(respond.answers) if respond is not None else []
         if out is not None:
             if only is None:

@@ -1,0 +1,1216 @@
+"""The engine under a seeded random scheduler: real lanes, ledgers, crews, runners and compiled handlers; no threads and
+no time. `simulate(seed)` plays one schedule and raises `Wrong` where a promise was broken.
+
+Real: App declarations compiled by `Consumer.compile`, `work`/`work_batches`, `Crew`/`LoopCrew`, `Runner`, tables, hooks,
+the accounts of `backends/shares`. Simulated: the clock, the event loop's time, and the home (logs, positions, cells), whose
+sources crash, lose leases, fail before and after a commit. Sync workers are interleaved by letting a handler (and each
+look at the clock) call back into the scheduler. The oracle (`Hold`, `Call`) follows every delivery on its own account.
+"""
+
+import asyncio
+import contextvars
+import functools
+import logging
+import math
+import random
+from collections import Counter, deque
+from typing import Any
+
+import msgspec
+
+from barnabas import App, Batch, Delivery, Done, Reject, Respond, Retry, RetryAfter, respond_to
+from barnabas.backends import shares
+from barnabas.clock import FakeClock
+from barnabas.engine.alone import CRASHES, Gate
+from barnabas.engine.crew import TICK, Crew
+from barnabas.engine.crews import LoopCrew
+from barnabas.engine.hand import CURRENT
+from barnabas.engine.handler import RETRIED, Stop
+from barnabas.engine.observe import Observers
+from barnabas.engine.runner import Runner
+from barnabas.engine.work import SLOT
+from barnabas.ports import Part
+from barnabas.state.table import Cells
+from barnabas.verdict import Again, Dead
+
+LEASE = 5.0
+BACKOFF = 0.5
+SIM: Any = None  # the simulation that the declared handlers belong to
+
+
+class Wrong(AssertionError):
+    """A promise was broken."""
+
+
+class Crash(BaseException):
+    """Unwinds the frames of a process that is no more."""
+
+
+class Away(Exception):
+    """The backend cannot do it now."""
+
+
+class GiveUp(Exception):
+    """An error that the retry policy does not retry."""
+
+
+class Excused(Exception):
+    """An error that a hook declares to be done."""
+
+
+# What is declared. A declaration is made once per shape; what varies by seed is set on the Consumer before compiling.
+
+
+def _hooks(awaited: bool, count: int) -> list[Any]:
+    def outer(delivery: Any) -> Any:
+        SIM.before(delivery)
+        try:
+            yield
+        except Excused:
+            return Done
+
+    def inner(delivery: Any) -> Any:
+        call = SIM.calling()
+        try:
+            out = yield
+        except BaseException as error:  # swallowed: it is no less an error
+            call.seen = error
+            return
+        call.seen = out
+        if call.action == "hook_after":
+            raise ValueError("after")
+
+    async def asynchronous(delivery: Any) -> Any:
+        SIM.before(delivery)
+        yield
+
+    if count == 3:
+        return [asynchronous, inner] if awaited else [outer]
+    return [[], [outer], [outer, inner]][count]
+
+
+@functools.cache
+def declare(awaited: bool, shape: str, hooks: int, responds: str, table: bool) -> tuple[Any, Any]:
+    """An app with one consumer of this shape, and the consumer."""
+    app = App("sim", events="memory:", jobs="memory:")
+    source, out, reply = app.topic("in", int), app.topic("out", str), app.topic("reply", str)
+    seen = app.table("seen", list[int])
+    options: dict[str, Any] = {"name": "c", "group": "g", "hooks": _hooks(awaited, hooks)}
+    if responds:
+        options["responds"] = [respond_to(reply, required=responds == "required", multiple=shape == "batch")]
+    if table:
+        options["tables"] = [seen]
+    tools = (out, reply, seen if table else None)
+
+    def act(values: Any, deliveries: Any = None, respond: Any = None) -> Any:
+        call = SIM.begin(values, deliveries)
+        try:
+            for _ in call.script(tools, respond):
+                SIM.turn(call.member)
+        except BaseException as error:
+            call.ended(error)
+            raise
+        call.ended(None)
+        return call.answer
+
+    async def act_async(values: Any, deliveries: Any = None, respond: Any = None) -> Any:
+        call = SIM.begin(values, deliveries)
+        try:
+            for _ in call.script(tools, respond):
+                try:
+                    await call.member.pause()
+                except asyncio.CancelledError:
+                    if call.manner == "convert":
+                        raise RuntimeError("cancelled, in other words") from None
+                    if call.manner == "raise":
+                        raise
+        except BaseException as error:
+            call.ended(error)
+            raise
+        call.ended(None)
+        return call.answer
+
+    if awaited:
+        by_shape = _async_shapes(act_async)
+    else:
+        by_shape = _shapes(act)
+    app.consumer(source, **options)(by_shape[shape])
+    app.consumers["c"].retry_topic = source.retry_topic("g")
+    return app, app.consumers["c"]
+
+
+def _shapes(act: Any) -> dict[str, Any]:
+    def value(n: int):
+        return act([n])
+
+    def delivery(n: int, d: Delivery):
+        return act([n], [d])
+
+    def respond(n: int, r: Respond, d: Delivery):
+        act([n], [d], r)
+
+    def optional(n: int | None, d: Delivery):
+        return act([n], [d])
+
+    def batch(ns: list[int], ds: list[Delivery]):
+        return act(ns, ds)
+
+    return locals()
+
+
+def _async_shapes(act: Any) -> dict[str, Any]:
+    async def value(n: int):
+        return await act([n])
+
+    async def delivery(n: int, d: Delivery):
+        return await act([n], [d])
+
+    async def respond(n: int, r: Respond, d: Delivery):
+        await act([n], [d], r)
+
+    async def optional(n: int | None, d: Delivery):
+        return await act([n], [d])
+
+    async def batch(ns: list[int], ds: list[Delivery]):
+        return await act(ns, ds)
+
+    return locals()
+
+
+# What is stored.
+
+
+class Msg:
+    """A stored message and what is to become of it."""
+
+    __slots__ = ("base", "due", "fixed", "n", "origin", "outcome", "plan", "readable", "row", "uid", "wipe")
+
+    def __init__(self, row: Any, uid: int, plan: str, n: int, wipe: bool, origin: Any) -> None:
+        self.row = row
+        self.uid = uid
+        self.plan = plan
+        self.n = n
+        self.wipe = wipe  # its handler deletes the cell
+        self.origin = origin  # topic, partition, offset
+        self.base = 0  # attempts before it came into a retry topic
+        self.due = 0.0
+        self.fixed = False  # on_dead="stop": somebody mended what made it dead
+        self.outcome: str | None = None
+        self.readable = True
+
+    def action(self, attempt: int) -> str:
+        if self.fixed or self.plan == "ok":
+            return "ok"
+        if self.plan in ("fail", "after", "self_cancel", "hook_before", "hook_after"):
+            return self.plan if attempt <= self.n else "ok"
+        return "fail" if self.plan == "always" else self.plan
+
+
+class Home:
+    """What outlives a process."""
+
+    def __init__(self, sim: "Sim") -> None:
+        self.sim = sim
+        self.logs: dict[tuple[str, int], list[Msg]] = {}
+        self.positions: dict[Any, tuple[int, list[Any], dict[int, int]]] = {}
+        self.crashes: dict[Any, dict[int, int]] = {}
+        self.epochs: dict[Any, int] = {}
+        self.owners: dict[Any, Any] = {}  # (member, epoch, the lease's end)
+        self.wanted: dict[Any, Any] = {}
+        self.cells: dict[Any, bytes] = {}
+        self.model: dict[Any, list[int]] = {}  # what the cells should be
+        self.letters: Counter[Any] = Counter()
+        self.open = 0
+
+    def cell(self, table: str, key: Any) -> bytes | None:
+        return self.cells.get((table, key))
+
+    def add(self, at: Any, msg: Msg) -> None:
+        self.logs[at].append(msg)
+        self.open += 1
+
+
+class Source:
+    """One member's share of the log."""
+
+    def __init__(self, sim: "Sim", member: "Member") -> None:
+        self.sim, self.home, self.atomic, self.member = sim, sim.home, sim.home, member
+        self.parts: dict[Any, Part] = {}
+        self.stored: list[Any] = []  # results of a settlement that was stored and reported as failed
+        self.ordered = sim.order == "partition" and sim.retry.ordered
+
+    def wake(self) -> None:
+        self.sim.look(self.member)
+
+    def close(self) -> None:
+        self._give_up(list(self.parts))
+
+    def fetch(self, limit: int, timeout: float) -> list[Any]:
+        sim, home, now = self.sim, self.home, self.sim.clock.monotonic()
+        if sim.chance(0.03):
+            raise Away("fetch")
+        if any(now > p.until for p in self.parts.values()):  # we were silent for too long: claim everything anew
+            for part in self.parts.values():
+                part.until = 0.0
+            self._give_up(list(self.parts))
+        lost = [at for at in self.parts if home.owners.get(at, ())[:2] != (self.member, self._hold(at).epoch)]
+        for at in lost:
+            self.parts[at].closed = True
+        self._give_up(lost)
+        self._give_up([at for at in self.parts if home.wanted[at] is not self.member])
+        now = sim.clock.monotonic()
+        came = [self._claim(at, now) for at in home.logs if self._free(at, now)]
+        if came:
+            self.member.runner.assigned(came)
+        for at, part in self.parts.items():
+            if part.until:
+                part.until = self._hold(at).claim = now + LEASE
+                home.owners[at] = (*home.owners[at][:2], part.until)
+        return [found for at, part in self.parts.items() if (found := self._read(at, part, limit))]
+
+    def _hold(self, at: Any) -> "Hold":
+        return self.sim.holds[self.parts[at]]
+
+    def _give_up(self, ats: list[Any]) -> None:
+        if not ats:
+            return
+        for at in ats:
+            self._hold(at).leaving = min(self._hold(at).leaving, self.sim.clock.monotonic())
+        self.member.runner.revoked([self.parts[at] for at in ats])
+        for at in ats:
+            part = self.parts.pop(at)
+            if self.home.owners.get(at, ())[:2] == (self.member, self.sim.holds[part].epoch):
+                del self.home.owners[at]
+            if part.lanes or not part.closed:
+                raise Wrong(f"{at}: a revoked partition keeps its lanes")
+
+    def _free(self, at: Any, now: float) -> bool:
+        if at in self.parts or self.home.wanted[at] is not self.member:
+            return False
+        owner = self.home.owners.get(at)
+        return owner is None or now > owner[2]
+
+    def _claim(self, at: Any, now: float) -> Part:
+        home = self.home
+        home.epochs[at] = epoch = home.epochs.get(at, 0) + 1
+        self.parts[at] = part = Part(*at, len(self.sim.holds), "g")
+        position, done, attempts = home.positions[at]
+        shares.open_account(part, self.ordered, position, list(done), attempts)
+        part.crashes.update(home.crashes[at])
+        part.until = now + LEASE
+        home.owners[at] = (self.member, epoch, part.until)
+        self.sim.holds[part] = Hold(self.sim, self.member, at, epoch, part)
+        return part
+
+    def _read(self, at: Any, part: Part, limit: int) -> Any:
+        account, hold = part.held, self._hold(at)
+        room = min(limit - len(account), self.sim.rng.randint(1, 12))
+        msgs = self.home.logs[at]
+        if room <= 0 or not msgs or account.next > msgs[-1].row[0] or not part.until:
+            return None
+        found = [m for m in msgs if m.row[0] >= account.next][:room]
+        account.next = found[-1].row[0] + 1
+        todo = account.add([m.row for m in found])
+        if list(todo) != [m.row for m in found if m.outcome is None]:
+            raise Wrong(f"{at}: handed out {[r[0] for r in todo]}, open are {[m.row[0] for m in found if m.outcome is None]}")
+        todo = [m for m in found if m.outcome is None]
+        hold.take(todo)
+        if len(hold.open) > limit:
+            raise Wrong(f"{at}: {len(hold.open)} in flight, the limit is {limit}")
+        return (part, [m.row for m in todo]) if todo else None
+
+    def settle(self, results: Any) -> None:
+        sim, home = self.sim, self.home
+        fault = sim.rng.choice(("before", "books", "after")) if sim.chance(0.08) else ""
+        if fault == "before":
+            raise Away("settle")
+        touched = shares.close_books(results)
+        if fault == "books":
+            raise Away("settle")
+        for part in touched:
+            hold = sim.holds[part]
+            if home.owners.get(hold.at, ())[:2] != (self.member, hold.epoch):
+                part.closed = True
+            elif any(r.part.closed for r in results if r.part is part) or hold.gone:
+                raise Wrong(f"{hold.at}: results of an older epoch are settled")
+        todo = [r for r in results if not r.part.closed and not any(r is s for s in self.stored)]
+        for result in todo:
+            sim.holds[result.part].settled(result)
+        for part in touched:
+            if not part.closed:
+                self._store_position(sim.holds[part])
+        for result in todo:
+            sim.holds[result.part].check_cells(result)
+        self.stored = list(results) if fault == "after" else []
+        if fault == "after":
+            raise Away("settled, but the answer was lost")
+
+    def _store_position(self, hold: "Hold") -> None:
+        home, at, part = self.home, hold.at, hold.part
+        watermark, done = part.held.position()
+        if watermark < home.positions[at][0]:
+            raise Wrong(f"{at}: the position went back from {home.positions[at][0]} to {watermark}")
+        for msg in home.logs[at]:
+            offset = msg.row[0]
+            covered = offset < watermark or any(a <= offset < b for a, b in done)
+            if covered != (msg.outcome is not None):
+                raise Wrong(f"{at}@{offset}: {msg.outcome}, but the position is {watermark}, {done}")
+        for offset, msg in hold.open.items():
+            if msg.readable and part.attempts.get(offset, 0) != hold.fails.get(offset, 0) and offset not in hold.state:
+                raise Wrong(f"{at}@{offset}: {part.attempts.get(offset, 0)} attempts kept, it failed {hold.fails.get(offset, 0)} times")
+        home.positions[at] = (watermark, done, dict(part.attempts))
+        home.crashes[at] = dict(part.crashes)
+
+
+# The oracle.
+
+
+class Hold:
+    """The oracle's account of one assignment of a partition."""
+
+    def __init__(self, sim: "Sim", member: "Member", at: Any, epoch: int, part: Part) -> None:
+        self.sim, self.member, self.at, self.epoch, self.part = sim, member, at, epoch, part
+        self.claim = part.until
+        self.leaving = math.inf
+        self.gone = False
+        self.fails: dict[int, int] = dict(sim.home.positions[at][2])
+        self.crashes = dict(sim.home.crashes[at])
+        self.open: dict[int, Msg] = {}  # handed out and not settled
+        self.state: dict[int, str] = {}  # "done", "dead", "again": has its outcome, unsettled
+        self.calls: dict[int, Call] = {}  # the last call of an offset
+        self.busy: set[int] = set()
+        self.alone: set[int] = set()  # the last run of a batch's messages
+        self.released: set[int] = set()
+        self.not_before: dict[int, float] = {}
+        self.lanes: dict[Any, deque[int]] = {}
+        self.seen: dict[Any, list[int]] = {}
+
+    def lane(self, msg: Msg) -> Any:
+        """What this message has its order in; None for no order."""
+        if self.sim.order == "none" or self.at[0] != "in":
+            return None
+        return ("whole",) if self.sim.order == "partition" else msg.row[1]
+
+    def take(self, msgs: list[Msg]) -> None:
+        for msg in msgs:
+            offset = msg.row[0]
+            if offset in self.open:
+                raise Wrong(f"{self.at}@{offset} was fetched twice")
+            self.open[offset] = msg
+            if msg.readable and self.crashes.get(offset, 0) <= CRASHES:
+                lane = self.lane(msg)
+                if lane is not None:
+                    self.lanes.setdefault(lane, deque()).append(offset)
+
+    def attempt(self, msg: Msg) -> int:
+        return msg.base + self.fails.get(msg.row[0], 0) + 1
+
+    def resolve(self, msg: Msg, state: str) -> None:
+        offset, lane = msg.row[0], self.lane(msg)
+        self.state[offset] = state
+        if lane is not None:
+            self.lanes[lane].remove(offset)
+
+    def started(self, call: "Call") -> None:
+        sim, now = self.sim, self.sim.clock.monotonic()
+        if now > self.claim or now > self.leaving + TICK or self.gone:
+            raise Wrong(f"{call} starts at {now}, the claim ended at {min(self.claim, self.leaving)}")
+        suspects = [m for m in call.msgs if self.crashes.get(m.row[0], 0) >= CRASHES]
+        if (suspects and self.member.active) or any(c.suspect for c in self.member.active):
+            raise Wrong(f"{call} runs beside {self.member.active}, one of them has crashed processes")
+        call.suspect = bool(suspects)
+        for msg in call.msgs:
+            offset = msg.row[0]
+            if offset not in self.open or offset in self.state or offset in self.busy or offset in self.released:
+                raise Wrong(f"{call}: @{offset} is not open: {self.state.get(offset)}, {offset in self.busy}, {offset in self.released}")
+            if now < max(self.not_before.get(offset, 0.0), msg.due) - 1e-6:
+                raise Wrong(f"{call}: @{offset} runs before its time")
+            if offset in self.alone and len(call.msgs) > 1:
+                raise Wrong(f"{call}: @{offset} was to run alone")
+            self.busy.add(offset)
+            self.calls[offset] = call
+        lane = self.lane(call.msgs[0])
+        if lane is not None:
+            first = [offset for _, offset in zip(call.msgs, self.lanes[lane], strict=False)]
+            if first != [m.row[0] for m in call.msgs] or {self.lane(m) for m in call.msgs} != {lane}:
+                raise Wrong(f"{call} is out of order: {lane} begins with {first}")
+        slot = self.member.slot_of(call.run)
+        box = self.member.crew.box[slot * SLOT : slot * SLOT + 2].tolist()
+        if box != [self.part.id + 1, call.first]:
+            raise Wrong(f"{call}: the box says {box}")
+
+    def ended(self, call: "Call", verdict: str) -> None:
+        sim, times, call.verdict = self.sim, self.sim.retry.times, verdict
+        for msg in call.msgs:
+            self.busy.discard(msg.row[0])
+        now = sim.clock.now()
+        wait = 2 * BACKOFF if call.action == "after" and not call.struck else BACKOFF
+        if verdict == "release":
+            self.released.update(m.row[0] for m in call.msgs)
+        elif verdict == "done":
+            for msg in call.msgs:
+                self.resolve(msg, "done")
+                if sim.table and msg.row[1] is not None:
+                    self.seen_of(msg.row[1]).append(msg.uid)
+                    if msg.wipe:
+                        self.seen[msg.row[1]] = []
+        elif call.whole:  # the batch's first message speaks for all
+            rows = [row[0] for row in call.run.rows]
+            last = verdict == "dead" or self.fails.get(rows[0], 0) + 1 + sim.home_of(self.at, rows[0]).base > times
+            if last or not sim.retry.ordered:
+                self.alone.update(rows)
+            for offset in rows:
+                if last:
+                    self.fails[offset] = max(self.fails.get(offset, 0), times)
+                elif sim.retry.ordered:
+                    self.fails[offset] = self.fails.get(offset, 0) + 1
+                    self.not_before[offset] = now + wait
+        else:
+            msg = call.msgs[0]
+            offset = msg.row[0]
+            if verdict == "dead" or self.attempt(msg) > times:
+                if sim.on_dead == "stop":
+                    msg.fixed = True
+                    self.released.add(offset)
+                else:
+                    self.resolve(msg, "dead")
+            elif sim.retry.ordered:
+                self.fails[offset] = self.fails.get(offset, 0) + 1
+                self.not_before[offset] = now + wait
+            else:
+                self.not_before[offset] = now + wait
+                self.resolve(msg, "again")
+
+    def seen_of(self, key: Any) -> list[int]:
+        if key not in self.seen:
+            self.seen[key] = list(self.sim.home.model.get(key, ()))
+        return self.seen[key]
+
+    # At a settlement.
+
+    def settled(self, result: Any) -> None:
+        """Check one result against what happened, and enter it."""
+        expected: Counter[Any] = Counter()
+        calls: dict[int, Call] = {}
+        for row in result.rows:
+            offset = row[0]
+            msg = self.open.pop(offset, None)
+            if msg is None or msg.outcome is not None:
+                raise Wrong(f"{self.at}@{offset} is settled twice")
+            state, verdict = self.state.pop(offset, None), result.others.get(offset)
+            msg.outcome = "done" if verdict is None else "again" if isinstance(verdict, Again) else "dead"
+            suspect = self.crashes.get(offset, 0) > CRASHES
+            if not suspect and msg.readable and msg.outcome != state:
+                raise Wrong(f"{self.at}@{offset} is settled as {msg.outcome}, it was {state or 'not handled'}")
+            if (suspect or not msg.readable) and msg.outcome != "dead":
+                raise Wrong(f"{self.at}@{offset} is settled as {msg.outcome} and could not be handled")
+            if msg.outcome == "done":
+                calls[id(self.calls[offset])] = self.calls[offset]
+                if self.sim.table and row[1] is not None:
+                    model = self.sim.home.model.setdefault(row[1], [])
+                    model.append(msg.uid)
+                    if msg.wipe:
+                        model.clear()
+            elif msg.outcome == "again" or (
+                (self.sim.on_dead != "skip" or msg.plan == "undecodable" and not suspect) and (row[2] is not None or suspect or msg.readable)
+            ):
+                expected[msg.outcome, *msg.origin, self.attempt(msg)] += 1
+            if offset in self.part.attempts or offset in self.part.crashes:
+                raise Wrong(f"{self.at}@{offset} is settled and its counts are kept")
+            self.sim.home.open -= 1
+        for call in calls.values():
+            if any(m.outcome != "done" for m in call.msgs):
+                raise Wrong(f"{call} is settled in part")
+            expected.update(call.tags)
+        sent = Counter([self.sim.store(out) for out in result.outputs])
+        if sent != expected:
+            raise Wrong(f"{self.at}: outputs {dict(sent - expected)} too many, {dict(expected - sent)} are missing")
+
+    def check_cells(self, result: Any) -> None:
+        home = self.sim.home
+        for (table, key), data in result.cells.items():
+            home.cells[table, key] = data
+        if self.sim.table:
+            for key in {row[1] for row in result.rows if row[1] is not None}:
+                data = home.cells.get(("seen", key))
+                have = msgspec.msgpack.decode(data) if data is not None else []
+                if have != home.model.get(key, []):
+                    raise Wrong(f"the cell {key!r} is {have}, not {home.model.get(key)}")
+
+
+class Call:
+    """One call of the handler."""
+
+    def __init__(self, sim: "Sim", hold: Hold, run: Any, msgs: list[Msg], first: int) -> None:
+        self.sim, self.hold, self.run, self.msgs, self.first = sim, hold, run, msgs, first
+        self.member = hold.member
+        sim.calls += 1
+        self.id = sim.calls
+        self.whole = sim.batch and not (msgs[0].row[0] in hold.alone)
+        self.action = next((a for m in msgs if (a := m.action(hold.attempt(m))) != "ok"), "ok")
+        self.manner = sim.rng.choice(("raise", "raise", "raise", "convert", "swallow"))
+        self.steps = sim.rng.choice((0, 0, 1, 2))
+        self.tags: list[Any] = []
+        self.futures: list[Any] = []
+        self.answer: Any = None
+        self.suspect = False
+        self.struck = ""  # "timeout" or "release": what was done to it
+        self.over = False
+        self.verdict = ""
+        self.seen: Any = self
+
+    def __repr__(self) -> str:
+        return f"call {self.id} of {self.hold.at}@{[m.row[0] for m in self.msgs]}#{self.hold.epoch} ({self.action})"
+
+    def script(self, tools: Any, respond: Any) -> Any:
+        """What the handler does; it yields where others may have their turn."""
+        out, reply, table = tools
+        steps = iter(range(self.steps))
+        for index in range(self.id % 3):
+            self.tags.append(("out", f"{self.id}/{index}"))
+            if index:
+                self.futures.append(out.send_many([self.tags[-1][1]]))
+            else:
+                self.futures.append(out.send(self.tags[-1][1]))
+            for _ in zip(steps, "1", strict=False):
+                yield
+        if table is not None:
+            self.count(table)
+        for _ in steps:
+            yield
+        self.fail()
+        if self.sim.responds and self.action != "mute" and (self.sim.responds == "required" or self.id % 2):
+            self.tags.append(("reply", f"{self.id}/answer"))
+            if respond is not None:
+                respond(reply, self.tags[-1][1])
+            else:
+                self.answer = [self.tags[-1][1]] if self.sim.batch else self.tags[-1][1]
+
+    def count(self, table: Any) -> None:
+        mine: dict[Any, list[int]] = {}
+        for msg in self.msgs:
+            key = msg.row[1]
+            if key is None:
+                continue
+            before = mine.get(key)
+            if before is None:
+                before = list(self.hold.seen_of(key))
+            found = table.get(key, [])
+            if found != before:
+                raise Wrong(f"{self} finds {found} under {key!r}, not {before}")
+            table[key] = mine[key] = [*found, msg.uid]
+            if msg.wipe:
+                del table[key]
+                mine[key] = []
+
+    def fail(self) -> None:
+        action = self.action
+        if action == "fail":
+            raise ValueError("fails")
+        if action == "reject":
+            raise Reject("bad")
+        if action == "give_up":
+            raise GiveUp("not again")
+        if action == "after":
+            raise RetryAfter(2 * BACKOFF)
+        if action == "excused":
+            raise Excused("never mind")
+        if action == "self_cancel":
+            raise asyncio.CancelledError
+
+    def ended(self, error: BaseException | None) -> None:
+        """The handler returned or raised: what is that to mean?"""
+        if self.over or self.member.dead or isinstance(error, Crash | Wrong | GeneratorExit):
+            return
+        self.over = True
+        self.member.active.remove(self)
+        crew = self.member.crew
+        if self.struck == "release" and error is not None:
+            verdict = "release"
+        elif self.struck == "timeout" or (not self.sim.awaited and (id(self.run), self.first) in crew.late):
+            verdict = "fail"
+            self.struck = "timeout"
+        elif self.action in ("ok", "excused") or self.struck == "release":
+            verdict = "fail" if error is not None and not isinstance(error, Excused) else "done"
+        else:
+            verdict = "dead" if self.action in ("reject", "give_up", "mute") else "fail"
+        if self.struck == "release" and error is None and self.action in ("hook_after", "mute"):
+            verdict = "fail" if self.action == "hook_after" else "dead"
+        self.hold.ended(self, verdict)
+
+
+# The processes.
+
+
+class Loop(asyncio.AbstractEventLoop):
+    """An event loop without time: what is ready runs in its order, one callback a `tick`."""
+
+    def __init__(self) -> None:
+        self.ready: deque[asyncio.Handle] = deque()
+
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self.ready.append(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon
+
+    def get_debug(self) -> bool:
+        return False
+
+    def is_running(self) -> bool:
+        return True
+
+    def create_future(self) -> Any:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coro: Any, *, name: Any = None, context: Any = None) -> Any:
+        return asyncio.Task(coro, loop=self, name=name, context=context)
+
+    def call_exception_handler(self, context: Any) -> None:
+        pass
+
+    def tick(self) -> None:
+        if self.ready:
+            handle = self.ready.popleft()
+            if not handle._cancelled:
+                before = asyncio._get_running_loop()
+                asyncio._set_running_loop(self)
+                try:
+                    handle._run()
+                finally:
+                    asyncio._set_running_loop(before)
+
+
+class Tasks(LoopCrew):
+    """A LoopCrew on our loop."""
+
+    def start(self) -> None:
+        self._waiters = deque()
+        self.tasks = []
+        starting = self.loop.create_task(self._begin())
+        while not starting.done():
+            self.loop.tick()
+
+
+class Waiting:
+    """Stands for the events that the fetch thread waits with: meanwhile time passes and others have their turn."""
+
+    def __init__(self, member: "Member", patience: int) -> None:
+        self.member, self.patience = member, patience
+
+    def wait(self, timeout: float) -> None:
+        self.patience -= 1
+        self.member.sim.clock.advance(timeout)
+        for _ in range(3):
+            self.member.work()
+
+    def is_set(self) -> bool:
+        return self.patience < 0
+
+    def set(self) -> None:
+        self.patience = -1
+
+
+class Member:
+    """A process of the group."""
+
+    def __init__(self, sim: "Sim") -> None:
+        self.sim = sim
+        self.dead = self.fetching = False
+        self.active: list[Call] = []
+        self.running: set[int] = set()
+        self.pauses: list[Any] = []
+        self.loop = Loop()
+        handler = sim.consumer.compile(Observers(), sim.consumer.hooks)
+        if sim.table:
+            handler.tables = Cells(["seen"], False, sim.home.cell)
+        crew: Any = (Tasks if sim.awaited else Crew)(handler, sim.order, sim.size, sim.clock)
+        self.crew = crew
+        crew.pace = sim.rng.choice((0.0, 1e-5, 1e-3, 3e-4))
+        crew.monotonic = self.monotonic
+        if sim.awaited:
+            crew.loop = self.loop
+        self.runner = Runner(
+            "c", [crew], clock=sim.clock, observers=Observers(), sinks=None, gate=Gate(), limit=sim.limit,
+            interval=sim.rng.choice((0.0, 0.1)), grace=sim.rng.choice((0.0, 0.02, 0.1)),
+        )  # fmt: skip
+        self.runner.finished = Waiting(self, 1 << 30)  # type: ignore[assignment]
+        self.runner.overrun = Waiting(self, sim.rng.randint(0, 20))  # type: ignore[assignment]
+        self.source = Source(sim, self)
+        self.runner.attach(self.source)
+        if sim.awaited:
+            crew.start()
+            for slot, task in enumerate(crew.tasks):
+                task._log_destroy_pending = False
+                cancel = task.cancel
+                crew.tasks[slot] = Cancelling(task, functools.partial(self.strike, slot, cancel))
+
+    def monotonic(self) -> float:
+        """The workers' clock: while one looks at it, others may have their turn."""
+        if self.sim.rng.random() < self.sim.jitter and not self.crew.lanes.lock.locked():
+            self.sim.look(self)
+        return self.sim.clock.monotonic()
+
+    def strike(self, slot: int, cancel: Any) -> None:
+        for call in self.active:
+            if call.run is self.crew.current[slot]:
+                call.struck = self.crew.cancelled[slot]
+        cancel()
+
+    def slot_of(self, run: Any) -> int:
+        found = [slot for slot, current in enumerate(self.crew.current) if current is run]
+        if len(found) != 1:
+            raise Wrong(f"a run is in the hands of the workers {found}")
+        return found[0]
+
+    async def pause(self) -> None:
+        future = self.loop.create_future()
+        self.pauses.append(future)
+        await future
+
+    def step(self) -> bool:
+        """A turn of the fetch thread."""
+        if self.fetching or self.dead:
+            return False
+        self.fetching = True
+        try:
+            return bool(contextvars.Context().run(self.runner.step, 0.0))
+        except Away:
+            return True
+        except Crash:
+            return True
+        except Stop:
+            raise Wrong("a stop is taken for a failure of the backend") from None
+        finally:
+            self.fetching = False
+            if self.crew.error is not None:
+                self.sim.note(self.crew.error)
+                self.stop()
+
+    def work(self, slot: int | None = None) -> None:
+        """A turn of the workers."""
+        if self.dead:
+            return
+        if not self.sim.awaited:
+            self.drive(self.sim.rng.randrange(self.sim.size) if slot is None else slot)
+        elif not self.running:
+            self.running.add(0)
+            try:
+                if self.pauses and (slot is not None or not self.loop.ready or self.sim.rng.random() < 0.4):
+                    pause = self.pauses.pop(self.sim.rng.randrange(len(self.pauses)))
+                    if not pause.done():
+                        pause.set_result(None)
+                for _ in range(1 + (self.sim.rng.random() < 0.6) * 5):
+                    self.loop.tick()
+            finally:
+                self.running.discard(0)
+            self.sim.note(self.crew.error)
+
+    def drive(self, slot: int) -> None:
+        if slot in self.running:
+            return
+        self.running.add(slot)
+        body = self.crew.body(self.crew, slot)
+        try:
+            contextvars.Context().run(body.send, None)
+        except StopIteration:
+            pass
+        except Crash:
+            if not self.dead:
+                raise Wrong("a crash of another process came by") from None
+        else:
+            raise Wrong("a sync worker was suspended")
+        finally:
+            self.running.discard(slot)
+
+    def timeout(self) -> None:
+        """The watchdog finds a delivery that takes too long."""
+        if not self.active or not self.sim.timed:
+            return
+        call = self.sim.rng.choice(self.active)
+        slot = self.slot_of(call.run)
+        if self.sim.awaited:
+            self.crew.cancel(slot, call.run, "timeout")
+        elif (id(call.run), call.first) not in self.crew.late:
+            self.crew.late.add((id(call.run), call.first))
+        elif self.sim.rng.random() < 0.3 and not self.fetching and not self.sim.batch:
+            call.over = True  # it does not return: its process ends without it
+            self.active.remove(call)
+            self.crew.abandon(slot, call.run)
+            call.struck = "timeout"
+            call.hold.ended(call, "fail")
+            self.stop()
+
+    def stop(self) -> None:
+        """An orderly end."""
+        if self.fetching or self.dead:
+            return
+        self.fetching = True
+        self.runner.stop()
+        self.sim.expected_away(self.runner.run)
+        error = self.runner.error
+        if error is not None and error is not self.crew.error:
+            raise error
+        self.sim.note(error)
+        self.end()
+
+    def crash(self) -> None:
+        """The process is gone, and with it all that is not settled. The box tells what it had in work."""
+        for call in self.active:
+            hold, home = call.hold, self.sim.home
+            if home.owners.get(hold.at, ())[:2] == (self, hold.epoch) and not hold.gone:
+                crashes = home.crashes[hold.at]
+                for msg in call.msgs if self.sim.batch else call.msgs[:1]:
+                    crashes[msg.row[0]] = max(crashes.get(msg.row[0], 0) + 1, self.sim.rng.choice((1, 1, 3, 4)))
+        self.end()
+
+    def end(self) -> None:
+        self.dead = True
+        for hold in self.sim.holds.values():
+            if hold.member is self:
+                hold.gone = True
+        for at, owner in list(self.sim.home.owners.items()):
+            if owner[0] is self:
+                del self.sim.home.owners[at]
+        if self.sim.awaited and not self.running:
+            self.bury()
+        if self in self.sim.members:
+            self.sim.members.remove(self)
+            self.sim.graves.append(self)
+        for at, wanted in self.sim.home.wanted.items():
+            if wanted is self and self.sim.members:
+                self.sim.home.wanted[at] = self.sim.rng.choice(self.sim.members)
+
+    def bury(self) -> None:
+        """Close the coroutines of a dead process now, not whenever the garbage collector comes by."""
+        for task in getattr(self.crew, "tasks", ()):
+            task.task.get_coro().close()
+
+    def check_empty(self) -> None:
+        """Nothing is left behind when all is settled."""
+        crew = self.crew
+        left = {
+            "results": crew.results, "hauls": [*filter(None, crew.hauls)], "ended": [*filter(None, crew.ended)],
+            "current": [*filter(None, crew.current)], "ready": crew.lanes.ready, "late": crew.late, "cancelled": crew.cancelled,
+            "solo": crew.solo, "held": crew.held, "unsettled": self.runner._unsettled, "suspects": self.runner._alone._behind,
+            "running": self.runner._alone._running, "active": self.active,
+            "parked": [run for at, _, run in crew.lanes._parked if run.ripe == at and not run.part.closed],
+        }  # fmt: skip
+        for part in self.source.parts.values():
+            left |= {"lanes": part.lanes, "account": len(part.held), "attempts": part.attempts, "crashes": part.crashes}
+            left |= {"unsettled cells": part.cells[0], "open": self.sim.holds[part].open}
+            if any(left.values()):
+                break
+        found = {name: value for name, value in left.items() if value}
+        if found:
+            raise Wrong(f"left behind: {found}")
+
+
+class Cancelling:
+    """A task whose `cancel` is noted."""
+
+    def __init__(self, task: Any, cancel: Any) -> None:
+        self.task, self.cancel = task, cancel
+
+
+class Sim:
+    """One schedule: what is declared, what is stored, who runs."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        self.clock = FakeClock(1000.0)
+        self.faults = True
+        self.calls = self.depth = 0
+        self.awaited = rng.random() < 0.4
+        self.batch = rng.random() < 0.25
+        self.shape = "batch" if self.batch else rng.choice(("value", "value", "delivery", "respond", "optional"))
+        self.order = rng.choice(("key", "key", "partition", "none"))
+        self.table = self.order != "none" and rng.random() < 0.5
+        self.retry = Retry(
+            rng.randint(0, 3), backoff=BACKOFF, jitter=0, give_up_on=GiveUp, ordered=self.table or rng.random() < 0.7
+        )
+        hooks = rng.choice((0, 0, 1, 2, 3))
+        self.responds = "required" if self.shape == "respond" else rng.choice(("", "", "required", "optional"))
+        self.app, self.consumer = declare(self.awaited, self.shape, hooks, self.responds, self.table)
+        self.app.clock = self.clock
+        self.hooks = hooks
+        self.size = rng.choice((1, 2, 3, 4))
+        self.on_dead = rng.choice(("topic", "topic", "topic", "skip", "stop"))
+        self.timed = rng.random() < 0.4
+        self.limit = rng.choice((3, 6, 20, 40))
+        self.jitter = rng.choice((0.0, 0.02, 0.2))
+        consumer = self.consumer
+        consumer.retry, consumer.order, consumer.on_dead, consumer.concurrency = self.retry, self.order, self.on_dead, self.size
+        consumer.timeout = 1.0 if self.timed else None
+        consumer.batch = Batch(rng.choice((1, 2, 3, 10)), rng.choice((0.0, 0.05, 0.5)))
+        self.home = Home(self)
+        self.holds: dict[Part, Hold] = {}
+        self.members: list[Member] = []
+        self.graves: list[Member] = []
+        self.errors: list[BaseException] = []
+        self.uid = 0
+        self._fill()
+
+    # Building.
+
+    def _fill(self) -> None:
+        rng, home = self.rng, self.home
+        for number in range(rng.randint(1, 3)):
+            for topic in ("in",) if self.retry.ordered else ("in", "in.retry.g"):
+                at = (topic, number)
+                home.logs[at] = []
+                home.positions[at] = (0, [], {})
+                home.crashes[at] = {}
+                home.wanted[at] = None
+        self.partitions = [at for at in home.logs if at[0] == "in"]
+        plans = ["ok"] * 10 + ["fail"] * 3 + ["always", "reject", "give_up", "after", "null"]
+        plans += ["undecodable"] * (self.on_dead != "stop") + ["self_cancel"] * self.awaited
+        if self.responds == "required":
+            plans.append("mute")
+        if self.hooks in (1, 2) and not self.responds:
+            plans.append("excused")
+        if self.hooks and not self.batch:
+            plans.append("hook_before")
+        if self.hooks == 2 or (self.hooks == 3 and self.awaited):
+            plans.append("hook_after")
+        self.plans = plans if rng.random() < 0.8 else ["ok"]
+        self.keys: list[Any] = [f"k{n}" for n in range(rng.choice((1, 2, 3, 8)))] + [None] * (rng.random() < 0.5)
+        for _ in range(rng.randint(3, 25)):
+            self.send()
+        if rng.random() < 0.3:  # an earlier owner finished some of them
+            at = self.partitions[0]
+            done = [m for m in home.logs[at] if rng.random() < 0.3]
+            for msg in done:
+                msg.outcome = "before"
+            offsets = [m.row[0] for m in home.logs[at]]
+            first = next((m.row[0] for m in home.logs[at] if m.outcome is None), offsets[-1] + 1 if offsets else 0)
+            home.positions[at] = (first, [(m.row[0], m.row[0] + 1) for m in done if m.row[0] > first], {})
+            home.open -= len(done)
+
+    def send(self) -> None:
+        """Somebody sends a message."""
+        rng, self.uid = self.rng, self.uid + 1
+        key = rng.choice(self.keys)
+        at = self.partitions[hash_of(key) % len(self.partitions)] if key is not None else rng.choice(self.partitions)
+        log = self.home.logs[at]
+        offset = (log[-1].row[0] + 1 if log else 0) + (rng.random() < 0.1) * rng.randint(1, 3)
+        plan = rng.choice(self.plans)
+        data = None if plan == "null" else b"{" if plan == "undecodable" else str(self.uid).encode()
+        headers = [("h", b"1")] if rng.random() < 0.1 else None
+        n = rng.randint(1, self.retry.times + 1)
+        msg = Msg((offset, key, data, headers, 1.0), self.uid, plan, n, rng.random() < 0.1, (*at, offset))
+        msg.readable = plan != "undecodable" and (plan != "null" or self.shape == "optional")
+        if plan == "null":
+            msg.plan = "ok"
+        self.home.add(at, msg)
+
+    def store(self, out: Any) -> Any:
+        """An output is stored; what it is."""
+        topic, _, key, value, headers, _, future = out
+        if future is not None:
+            future.resolve(1)
+        if topic.name in ("out", "reply"):
+            return topic.name, value.decode()[1:-1]
+        got = dict(headers)
+        if topic.name == "in.dead":
+            origin = (got["barnabas-topic"].decode(), int(got["barnabas-partition"]), int(got["barnabas-offset"]))
+            return "dead", *origin, int(got["barnabas-attempts"])
+        if topic.name != "in.retry.g":
+            raise Wrong(f"an output for {topic.name}")
+        origin = (got[RETRIED + "topic"].decode(), int(got[RETRIED + "partition"]), int(got[RETRIED + "offset"]))
+        first = self.home_of(origin[:2], origin[2])
+        attempts = int(got[RETRIED + "attempts"])
+        at = ("in.retry.g", origin[1])
+        offset = len(self.home.logs[at])
+        msg = Msg((offset, key, value, headers, 1.0), first.uid, first.plan, first.n, first.wipe, origin)
+        msg.base, msg.due, msg.fixed = attempts, float(got[RETRIED + "at"]), first.fixed
+        self.home.add(at, msg)
+        return "again", *origin, attempts
+
+    def home_of(self, at: Any, offset: int) -> Msg:
+        return next(m for m in self.home.logs[at] if m.row[0] == offset)
+
+    # Where the handlers and hooks come by.
+
+    def hand(self) -> Any:
+        hand: Any = CURRENT.get()
+        if hand is None or not hand.open:
+            raise Wrong("a handler runs without a hand")
+        return hand
+
+    def calling(self) -> Call:
+        hand = self.hand()
+        return next(c for c in self.holds[hand.run.part].member.active if c.run is hand.run)
+
+    def before(self, delivery: Any) -> None:
+        """A hook, before the handler."""
+        if type(delivery) is list:
+            return
+        msg = self.home_of((self.hand().run.part.topic, self.hand().run.part.partition), self.hand().row[0])
+        if msg.action(self.holds[self.hand().run.part].attempt(msg)) == "hook_before":
+            call = self.begin([delivery.value], [delivery])
+            error = ValueError("before")
+            call.ended(error)
+            raise error
+
+    def begin(self, values: list[Any], deliveries: Any) -> Call:
+        """A handler is called."""
+        hand = self.hand()
+        run, hold = hand.run, self.holds[hand.run.part]
+        if hold.member.dead:
+            raise Crash
+        if self.batch:
+            rows = iter(run.rows)
+            msgs = []
+            for value in values:
+                row = next((r for r in rows if r[2] == str(value).encode()), None)
+                if row is None:
+                    raise Wrong(f"the batch of {run.rows} has no {value}")
+                msgs.append(self.home_of(hold.at, row[0]))
+            first = msgs[0].row[0] if msgs[0].row[0] in hold.alone else run.rows[0][0]
+        else:
+            msgs = [self.home_of(hold.at, hand.row[0])]
+            first = hand.row[0]
+        call = Call(self, hold, run, msgs, first)
+        if [m.uid if m.row[2] is not None else None for m in msgs] != values:
+            raise Wrong(f"{call} gets {values}")
+        hold.started(call)
+        for msg, delivery in zip(msgs, deliveries or (), strict=False):
+            if delivery.attempt != hold.attempt(msg):
+                raise Wrong(f"{call} is told that this is attempt {delivery.attempt}, it is {hold.attempt(msg)}")
+            if (delivery.topic, delivery.partition, delivery.offset) != msg.origin or delivery.key != msg.row[1]:
+                raise Wrong(f"{call} gets {delivery}")
+        hold.member.active.append(call)
+        if len(hold.member.active) > self.size:
+            raise Wrong(f"{len(hold.member.active)} deliveries are in work, concurrency is {self.size}")
+        return call
+
+    # The scheduler.
+
+    def chance(self, share: float) -> bool:
+        return self.faults and self.rng.random() < share
+
+    def note(self, error: BaseException | None) -> None:
+        """What ended a crew: a stop is as declared, anything else is an error of ours."""
+        if error is not None and not isinstance(error, Stop | Crash):
+            raise error
+
+    def expected_away(self, act: Any) -> None:
+        contextvars.Context().run(act)
+
+    def look(self, member: Member) -> None:
+        """One of the engine's own steps is interrupted: the other threads of its process go on, or another process."""
+        if not member.crew.lanes.lock.locked():
+            self.turn(member)
+
+    def turn(self, inside: Member | None = None) -> None:
+        """Somebody does something."""
+        if self.depth >= 3:
+            return
+        self.depth += 1
+        try:
+            self._turn()
+        finally:
+            self.depth -= 1
+        if inside is not None and inside.dead:
+            raise Crash
+
+    def _turn(self) -> None:
+        rng = self.rng
+        dice = rng.random()
+        if not self.members:
+            return
+        member = rng.choice(self.members)
+        if dice < 0.5:
+            member.work()
+        elif dice < 0.8:
+            member.step()
+        elif dice < 0.9:
+            self.clock.advance(rng.choice((0.001, 0.02, TICK + 0.01, BACKOFF)))
+        elif not self.faults:
+            pass
+        elif dice < 0.93:
+            member.timeout()
+        elif dice < 0.95:
+            self.send()
+        elif dice < 0.97:
+            self.home.wanted[rng.choice(list(self.home.wanted))] = member
+        elif dice < 0.975:
+            member.crash()
+        elif dice < 0.978:
+            member.stop()
+        elif dice < 0.983:
+            self.clock.advance(LEASE + 1)
+        elif dice < 0.99:
+            member.crew.pace = rng.choice((0.0, 1e-5, 1e-3))
+
+    def join(self) -> None:
+        self.members.append(Member(self))
+        for at, wanted in self.home.wanted.items():
+            if wanted is None or wanted.dead or self.rng.random() < 0.3:
+                self.home.wanted[at] = self.members[-1]
+
+    def play(self) -> None:
+        self.join()
+        for _ in range(self.rng.randint(20, 150)):
+            if not self.members or (len(self.members) < 3 and self.rng.random() < 0.02):
+                self.join()
+            self.turn()
+        self.faults = False
+        for _ in range(600):
+            if not self.members:
+                self.join()
+            if not self.home.open and self.settle_down():
+                break
+            self.settle_down()
+        else:
+            left = {at: [(m.row[0], m.plan) for m in log if m.outcome is None] for at, log in self.home.logs.items()}
+            raise Wrong(f"not done: {left}, members {[(m.active, m.crew.error) for m in self.members]}")
+        for _ in range(3):
+            self.settle_down()
+        for member in self.members:
+            member.check_empty()
+        if {key: value for key, value in self.home.model.items() if value} != {
+            key: msgspec.msgpack.decode(data) for (_, key), data in self.home.cells.items() if data is not None
+        }:
+            raise Wrong(f"the table is {self.home.cells}, not {self.home.model}")
+        for hold in self.holds.values():
+            for call in hold.calls.values():
+                if call.over and call.verdict == "fail" and not all(f.done() for f in call.futures):
+                    raise Wrong(f"{call} failed, and its sends are pending for ever")
+
+    def settle_down(self) -> bool:
+        """Everybody does what there is to do; True if there was nothing."""
+        moved = False
+        for member in list(self.members):
+            moved |= member.step()
+            for slot in range(self.size if not self.awaited else 1 + 2 * len(member.pauses)):
+                member.work(slot)
+            while self.awaited and member.loop.ready and not member.dead:
+                member.work(0)
+        self.clock.advance(0.2)
+        return not moved
+
+    def close(self) -> None:
+        for member in [*self.members, *self.graves]:
+            member.dead = True
+            member.bury()
+
+
+def hash_of(key: str) -> int:
+    return sum(key.encode())
+
+
+def simulate(seed: int) -> int:
+    """Play the schedule of this seed; the number of calls. Raises Wrong, or whatever the engine raised."""
+    global SIM
+    disabled, logging.root.manager.disable = logging.root.manager.disable, logging.CRITICAL
+    SIM = sim = Sim(seed)
+    try:
+        sim.play()
+    finally:
+        sim.close()
+        SIM = None
+        logging.disable(disabled)
+    return sim.calls
