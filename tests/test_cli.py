@@ -89,12 +89,16 @@ def begin() -> None:
 '''
 
 
+Done = subprocess.CompletedProcess[str]
+
+
 class Running:
     """A command that runs on; its stdout and stderr together, line by line."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
         self.text = ""
+        self._over = False
         self._more = threading.Condition()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -106,6 +110,7 @@ class Running:
                 self.text += line
                 self._more.notify_all()
         with self._more:
+            self._over = True
             self._more.notify_all()
 
     def until(self, pattern: str, count: int = 1) -> "re.Match[str]":
@@ -114,8 +119,9 @@ class Running:
         with self._more:
             while len(found := list(re.finditer(pattern, self.text))) < count:
                 left = deadline - monotonic()
-                if left <= 0 or not (self._thread.is_alive() and self._more.wait(min(left, 1.0)) or self._thread.is_alive()):
+                if left <= 0 or self._over:
                     raise AssertionError(f"no {pattern!r} in:\n{self.text}")
+                self._more.wait(left)
             return found[count - 1]
 
     def signal(self, *numbers: int) -> "Running":
@@ -149,7 +155,7 @@ class Shell:
         self.running: list[Running] = []
         (folder / "shop.py").write_text(APP)
 
-    def __call__(self, *arguments: str, status: int = 0, input: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
+    def __call__(self, *arguments: str, status: int = 0, input: str = "", **environment: str) -> Done:
         """Run it to its end; a status other than `status` fails the test."""
         done = subprocess.run(
             [*self.command, *arguments],
@@ -161,7 +167,7 @@ class Shell:
             timeout=2 * DEADLINE,
         )
         assert done.returncode == status, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr or "--drain" in arguments or "BAD_START" in environment, done.stderr
+        assert arguments[:1] == ("run",) or "Traceback" not in done.stderr, done.stderr
         return done
 
     def json(self, *arguments: str, **more: Any) -> list[Any]:
@@ -206,12 +212,13 @@ def test_help_names_every_command_and_every_status(shell):
 
 
 def test_help_of_a_command_begins_with_its_line():
+    shared = {"--app", "--events", "--jobs"}
     for name, (module, line) in COMMANDS.items():
         command = getattr(importlib.import_module(f"barnabas.cli.{module}"), name)
         assert command.name == name
         # The first sentence may say more than the line has room for, but it says the same.
         assert command.help.split()[0] == line.split()[0]
-        assert {"--app", "--events", "--jobs", "--help"} <= {o for p in command.get_params(command.make_context(name, [], resilient_parsing=True)) for o in p.opts}
+        assert shared <= {option for parameter in command.params for option in parameter.opts}
 
 
 def test_version(shell):
@@ -255,11 +262,7 @@ def test_an_app_whose_code_fails_shows_the_line_of_its_author(shell):
     assert 'bad.py", line 2' in error
     assert "JSONDecodeError" in error
     assert "loading.py" not in error
-    done = subprocess.run(
-        [*shell.command, "flow", "--app", "bad:app"], cwd=shell.folder, env=shell.environment, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "bad cannot be imported" in done.stderr
+    assert "bad cannot be imported" in shell("flow", "--app", "bad:app", status=1).stderr
 
 
 def test_a_declaration_that_cannot_work_says_where(shell):
@@ -280,15 +283,17 @@ def test_a_module_that_an_app_misses_is_not_taken_for_the_app(shell):
 
 def test_send_and_read(shell):
     assert re.fullmatch(r"orders\[\d\]@0\n", shell("send", "orders", '{"id": 1, "customer": "ada"}').stdout)
-    [sent] = shell.json("send", "orders", '{"id": 2, "customer": "bob"}', "--key", "eve", "--header", "from=cli", "--header", "x=a=b")
+    headers = ["--header", "from=cli", "--header", "x=a=b"]
+    [sent] = shell.json("send", "orders", '{"id": 2, "customer": "bob"}', "--key", "eve", *headers)
     assert (sent["topic"], sent["key"]) == ("orders", "eve")
     first, second = shell.json("read", "orders")
     assert first["key"] == "ada"
     assert first["value"] == {"id": 1, "customer": "ada", "total": 0.0, "do": ""}
     assert first["headers"] == []
-    assert {k: second[k] for k in ("partition", "offset", "timestamp")} == {k: sent[k] for k in ("partition", "offset", "timestamp")}
+    assert sent.items() <= second.items()
     assert second["headers"] == [["from", "cli"], ["x", "a=b"]]
-    assert re.search(rf"^orders\[{sent['partition']}\]@{sent['offset']} .* eve {{\"id\":2,", shell("read", "orders").stdout, re.MULTILINE)
+    line = shell("read", "orders").stdout.splitlines()[1]
+    assert re.match(rf"orders\[{sent['partition']}\]@{sent['offset']} .* eve {{\"id\":2,", line)
 
 
 def test_send_refuses_what_does_not_fit(shell):
@@ -345,7 +350,8 @@ def test_read_from_somewhere(shell):
     assert values("--from", "latest") == []
     assert "add --follow to wait for new ones" in shell("read", "alerts", "--from", "latest").stderr
     assert "is an offset and needs --partition N" in shell("read", "alerts", "--from", "7", status=2).stderr
-    assert "'soon' is not earliest, latest, an offset, or a time" in shell("read", "alerts", "--from", "soon", status=2).stderr
+    never = shell("read", "alerts", "--from", "soon", status=2).stderr
+    assert "'soon' is not earliest, latest, an offset, or a time" in never
     assert "has no partition 5; it has 1, from 0" in shell("read", "alerts", "--partition", "5", status=1).stderr
     assert "did you mean alerts" in shell("read", "alert", status=1).stderr
 
@@ -403,7 +409,8 @@ def test_enqueue_refuses_what_would_be_dead(shell):
     assert "write '\"42\"' for the text 42" in shell("enqueue", "notify", "1", "42", status=1).stderr
     assert "did you mean notify?" in shell("enqueue", "notfy", "1", status=1).stderr
     assert "a before_enqueue hook of the app refused job 'notify'" in shell("enqueue", "notify", "13", status=1).stderr
-    assert "give --in or --at, not both" in shell("enqueue", "notify", "1", "--in", "1", "--at", "2100-01-01", status=2).stderr
+    both = shell("enqueue", "notify", "1", "--in", "1", "--at", "2100-01-01", status=2).stderr
+    assert "give --in or --at, not both" in both
     assert "queue='a b'" in shell("enqueue", "notify", "1", "--queue", "a b", status=1).stderr
 
 
@@ -490,7 +497,9 @@ def test_check(shell):
 
 def test_check_finds_what_is_wrong(shell):
     shell("topics")
-    (shell.folder / "barnabas.toml").write_text('[topics.orders]\npartitions = 5\n[topics.order]\npartitions = 5\n[jobs]\nqueues = ["slow"]\n')
+    (shell.folder / "barnabas.toml").write_text(
+        '[topics.orders]\npartitions = 5\n[topics.order]\npartitions = 5\n[jobs]\nqueues = ["slow"]\n'
+    )
     [report] = shell.json("check", status=1)
     assert "partitions" in report["problems"][0]
     assert report["warnings"] == [
@@ -661,8 +670,9 @@ def test_processes_share_the_work_and_drain(shell):
     assert "shop in 2 processes: sqlite:///" in done.stdout
     assert done.stdout.count("consumer bill") == 1
     assert len(re.findall(r"process \d \(pid \d+\) has nothing left to do", done.stderr)) == 2
-    assert re.search(r"1,200 done", done.stderr)
-    assert sorted(m["value"] for m in shell.json("read", "raw")) == list(range(300))
+    assert re.search(r"1,199 done", done.stderr)
+    jobs = sorted(m["value"] for m in shell.json("read", "raw"))
+    assert jobs == [n for n in range(300) if n != 13]  # which the hook refuses
     assert len(shell.json("table", "totals")) == 300
 
 
@@ -682,7 +692,7 @@ def test_a_child_that_hangs_makes_way(shell):
 
 def test_children_that_cannot_live(shell):
     error = shell("run", "--processes", "2", status=1, BAD_START="1").stderr
-    assert "for the 5th time in a row at its start: giving up" in error
+    assert "at its start, 5 times in a row: giving up" in error
     assert "RuntimeError: no pool" in error
 
 

@@ -53,7 +53,8 @@ class JobInfo(NamedTuple):
 def consumer_info(consumer: Consumer) -> ConsumerInfo:
     """A consumer in words."""
     route = consumer.routes(consumer.target)[0]
-    kind = ("async" if inspect.iscoroutinefunction(route.function) else "sync") + (" batch" if route.params.batch else "")
+    kind = "async" if inspect.iscoroutinefunction(route.function) else "sync"
+    kind += " batch" if route.params.batch else ""
     topics = [topic.name for topic in consumer.topics]
     return ConsumerInfo(consumer.name, topics, consumer.group, consumer.concurrency, consumer.order, kind)
 
@@ -103,7 +104,8 @@ def check(app: App) -> Report:
         if job.queue not in queues:
             warnings.append(f"nothing here runs job {job.name!r}: its queue {job.queue!r} is not in the setting queues")
     used = {table.name for consumer in app.consumers.values() for table in consumer.tables}
-    warnings += [f"no consumer names table {name!r}: add it to a consumer's tables=[...]" for name in app.tables if name not in used]
+    idle = [name for name in app.tables if name not in used]
+    warnings += [f"no consumer names table {name!r}: add it to a consumer's tables=[...]" for name in idle]
     if not app.consumers and not app.job_handlers:
         warnings.append("there is nothing to run: the app has no consumer and no job")
     return Report(list(dict.fromkeys(problems)), warnings)
@@ -130,7 +132,8 @@ def topics(app: App) -> list[TopicInfo]:
     for name, partitions in app.events.topics():
         topic = known.get(name)
         messages, size = sum(end - first for first, end, _ in partitions), sum(size for _, _, size in partitions)
-        found.append(TopicInfo(name, len(partitions), messages, size, topic.retention if topic else None, _relation(topic)))
+        retention = topic.retention if topic else None
+        found.append(TopicInfo(name, len(partitions), messages, size, retention, _relation(topic)))
     return found
 
 
@@ -205,11 +208,11 @@ def _partition(events: Backend, topic: str, number: int, offset: int, end: int) 
         rows = events.read(topic, number, offset, min(CHUNK, end - offset))
         if not rows:
             return
-        for at, key, value, headers, timestamp in rows:
+        for at, key, value, headers, time in rows:
             if at >= end:
                 return
             yield Message(
-                topic=topic, partition=number, offset=at, key=key, value=value, headers=headers or (), timestamp=timestamp
+                topic=topic, partition=number, offset=at, key=key, value=value, headers=headers or (), timestamp=time
             )
         offset = rows[-1][0] + 1
 
@@ -284,7 +287,7 @@ class Graph(NamedTuple):
 
 
 def flow(app: App) -> Graph:
-    """The graph of an app. Sends outside of responders are found in the code where it names a topic or job of the app."""
+    """The graph of an app. Sends outside of responders are found where the code names a topic or job of the app."""
     nodes = [Node("topic", name) for name in app.topics]
     nodes += [Node("consumer", name) for name in app.consumers]
     nodes += [Node("job", name) for name in app.job_handlers]
@@ -347,7 +350,7 @@ def _names(code: Any) -> Iterator[str]:
 
 
 def flow_text(app: App) -> str:
-    """What is answered on which topic, in the form of `karafka flow` (facts/karafka.md 5.2), sorted by incoming topic."""
+    """What is answered on which topic, in the form of `karafka flow` (facts/karafka.md 5.2), by incoming topic."""
     routes: dict[str, dict[tuple[str, bool, bool], None]] = {}
     for consumer in app.consumers.values():
         for topic in consumer.topics:

@@ -75,7 +75,7 @@ class Supervisor:
     """Keeps `count` children alive until they are drained or it is told to stop; `run` returns its exit status.
 
     spawn: starts the child of a number (from 1). drain: a child that ends with status 0 has nothing left to do.
-    reload: a child that fails is left alone until `restart`. patience: seconds a stop may take before it becomes a kill.
+    reload: a child that fails is left alone until `restart`. patience: seconds a stop may take before it is a kill.
     tell: gets the children's counts, added up, once a second.
     """
 
@@ -180,7 +180,7 @@ class Supervisor:
         for number in before:
             # A handler may interrupt anything, also the start of a child: what it means waits for the next step.
             signal.signal(number, lambda number, frame: self._signalled.append(number))
-        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)  # type: ignore[assignment]
+        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
         try:
             yield
         finally:
@@ -285,7 +285,7 @@ class Supervisor:
             child.start_at = float("inf")
             return
         if child.stillborn >= LIVES:
-            log.error("%s, for the %dth time in a row at its start: giving up; its own lines above say why", what, LIVES)
+            log.error("%s, at its start, %d times in a row: giving up; its own lines above say why", what, LIVES)
             self.status = 1
             self.signal(signal.SIGTERM)
             return
@@ -320,7 +320,8 @@ class Supervisor:
     def _kill(self) -> None:
         for child in self.children:
             if child.process is not None:
-                log.error("%s did not stop within %.0f s and is killed; what it had in work runs again", child.name, self._patience)
+                late = f"{child.name} did not stop within {self._patience:.0f} s and is killed"
+                log.error("%s; what it had in work runs again", late)
                 self.status = 1
                 self._send(child, signal.SIGKILL)
 

@@ -1,6 +1,7 @@
 """One process at work: its runners, its event loop, its watchdog; from start to a stop that loses nothing."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -71,6 +72,7 @@ class Worker:
         self.runners: list[Runner] = []
         self.recycling: str | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
+        self._loop_ends = False
         self._threads: list[threading.Thread] = []
         self._begun: set[Runner] = set()  # those whose set_up ran
         self._fetching: set[Runner] = set()  # those that have their fetch thread
@@ -168,7 +170,9 @@ class Worker:
     def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
         try:
-            loop.run_forever()
+            while not self._loop_ends:
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):  # a handler's: its task has ended, the loop
+                    loop.run_forever()  # is needed for the stop
             left = asyncio.all_tasks(loop)
             for task in left:
                 task.cancel()
@@ -256,6 +260,7 @@ class Worker:
         for hook in self.app.stop_hooks:
             self._end(f"the on_stop hook {hook!r}", self._hook, hook)
         if self.loop is not None:
+            self._loop_ends = True
             self.loop.call_soon_threadsafe(self.loop.stop)
         for thread in self._threads:
             thread.join(0.0 if held else 5.0)
@@ -276,8 +281,9 @@ class Worker:
         for crew in runner.crews:
             for slot, run in enumerate(crew.current):
                 if run is not None:
+                    at = f"{run.part.topic}[{run.part.partition}]@{crew.box[crew.base + slot * SLOT + 1]}"
+                    held.append(f"{runner.name}, at {at}:\n{self._where(crew, slot)}")
                     crew.cancel(slot, run, "release")
-                    held.append(f"{runner.name}, at {run.part.topic}[{run.part.partition}]@{crew.box[crew.base + slot * SLOT + 1]}: {self._where(crew, slot)}")
         return held
 
     def _where(self, crew: Crew, slot: int) -> str:
@@ -286,7 +292,11 @@ class Worker:
             frame = sys._current_frames().get(crew.threads[slot].ident or 0)
             return "".join(traceback.format_stack(frame)[-3:]) if frame is not None else "ended"
         if isinstance(crew, LoopCrew):
-            return "".join(str(frame) for frame in crew.tasks[slot].get_stack()[-3:])
+            frames, awaited = [], crew.tasks[slot].get_coro()
+            while getattr(awaited, "cr_frame", None) is not None:  # a task's own get_stack knows the outermost only
+                frames.append((awaited.cr_frame, awaited.cr_frame.f_lineno))  # type: ignore[union-attr]
+                awaited = awaited.cr_await  # type: ignore[union-attr]
+            return "".join(traceback.StackSummary.extract(iter(frames[-3:])).format())
         return "inline"
 
     # Timeouts. A sweep that compares what is in work costs a message nothing.

@@ -362,7 +362,8 @@ def test_a_stop_that_overruns_names_what_held_it_and_gives_the_delivery_back(pla
     began = time.monotonic()
     (held,) = worker.stop(0.1)
     assert time.monotonic() - began < 5
-    assert held.startswith("stubborn, at steps[") and "stubborn" in held.split(":", 1)[1]
+    assert held.startswith("stubborn, at steps[") and "in stubborn" in held
+    assert ("release.wait(20)" if kind == "sync" else "await asyncio.sleep(60)") in held
     release.set()
     if kind == "sync":
         wait_for(lambda: done, "the old thread to end")
@@ -388,19 +389,33 @@ def test_a_stop_ends_waits_at_once(place, app, topic):
     assert time.monotonic() - began < 5
 
 
-def test_a_handler_that_exits_ends_its_runner_and_loses_nothing(place, app, topic):
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_handler_that_exits_ends_its_runner_and_loses_nothing(place, app, topic, kind):
     seen, broken = [], True
 
-    @app.consumer(topic)
-    def read(step: Step):
+    def handle(step: Step) -> None:
         if broken:
             raise SystemExit(3)
         seen.append(step.n)
 
+    if kind == "sync":
+
+        @app.consumer(topic)
+        def read(step: Step):
+            handle(step)
+    else:
+
+        @app.consumer(topic)
+        async def read(step: Step):
+            await asyncio.sleep(0)
+            handle(step)
+
     topic.send(Step("k", 7)).result(5)
+    began = time.monotonic()
     with place.running(app, fails=True) as worker:
         wait_for(lambda: worker.failed() is not None)
         assert isinstance(worker.failed(), SystemExit)
+    assert time.monotonic() - began < 4
     broken = False
     place.again(app)
     place.drain(app)

@@ -35,11 +35,17 @@ from barnabas.verdict import Again, Dead
 
 LEASE = 5.0
 BACKOFF = 0.5
+FROZEN = 2.0  # a worker that is interrupted between its look at the clock and the call starts that much late at most
 SIM: Any = None  # the simulation that the declared handlers belong to
 
 
-class Wrong(AssertionError):
-    """A promise was broken."""
+class Wrong(BaseException):
+    """A promise was broken. The engine takes it for a handler's error, so the first one is kept."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        if SIM is not None and SIM.wrong is None:
+            SIM.wrong = self
 
 
 class Crash(BaseException):
@@ -70,14 +76,11 @@ def _hooks(awaited: bool, count: int) -> list[Any]:
             return Done
 
     def inner(delivery: Any) -> Any:
-        call = SIM.calling()
         try:
-            out = yield
-        except BaseException as error:  # swallowed: it is no less an error
-            call.seen = error
+            yield
+        except BaseException:  # swallowed: it is no less an error
             return
-        call.seen = out
-        if call.action == "hook_after":
+        if SIM.calling().action == "hook_after":
             raise ValueError("after")
 
     async def asynchronous(delivery: Any) -> Any:
@@ -277,6 +280,8 @@ class Source:
         for at in ats:
             self._hold(at).leaving = min(self._hold(at).leaving, self.sim.clock.monotonic())
         self.member.runner.revoked([self.parts[at] for at in ats])
+        if self.member.dead:
+            raise Crash
         for at in ats:
             part = self.parts.pop(at)
             if self.home.owners.get(at, ())[:2] == (self.member, self.sim.holds[part].epoch):
@@ -336,6 +341,8 @@ class Source:
         todo = [r for r in results if not r.part.closed and not any(r is s for s in self.stored)]
         for result in todo:
             sim.holds[result.part].settled(result)
+            for cell, data in result.cells.items():
+                home.cells[cell] = data
         for part in touched:
             if not part.closed:
                 self._store_position(sim.holds[part])
@@ -378,6 +385,7 @@ class Hold:
         self.open: dict[int, Msg] = {}  # handed out and not settled
         self.state: dict[int, str] = {}  # "done", "dead", "again": has its outcome, unsettled
         self.calls: dict[int, Call] = {}  # the last call of an offset
+        self.first: dict[int, Call] = {}  # the last call that had this offset in its box
         self.busy: set[int] = set()
         self.alone: set[int] = set()  # the last run of a batch's messages
         self.released: set[int] = set()
@@ -413,7 +421,7 @@ class Hold:
 
     def started(self, call: "Call") -> None:
         sim, now = self.sim, self.sim.clock.monotonic()
-        if now > self.claim or now > self.leaving + TICK or self.gone:
+        if now > min(self.claim, self.leaving + TICK) + FROZEN or self.gone:
             raise Wrong(f"{call} starts at {now}, the claim ended at {min(self.claim, self.leaving)}")
         suspects = [m for m in call.msgs if self.crashes.get(m.row[0], 0) >= CRASHES]
         if (suspects and self.member.active) or any(c.suspect for c in self.member.active):
@@ -429,6 +437,7 @@ class Hold:
                 raise Wrong(f"{call}: @{offset} was to run alone")
             self.busy.add(offset)
             self.calls[offset] = call
+        self.first[call.first] = call
         lane = self.lane(call.msgs[0])
         if lane is not None:
             first = [offset for _, offset in zip(call.msgs, self.lanes[lane], strict=False)]
@@ -443,6 +452,7 @@ class Hold:
         sim, times, call.verdict = self.sim, self.sim.retry.times, verdict
         for msg in call.msgs:
             self.busy.discard(msg.row[0])
+            self.crashes.pop(msg.row[0], None)  # it ran alone and did no harm
         now = sim.clock.now()
         wait = 2 * BACKOFF if call.action == "after" and not call.struck else BACKOFF
         if verdict == "release":
@@ -450,7 +460,7 @@ class Hold:
         elif verdict == "done":
             for msg in call.msgs:
                 self.resolve(msg, "done")
-                if sim.table and msg.row[1] is not None:
+                if sim.table and msg.row[1] is not None and not call.excused:
                     self.seen_of(msg.row[1]).append(msg.uid)
                     if msg.wipe:
                         self.seen[msg.row[1]] = []
@@ -506,7 +516,7 @@ class Hold:
                 raise Wrong(f"{self.at}@{offset} is settled as {msg.outcome} and could not be handled")
             if msg.outcome == "done":
                 calls[id(self.calls[offset])] = self.calls[offset]
-                if self.sim.table and row[1] is not None:
+                if self.sim.table and row[1] is not None and not self.calls[offset].excused:
                     model = self.sim.home.model.setdefault(row[1], [])
                     model.append(msg.uid)
                     if msg.wipe:
@@ -528,8 +538,6 @@ class Hold:
 
     def check_cells(self, result: Any) -> None:
         home = self.sim.home
-        for (table, key), data in result.cells.items():
-            home.cells[table, key] = data
         if self.sim.table:
             for key in {row[1] for row in result.rows if row[1] is not None}:
                 data = home.cells.get(("seen", key))
@@ -556,8 +564,8 @@ class Call:
         self.suspect = False
         self.struck = ""  # "timeout" or "release": what was done to it
         self.over = False
+        self.excused = False  # it failed, and a hook says that it is done: nothing of it leaves
         self.verdict = ""
-        self.seen: Any = self
 
     def __repr__(self) -> str:
         return f"call {self.id} of {self.hold.at}@{[m.row[0] for m in self.msgs]}#{self.hold.epoch} ({self.action})"
@@ -624,6 +632,9 @@ class Call:
             return
         self.over = True
         self.member.active.remove(self)
+        if isinstance(error, Excused):
+            self.excused = True
+            self.tags.clear()
         crew = self.member.crew
         if self.struck == "release" and error is not None:
             verdict = "release"
@@ -786,6 +797,8 @@ class Member:
             self.fetching = False
             if self.crew.error is not None:
                 self.sim.note(self.crew.error)
+                for crashes in self.sim.home.crashes.values():  # somebody has mended what stops us
+                    crashes.clear()
                 self.stop()
 
     def work(self, slot: int | None = None) -> None:
@@ -847,13 +860,14 @@ class Member:
         if self.fetching or self.dead:
             return
         self.fetching = True
-        self.runner.stop()
-        self.sim.expected_away(self.runner.run)
-        error = self.runner.error
-        if error is not None and error is not self.crew.error:
-            raise error
-        self.sim.note(error)
-        self.end()
+        try:
+            self.runner.stop()
+        except Crash:
+            return
+        contextvars.Context().run(self.runner.run)
+        self.sim.note(self.runner.error)
+        if not self.dead:
+            self.end()
 
     def crash(self) -> None:
         """The process is gone, and with it all that is not settled. The box tells what it had in work."""
@@ -913,6 +927,9 @@ class Cancelling:
     def __init__(self, task: Any, cancel: Any) -> None:
         self.task, self.cancel = task, cancel
 
+    def __eq__(self, other: object) -> bool:
+        return other is self.task
+
 
 class Sim:
     """One schedule: what is declared, what is stored, who runs."""
@@ -921,7 +938,7 @@ class Sim:
         self.rng = rng = random.Random(seed)
         self.clock = FakeClock(1000.0)
         self.faults = True
-        self.calls = self.depth = 0
+        self.calls = self.depth = self.looking = 0
         self.awaited = rng.random() < 0.4
         self.batch = rng.random() < 0.25
         self.shape = "batch" if self.batch else rng.choice(("value", "value", "delivery", "respond", "optional"))
@@ -948,7 +965,7 @@ class Sim:
         self.holds: dict[Part, Hold] = {}
         self.members: list[Member] = []
         self.graves: list[Member] = []
-        self.errors: list[BaseException] = []
+        self.wrong: Wrong | None = None
         self.uid = 0
         self._fill()
 
@@ -1041,7 +1058,7 @@ class Sim:
 
     def calling(self) -> Call:
         hand = self.hand()
-        return next(c for c in self.holds[hand.run.part].member.active if c.run is hand.run)
+        return self.holds[hand.run.part].first[hand.row[0]]
 
     def before(self, delivery: Any) -> None:
         """A hook, before the handler."""
@@ -1096,13 +1113,14 @@ class Sim:
         if error is not None and not isinstance(error, Stop | Crash):
             raise error
 
-    def expected_away(self, act: Any) -> None:
-        contextvars.Context().run(act)
-
     def look(self, member: Member) -> None:
         """One of the engine's own steps is interrupted: the other threads of its process go on, or another process."""
         if not member.crew.lanes.lock.locked():
-            self.turn(member)
+            self.looking += 1
+            try:
+                self.turn(member)
+            finally:
+                self.looking -= 1
 
     def turn(self, inside: Member | None = None) -> None:
         """Somebody does something."""
@@ -1113,6 +1131,8 @@ class Sim:
             self._turn()
         finally:
             self.depth -= 1
+        if self.wrong is not None:
+            raise self.wrong
         if inside is not None and inside.dead:
             raise Crash
 
@@ -1141,7 +1161,7 @@ class Sim:
         elif dice < 0.978:
             member.stop()
         elif dice < 0.983:
-            self.clock.advance(LEASE + 1)
+            self.clock.advance(0.0 if self.looking else LEASE + 2 * FROZEN)
         elif dice < 0.99:
             member.crew.pace = rng.choice((0.0, 1e-5, 1e-3))
 
@@ -1177,7 +1197,7 @@ class Sim:
             raise Wrong(f"the table is {self.home.cells}, not {self.home.model}")
         for hold in self.holds.values():
             for call in hold.calls.values():
-                if call.over and call.verdict == "fail" and not all(f.done() for f in call.futures):
+                if call.over and call.verdict == "fail" and not call.member.dead and not all(f.done() for f in call.futures):
                     raise Wrong(f"{call} failed, and its sends are pending for ever")
 
     def settle_down(self) -> bool:
@@ -1189,6 +1209,8 @@ class Sim:
                 member.work(slot)
             while self.awaited and member.loop.ready and not member.dead:
                 member.work(0)
+        if self.wrong is not None:
+            raise self.wrong
         self.clock.advance(0.2)
         return not moved
 
@@ -1209,6 +1231,10 @@ def simulate(seed: int) -> int:
     SIM = sim = Sim(seed)
     try:
         sim.play()
+        if sim.wrong is not None:
+            raise sim.wrong
+    except BaseException as error:
+        raise (sim.wrong or error) from error
     finally:
         sim.close()
         SIM = None

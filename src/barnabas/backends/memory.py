@@ -296,6 +296,8 @@ class MemoryLog:
             free = [at for at in mine if at not in owners]
             self._stale |= len(free) < len(mine)
             came = [self._take(at, owners) for at in free]
+            if came and any(at not in owners for at in self._all):  # whose turn it is may have changed with our claim
+                self._nudge()
         if came:
             self._listener.assigned(came)
 

@@ -204,6 +204,9 @@ class SqliteLog(_Fetcher):
             self._parts[gid] = part
             self._epochs[gid] = epoch
             came.append(part)
+        if came and any(owner is None and gid not in self._parts for gid, (owner, _) in owners.items()):
+            # Who gets the larger share depends on who has what: with our claim it may be somebody else's turn to take it.
+            self.home.stir(db, "gid = ?", (self._signal,))
         return came
 
     # Deliveries.

@@ -45,7 +45,6 @@ class Failed(click.ClickException):
 
     def __init__(self, error: BarnabasError, command: str) -> None:
         super().__init__("\n".join([str(error), *getattr(error, "__notes__", ())]))
-        self.exit_code = getattr(error, "exit_code", 1)
         usual = next((hint for kind, hint in _NEXT if isinstance(error, kind)), f"barnabas {command} --help")
         hint: str = getattr(error, "next_command", usual)
         self.next_command = "" if hint == f"barnabas {command}" else hint
@@ -55,6 +54,12 @@ class Failed(click.ClickException):
         super().show(file)
         if self.next_command:
             click.echo(f"Next, try: {self.next_command}", err=True)
+
+
+class Misused(Failed):
+    """The same for a command that was called wrongly."""
+
+    exit_code = 2
 
 
 class Commands(click.Group):
@@ -78,7 +83,8 @@ class Commands(click.Group):
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
             close = difflib.get_close_matches(name, COMMANDS, 1)
-            ctx.fail(f"no command {name!r}; " + (f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"))
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+            ctx.fail(f"no command {name!r}; {hint}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -91,11 +97,15 @@ class Commands(click.Group):
         try:
             status = super().invoke(ctx)
         except BarnabasError as error:
-            raise Failed(error, ctx.invoked_subcommand or "") from error
+            kind = Misused if getattr(error, "misuse", False) else Failed
+            raise kind(error, ctx.invoked_subcommand or "") from error
         ctx.exit(status or 0)
 
 
-@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=Commands, epilog=EPILOG, context_settings=_CONTEXT)
 @click.version_option(barnabas.__version__, "--version", prog_name="barnabas")
 def commands() -> None:
     """Barnabas carries events (topics and consumers) and jobs (queues and workers).

@@ -21,21 +21,22 @@ from barnabas.settings import Settings
 class Wrong(BarnabasError):
     """What a command was to work on is not there. `next_command` is what to try then."""
 
-    def __init__(self, message: str, next_command: str = "", exit_code: int = 1) -> None:
+    misuse = False  # whether the command was called wrongly: its exit status is 2, not 1
+
+    def __init__(self, message: str, next_command: str = "") -> None:
         super().__init__(message)
         self.next_command = next_command
-        self.exit_code = exit_code
 
 
 class NoApp(Wrong):
-    """The app that a command was to work on is not there: the command was called wrongly."""
+    """The app that a command was to work on is not there."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, exit_code=2)
+    misuse = True
 
 
 def load(spec: str | None) -> App:
-    """Import an app by its MODULE:NAME; None: the one that the setting `app` names. Raises NoApp, saying what is there."""
+    """Import an app by its MODULE:NAME; None: the one that the setting `app` names. Raises NoApp, which says what is
+    there, and Wrong if the app's own code fails."""
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -57,7 +58,8 @@ def load(spec: str | None) -> App:
     if not isinstance(found, App):
         apps = [key for key, value in vars(module).items() if isinstance(value, App)]
         what = f"{name} is {type(found).__name__}, not an App" if found is not None else f"it has no {name!r}"
-        there = f"did you mean {' or '.join(f'{module_name}:{key}' for key in apps)}?" if apps else "it has no App at all"
+        meant = " or ".join(f"{module_name}:{key}" for key in apps)
+        there = f"did you mean {meant}?" if apps else "it has no App at all"
         raise NoApp(f"{spec}: {module_name} was imported from {module.__file__}, but {what}; {there}")
     return found
 
@@ -82,7 +84,7 @@ def _module(module_name: str, name: str) -> ModuleType:
 
 
 def _ours(filename: str) -> bool:
-    return filename.startswith((os.path.dirname(os.path.dirname(__file__)), "<frozen importlib")) or "importlib" in filename
+    return filename.startswith(os.path.dirname(os.path.dirname(__file__))) or "importlib" in filename
 
 
 def _broken(module_name: str, error: Exception) -> Wrong:

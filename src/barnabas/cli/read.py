@@ -15,21 +15,20 @@ from barnabas.cli.loading import json_option, with_app
 _decode = msgspec.json.Decoder().decode
 
 
-class StartType(click.ParamType):
-    """earliest, latest, an offset, or an ISO 8601 time (local time unless it says otherwise)."""
+def _start(ctx: click.Context, param: click.Parameter, text: str | None) -> inspect.Start | None:
+    if text is None or text in ("earliest", "latest"):
+        return text
+    if text.isdecimal():
+        return int(text)
+    return as_time(ctx, param, text, "earliest, latest, an offset, or ")
 
-    name = "start"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> inspect.Start:
-        """The start that the text stands for."""
-        if not isinstance(value, str) or value in ("earliest", "latest"):
-            return value  # type: ignore[no-any-return]
-        if value.isdecimal():
-            return int(value)
-        try:
-            return datetime.fromisoformat(value)
-        except ValueError:
-            self.fail(f"{value!r} is not earliest, latest, an offset, or a time such as 2026-01-31T12:00:00", param, ctx)
+def as_time(ctx: click.Context, param: click.Parameter, text: str | None, others: str = "") -> datetime | None:
+    """An option's ISO 8601 time (local time unless it says otherwise)."""
+    try:
+        return None if text is None else datetime.fromisoformat(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not {others}a time such as 2026-01-31T12:00:00", ctx, param) from None
 
 
 @click.command()
@@ -37,7 +36,7 @@ class StartType(click.ParamType):
 @click.option(
     "--from",
     "start",
-    type=StartType(),
+    callback=_start,
     metavar="earliest|latest|OFFSET|TIME",
     help="Where to begin; an OFFSET needs --partition, a TIME is ISO 8601. [default: earliest; with --follow latest]",
 )

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -23,7 +24,7 @@ log = logging.getLogger("barnabas")
 @click.command()
 @click.argument("target", required=False, metavar="[MODULE:NAME]")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this consumer, job or queue:NAME; repeatable.")
-@click.option("--except", "skip", multiple=True, metavar="NAME", help="All but this consumer, job or queue:NAME; repeatable.")
+@click.option("--except", "skip", multiple=True, metavar="NAME", help="Not this one; repeatable.")
 @click.option("--processes", type=int, metavar="N", help="Worker processes under a supervisor. [default: 1]")
 @click.option("--drain", is_flag=True, help="End when there is nothing left to do.")
 @click.option("--reload", "reloads", is_flag=True, help="Start again when a file changes (needs watchfiles).")
@@ -65,18 +66,19 @@ def alone(app: App, lifeline: Lifeline | None, only: Any, skip: Any, drain: bool
     return code
 
 
-def supervise(app: App, target: str | None, *, only: Any, skip: Any, drain: bool, reloads: bool, events: Any, jobs: Any) -> int:
-    """Run workers in processes of their own."""
+def supervise(app: App, target: str | None, drain: bool, reloads: bool, **given: Any) -> int:
+    """Run workers in processes of their own; `given`: what else the command line said, for each of them."""
     settings = app.settings
+    only, skip = given["only"], given["skip"]
     queues = list(chosen(app, only, skip)[1])
     for kind in ("events", "jobs"):
         if getattr(settings, kind).startswith("memory:"):
             what = "--reload" if reloads and settings.processes == 1 else f"processes={settings.processes}"
             raise Wrong(f"{kind}=memory: lives in one process, so it cannot be used with {what}; use sqlite:///FILE.db")
     command = [sys.executable, "-m", "barnabas", "run", target or settings.app or "", "--processes", "1"]
-    given = [("--only", name) for name in only] + [("--except", name) for name in skip]
-    given += [(flag, url) for flag, url in (("--events", events), ("--jobs", jobs)) if url is not None]
-    command += [word for pair in given for word in pair] + (["--drain"] if drain else [])
+    pairs = [("--only", name) for name in only] + [("--except", name) for name in skip]
+    pairs += [(f"--{kind}", given[kind]) for kind in ("events", "jobs") if given[kind] is not None]
+    command += [word for pair in pairs for word in pair] + (["--drain"] if drain else [])
     status = Status()
     supervisor = Supervisor(
         spawner(command),
@@ -106,7 +108,8 @@ def _conclude(app: App, status: Status, queues: list[str]) -> None:
     log.info("%s", status.summary())
     if queues:
         waiting = app.jobs.waiting(queues)
-        remain = [f"{waiting[kind]:,} {name}" for kind, name in (("scheduled", "scheduled"), ("retry", "to be retried")) if waiting.get(kind)]
+        kinds = (("scheduled", "scheduled"), ("retry", "to be retried"))
+        remain = [f"{waiting[kind]:,} {name}" for kind, name in kinds if waiting.get(kind)]
         if remain:
             log.info("drained; of the jobs there remain %s", " and ".join(remain))
 
@@ -120,12 +123,16 @@ def _announce(app: App, only: Any, skip: Any) -> None:
     if settings.log_format == "json":
         for info in infos:
             log.info("runs consumer %s", info.name, extra={"runs": info._asdict(), "url": settings.events})
-        for queue in weights:
-            log.info("runs queue %s", queue, extra={"runs": {"queue": queue, "weight": weights[queue]}, "url": settings.jobs})
+        for queue, weight in weights.items():
+            log.info("runs queue %s", queue, extra={"runs": {"queue": queue, "weight": weight}, "url": settings.jobs})
     else:
-        rows = [(f"consumer {i.name}", ", ".join(i.topics), i.group, i.concurrency, f"{i.order} order, {i.kind}") for i in infos]
-        size = f"{settings.threads} threads, {settings.coroutines} coroutines"
-        rows += [(f"queue {q}", _jobs_of(app, q), "", weight or "", size) for q, weight in weights.items()]
+        rows: list[Sequence[Any]] = []
+        for i in infos:
+            how = f"{i.order} order, {i.kind}"
+            rows.append((f"consumer {i.name}", ", ".join(i.topics), i.group, i.concurrency, how))
+        for queue, weight in weights.items():
+            how = f"{settings.threads} threads, {settings.coroutines} coroutines"
+            rows.append((f"queue {queue}", _jobs_of(app, queue), "", weight, how))
         columns = ("runs", "topics or jobs", "group", "concurrency or weight#", "how")
         several = f" in {settings.processes} processes" if settings.processes > 1 else ""
         same = settings.jobs == settings.events

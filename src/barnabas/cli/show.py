@@ -29,7 +29,8 @@ def topics(app: App, as_json: bool) -> None:
             limits = {"age": kept.age, "size": kept.size, "force": kept.force} if kept else None
             draw.json_line(topic._replace(retention=None)._asdict() | {"retention": limits})
         return
-    rows = [(t.name, t.partitions, t.messages, draw.size(t.bytes), _kept(t.retention), t.declared) for t in found if t.messages or t.declared in ("yes", "no")]
+    shown = [topic for topic in found if topic.messages or topic.declared in ("yes", "no")]
+    rows = [(t.name, t.partitions, t.messages, draw.size(t.bytes), _kept(t.retention), t.declared) for t in shown]
     draw.table(("topic", "partitions#", "messages#", "bytes#", "retention", "declared"), rows)
 
 
@@ -120,11 +121,11 @@ def _check_json(app: App, report: inspect.Report) -> None:
 
 
 def _check_text(app: App, report: inspect.Report) -> None:
-    draw.table(("setting", "value", "from", "what it is"), [(r.name, _value(r), r.origin, r.doc) for r in app.settings.rows()])
+    settings = [(row.name, _value(row), row.origin, row.doc) for row in app.settings.rows()]
+    draw.table(("setting", "value", "from", "what it is"), settings)
     if app.topics:
-        kinds = {name: "any" if t.type is None else getattr(t.type, "__name__", str(t.type)) for name, t in app.topics.items()}
-        rows = [(n, kinds[n], t.partitions or "default", _kept(t.retention)) for n, t in app.topics.items()]
-        draw.table(("topic", "type", "partitions", "retention"), rows)
+        topics = [(n, _type(t.type), t.partitions or "default", _kept(t.retention)) for n, t in app.topics.items()]
+        draw.table(("topic", "type", "partitions", "retention"), topics)
     if app.consumers:
         infos = [inspect.consumer_info(consumer) for consumer in app.consumers.values()]
         draw.table(inspect.ConsumerInfo._fields, [(i.name, ", ".join(i.topics), *i[2:]) for i in infos])
@@ -135,6 +136,10 @@ def _check_text(app: App, report: inspect.Report) -> None:
     for problem in report.problems:
         click.echo(f"Error: {problem}", err=True)
     click.echo(f"{app.name}: " + (f"{len(report.problems)} to mend" if report.problems else "all is well"))
+
+
+def _type(of: Any) -> str:
+    return "any" if of is None else getattr(of, "__name__", str(of))
 
 
 def _value(row: Row) -> str:

@@ -17,6 +17,7 @@ from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
 from barnabas.cli.loading import Wrong, json_option, with_app
+from barnabas.cli.read import as_time
 from barnabas.errors import SendError, UnknownTopic
 from barnabas.future import Future
 from barnabas.job import Job
@@ -24,6 +25,9 @@ from barnabas.message import Message
 from barnabas.topic import Topic
 
 AHEAD = 5000  # messages on their way at a time
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def _headers(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> list[tuple[str, bytes]]:
@@ -37,9 +41,9 @@ def _headers(ctx: click.Context, param: click.Parameter, given: tuple[str, ...])
 @click.command()
 @click.argument("topic")
 @click.argument("value", required=False)
-@click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Send each line of this file.")
+@click.option("--file", type=_FILE, help="Send each line of this file.")
 @click.option("--key", metavar="K", help="The key, in place of the one that the topic takes from the value.")
-@click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", callback=_headers, help="A header; repeatable.")
+@click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", callback=_headers, help="Repeatable.")
 @json_option
 @with_app
 def send(app: App, topic: str, value: str | None, file: Path | None, as_json: bool, **fields: Any) -> None:
@@ -48,7 +52,7 @@ def send(app: App, topic: str, value: str | None, file: Path | None, as_json: bo
     Values are checked against the topic's type. A file is checked as a whole before its first line is sent.
     """
     if (value is None) == (file is None):
-        raise click.UsageError("give a VALUE, or - for standard input, or --file FILE" + (", not two of them" if value else ""))
+        raise click.UsageError("give a VALUE, or - for standard input, or --file FILE: one of them")
     target = _topic(app, topic)
     if value is not None and value != "-":
         _print_message(next(_sent(target, [("the value", value.encode())], **fields)), as_json)
@@ -104,7 +108,6 @@ def _sent(
     """Send lines; yields the stored messages. A line that cannot be sent says how many before it are."""
     pending: deque[tuple[Future[Message[Any]], int]] = deque()
     patience = topic.app.settings.send_timeout
-    count = 0
 
     def settled(most: int) -> Iterator[Message[Any]]:
         while len(pending) > most:
@@ -112,7 +115,7 @@ def _sent(
             yield future.result(patience)
             moved(size)
 
-    for where, data in lines:
+    for count, (where, data) in enumerate(lines):
         try:
             future = topic.send(_value(topic, data, where, key), key=key, headers=headers)
         except SendError as error:
@@ -120,7 +123,6 @@ def _sent(
             before = f" ({count:,} messages before it were sent)" if count else ""
             text = str(error) if where in str(error) else f"{where}: {error}"
             raise type(error)(f"{text}{before}") from error
-        count += 1
         pending.append((future, len(data) + 1))
         yield from settled(AHEAD)
     yield from settled(0)
@@ -141,37 +143,29 @@ def _progress(title: str, file: Path | None, as_json: bool) -> Iterator[Callable
         yield lambda size: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress
 
-    columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=os.path.getsize(file))
+    with Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=os.path.getsize(file))
         yield lambda size: bar.advance(task, size)
-
-
-class TimeType(click.ParamType):
-    """An ISO 8601 time (local time unless it says otherwise)."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
-        """The datetime."""
-        try:
-            return value if isinstance(value, datetime) else datetime.fromisoformat(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a time such as 2026-01-31T12:00:00", param, ctx)
 
 
 @click.command()
 @click.argument("job")
 @click.argument("args", nargs=-1)
 @click.option("--in", "delay", type=click.FloatRange(0), metavar="SECONDS", help="Run it that much later.")
-@click.option("--at", type=TimeType(), metavar="TIME", help="Run it then (ISO 8601).")
+@click.option("--at", callback=as_time, metavar="TIME", help="Run it then (ISO 8601).")
 @click.option("--queue", metavar="NAME", help="Another queue than the job's own.")
 @json_option
 @with_app
 def enqueue(
-    app: App, job: str, args: tuple[str, ...], delay: float | None, at: datetime | None, queue: str | None, as_json: bool
+    app: App,
+    job: str,
+    args: tuple[str, ...],
+    delay: float | None,
+    at: datetime | None,
+    queue: str | None,
+    as_json: bool,
 ) -> int:
     """Enqueue a job. Each of ARGS is JSON, or else a text; put -- before negative numbers."""
     if delay is not None and at is not None:
@@ -215,6 +209,6 @@ def _check_arguments(job: Job, values: list[Any]) -> None:
         job.decode_args(data)
     except msgspec.ValidationError as error:
         raise SendError(
-            f"the arguments {data.decode()} do not fit {job.name}{inspect.job_info(job).signature}: {error}; an argument "
-            "is read as JSON first: write '\"42\"' for the text 42"
+            f"the arguments {data.decode()} do not fit {job.name}{inspect.job_info(job).signature}: {error}; an "
+            "argument is read as JSON first: write '\"42\"' for the text 42"
         ) from None

@@ -33,12 +33,15 @@ class Gate:
             self._owner = owner
         crews = [crew for runner in self.runners for crew in runner.crews]
         for crew in crews:
-            crew.held = True
+            with crew.lanes.lock:  # who is taking a run just now has it in hand afterwards
+                crew.held = True
         return not any(crew.busy() for crew in crews)
 
-    def open(self) -> None:
-        """Go on."""
+    def open(self, owner: object) -> None:
+        """Go on, if it was this owner that closed it."""
         with self._lock:
+            if self._owner is not owner:
+                return
             self._owner = None
         for runner in self.runners:
             for crew in runner.crews:
@@ -72,9 +75,12 @@ class Alone:
     def forget(self, part: Part) -> None:
         """The partition is no longer ours."""
         self._behind.pop(part, None)
-        if self._running is not None and self._running[0] is part:
+        for crew in self._runner.crews:
+            if crew.solo is not None and crew.solo.part is part:
+                crew.solo = None
+        if self._running is None or self._running[0] is part:
             self._running = None
-            self._gate.open()
+            self._gate.open(self)  # it may be closed for a run that has not begun
 
     def step(self) -> list[tuple[Part, Sequence[Row]]]:
         """Move on; returns what may be handed over after a suspect had its run."""
@@ -84,15 +90,14 @@ class Alone:
                 return []
             self._running = None
             part.crashes.pop(row[0], None)
-            self._gate.open()
+            self._gate.open(self)
             return self._next(part)
         for part, rows in self._behind.items():
             crashes = part.crashes[rows[0][0]]
             if part.lanes:  # older messages of the partition are still waiting or in work
                 continue
             if crashes > CRASHES:
-                self._bury(part, rows[0], crashes)
-                return self._next(part)
+                return self._next(part) if self._bury(part, rows[0], crashes) else []
             if self._gate.close(self):
                 crew = self._runner.crew_of(rows[0])
                 where = f"{part.topic}[{part.partition}]@{rows[0][0]}"
@@ -102,15 +107,20 @@ class Alone:
             return []
         return []
 
-    def _bury(self, part: Part, row: Row, crashes: int) -> None:
+    def _bury(self, part: Part, row: Row, crashes: int) -> bool:
         crew = self._runner.crew_of(row)
         run = Run(part, None, [row])
         reason = f"was in work at {crashes} crashes of its process, the last time alone"
-        crew.handler.bury(run, row, reason, None, part.attempts.get(row[0], 0) + 1, crew.clock.now())
+        try:
+            crew.handler.bury(run, row, reason, None, part.attempts.get(row[0], 0) + 1, crew.clock.now())
+        except Exception as problem:  # on_dead="stop"
+            crew.error = problem
+            crew.stopping = True
+            return False
         part.crashes.pop(row[0], None)
         crew.hand_in(run)
+        return True
 
     def _next(self, part: Part) -> list[tuple[Part, Sequence[Row]]]:
         rows = self._behind.pop(part)[1:]
-        rows_now = self.sift(part, rows)
-        return [(part, rows_now)] if rows_now else []
+        return [(part, rows)] if rows else []  # whoever hands them over sifts them

@@ -73,6 +73,7 @@ class Crew:
         """The next run for this worker; None if there is none now."""
         haul = self.hauls[slot]
         if haul and not self.stopping:
+            self.current[slot] = haul[0]  # before it leaves the haul: see `busy`
             return haul.popleft()
         with self.lanes.lock:
             return self._refill(slot)
@@ -107,6 +108,7 @@ class Crew:
             if self.fresh:
                 self._tell()
         else:
+            self.current[slot] = first
             self.until[slot] = 0.0
         return first
 
@@ -203,7 +205,7 @@ class Crew:
         (monotonic seconds; negative: stop, it is given back)."""
         if self.current[slot] is not run:
             return STOP
-        if isinstance(error, asyncio.CancelledError) and self.handler.awaited:
+        if self.handler.awaited and (self.cancelled or isinstance(error, asyncio.CancelledError)):
             why = self._uncancel(slot)
             if why == "release":
                 return STOP
@@ -237,6 +239,13 @@ class Crew:
             return
         self.late.discard((id(run), row[0]))
         raise TimedOut(f"ran longer than its timeout of {self.handler.limit(run)} s")
+
+    def died(self, slot: int, error: BaseException) -> None:
+        """A worker ended with this error: so does the runner, and gives back what is not settled."""
+        self.error = error
+        self.stopping = True
+        self.current[slot] = None
+        self.wake()
 
     def abandon(self, slot: int, run: Run) -> None:
         """A sync handler did not return after twice its timeout: its delivery has failed, whatever it does later.
@@ -318,6 +327,8 @@ class Crew:
 
     def busy(self, parts: Sequence[Part] = ()) -> bool:
         """Whether a worker has a run (of these partitions) in hand."""
+        if not parts and not self.stopping and any(self.hauls):
+            return True
         return any(run is not None and (not parts or run.part in parts) for run in self.current)
 
     def cancel(self, slot: int, run: Run, why: str) -> bool:

@@ -55,9 +55,7 @@ class ThreadCrew(Crew):
         except StopIteration:
             pass
         except BaseException as error:  # SystemExit and the like: the run in hand is settled by nobody
-            self.error = error
-            self.stopping = True
-            self.wake()
+            self.died(slot, error)
             self.take(slot)  # nothing but calls
         finally:
             self.handler.leave()
@@ -65,6 +63,7 @@ class ThreadCrew(Crew):
     def take(self, slot: int) -> Run | None:
         haul = self.hauls[slot]
         if haul and not self.stopping:
+            self.current[slot] = haul[0]
             return haul.popleft()
         with self._work:
             while not self._left:  # a stopped crew still answers calls: revoked, tear_down
@@ -129,10 +128,8 @@ class LoopCrew(Crew):
             task.add_done_callback(self._ended)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        if not task.cancelled() and task.exception() is not None:
-            self.error = task.exception()
-            self.stopping = True
-            self.wake()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.died(self.tasks.index(task), error)
 
     async def idle(self, slot: int) -> bool:
         if self.stopping:

@@ -78,7 +78,8 @@ def bind_params(owner: str, function: Callable[..., Any], topic_type: Any = Any)
     if "deliveries" in kinds and not batch:
         raise DeclarationError(f"{owner}: list[Delivery] belongs to a batch handler, whose first parameter is list[T]")
     returns = hints.get("return", Any)
-    return Params(kinds, value, batch, optional, returns is not Any and _strip_none(returns)[1])
+    may_not_answer = returns not in (Any, type(None)) and _strip_none(returns)[1]  # `-> None` answers by Respond, if at all
+    return Params(kinds, value, batch, optional, may_not_answer)
 
 
 class Route(NamedTuple):
@@ -240,6 +241,8 @@ class Handler:
                     part.attempts[failed[0]] = part.attempts.get(failed[0], 0) + 1
                 self._say(part, offset, attempt, "again", f"{type(error).__name__}: {error}", error)
                 return verdict.at
+            if whole:  # each alone, at once: only the culprits go through the retry topic
+                return None
             run.outputs.append(self._retry_message(part, row, attempt, verdict.at))
             run.others[offset] = verdict
             self._say(part, offset, attempt, "retry topic", f"{type(error).__name__}: {error}", error)
@@ -255,6 +258,8 @@ class Handler:
         """A row is dead: to the dead-letter topic, skipped and counted, or a stop of the process."""
         on_dead = "topic" if reason.startswith("undecodable") and self.consumer.on_dead == "skip" else self.consumer.on_dead
         part = run.part
+        if error is None:  # it was not run: what came through a retry topic has earlier attempts
+            attempt = self.delivery(part, row, None).attempt
         if on_dead == "stop":
             self._say(part, row[0], attempt, "stop", reason, error)
             raise Stop(f'{self.name}: {part.topic}[{part.partition}]@{row[0]} is dead and on_dead="stop": {reason}')

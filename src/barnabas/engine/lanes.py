@@ -23,7 +23,7 @@ _ABSENT: Any = object()
 class Run:
     """Rows of one lane on their way through one worker, with what their handlers sent and wrote."""
 
-    __slots__ = ("cells", "key", "limit", "others", "outputs", "part", "ripe", "rows")
+    __slots__ = ("cells", "fills", "key", "limit", "others", "outputs", "part", "ripe", "rows")
 
     def __init__(self, part: Part, key: Any, rows: list[Row]) -> None:
         self.part = part
@@ -33,6 +33,7 @@ class Run:
         self.cells: dict[Any, Any] = {}
         self.others: dict[int, Any] = {}
         self.ripe = 0.0
+        self.fills = False  # it waits for its batch to fill up: for nothing else, neither a worker nor a retry's time
         self.limit: float | None = None  # seconds that the delivery in hand may take, where that differs
 
 
@@ -83,7 +84,7 @@ class Lanes:
                 lanes[key] = Run(part, key, [row])
             else:
                 run.rows.append(row)
-                if wait and len(run.rows) == self.most:
+                if run.fills and len(run.rows) == self.most:
                     self._ripen(run)
 
     def _extend(self, part: Part, key: Any, rows: list[Row]) -> None:
@@ -94,16 +95,16 @@ class Lanes:
         elif run is None:
             part.lanes[key] = Run(part, key, rows)
         else:
-            before = len(run.rows)
             run.rows += rows
-            if self.wait and before < self.most <= len(run.rows):
+            if run.fills and len(run.rows) >= self.most:
                 self._ripen(run)
 
     def _ripen(self, run: Run) -> None:
         """Make a waiting run ready: now, or when its batch is full or old enough."""
-        if self.wait and len(run.rows) < self.most:
+        run.fills = self.wait > 0 and len(run.rows) < self.most
+        if run.fills:
             self._park(run, self._monotonic() + self.wait)
-        elif run.ripe >= 0:
+        else:
             run.ripe = -1.0  # among the ready ones: the heap's entry, if any, is void
             self.ready.append(run)
 
@@ -193,6 +194,7 @@ class Lanes:
                 at, _, run = heapq.heappop(parked)
                 if run.ripe == at and not run.part.closed:
                     run.ripe = -1.0
+                    run.fills = False
                     self.ready.append(run)
                     any_ready = True
         return any_ready

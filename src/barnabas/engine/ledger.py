@@ -45,6 +45,8 @@ class Ledger:
             else:
                 kept.append(row)
         self.done_before = [(a, b) for a, b in intervals if b > rows[-1][0] + 1]
+        if not kept and not self._open:  # nothing is to be settled that would move the watermark over them
+            self._done.clear()
         return kept
 
     def finish(self, rows: Sequence[Row]) -> None:
@@ -102,7 +104,9 @@ class Straight:
 
     def position(self) -> tuple[int, Intervals]:
         """The watermark; intervals of an earlier owner that lie beyond it."""
-        watermark = self._watermark if self._count else max(self.next, self._watermark)
+        if not self._count:
+            self._watermark = max(self.next, self._watermark)
+        watermark = self._watermark
         if self.done_before:
             self.done_before = [(a, b) for a, b in self.done_before if b > watermark]
         return watermark, list(self.done_before)

@@ -75,14 +75,14 @@ async def work(crew: "Crew", slot: int) -> None:
 async def work_batches(crew: "Crew", slot: int) -> None:
     """The same for batch handlers: one call a run. A failing batch is retried whole; when its attempts are spent its
     messages run as batches of one, so that only culprits die."""
-    box, at_box = crew.box, slot * SLOT + crew.base + 1
+    monotonic, box, at_box = crew.monotonic, crew.box, slot * SLOT + crew.base + 1
     while True:
         run = crew.take(slot)
         if run is None:
             if await crew.idle(slot):
                 continue
             return
-        if crew.begin(slot, run) < 0:
+        if monotonic() > crew.begin(slot, run) and crew.breathe(slot, run, 0) < 0:
             crew.end(slot, run, 0, None)
             continue
         rows = run.rows
@@ -123,7 +123,7 @@ async def _call(crew: "Crew", slot: int, run: Any, rows: list[Any]) -> BaseExcep
             if handler.awaited:
                 out = await out
             if crew.cancelled or crew.late:
-                crew.overdue(slot, run, run.rows[0])
+                crew.overdue(slot, run, hand.row)
             if handler.answer is not None:
                 handler.answer(hand, out)
     except (Exception, asyncio.CancelledError) as error:
