@@ -84,8 +84,8 @@ def serve(
         log.error("the stop was held up by %s\nit is given back and will run again", text.rstrip())
     if tell is not None:
         tell(counts(worker))
-    if why == "recycle":
-        worker.exit_now()
+    if why == "recycle":  # in order, or what else is in work would count as in work at a crash
+        end_now(worker.app, RECYCLE)
     error = worker.failed()
     if error is not None:
         log.error("this process ends: %s", error)
@@ -143,6 +143,3 @@ def end_now(app: App, status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-__all__ = ["RECYCLE", "Stopper", "end_now", "serve"]

@@ -59,25 +59,7 @@ def wrap(function: Callable[..., Any], hooks: Sequence[Any], awaited: bool, owne
         return _wrap_mixed(function, hooks)
 
     if len(hooks) == 1 and not awaited:
-        only = hooks[0]
-
-        def hooked_once(delivery: Any, /, *args: Any) -> Any:
-            generator = only(delivery)
-            try:
-                next(generator)
-            except StopIteration:
-                raise _no_yield(only) from None
-            try:
-                out = function(*args)
-            except BaseException as error:
-                return _fail([generator], error)
-            try:
-                generator.send(out)
-            except StopIteration:
-                return out
-            raise _yielded_twice(generator)
-
-        return hooked_once
+        return _wrap_once(function, hooks[0])
 
     def enter(entered: list[Any], delivery: Any) -> None:
         for hook in hooks:
@@ -119,6 +101,32 @@ def _no_yield(hook: Any) -> RuntimeError:
 
 def _yielded_twice(generator: Any) -> RuntimeError:
     generator.close()
+    return RuntimeError(f"the hook {generator.__name__} yielded twice; a hook has exactly one `yield`")
+
+
+def _wrap_once(function: Callable[..., Any], hook: Any) -> Callable[..., Any]:
+    """The commonest case, a sync handler and one hook, without the list."""
+
+    def hooked_once(delivery: Any, /, *args: Any) -> Any:
+        generator = hook(delivery)
+        next(generator)
+        try:
+            out = function(*args)
+        except BaseException as error:
+            return _fail([generator], error)
+        try:
+            generator.send(out)
+        except StopIteration:
+            return out
+        except BaseException as error:
+            return _fail([], error)
+        generator.close()
+        return _fail([], _twice(generator))
+
+    return hooked_once
+
+
+def _twice(generator: Any) -> RuntimeError:
     return RuntimeError(f"the hook {generator.__name__} yielded twice; a hook has exactly one `yield`")
 
 

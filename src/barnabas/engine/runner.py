@@ -124,11 +124,11 @@ class Runner:
                 wait = min(wait, max(0.0, due - now))
         if self._unsettled:
             wait = min(wait, max(0.0, self._settled_at + self._interval - now))
-        batches: list[tuple[Part, Sequence[Row]]] = []
         if self._alone:
-            batches = self._alone.step()
-            wait = min(wait, 0.01)
-        batches += self.source.fetch(self._room(), 0.0 if batches else wait)
+            behind = self._alone.step()
+            self._hand_over(behind)  # before the fetch, which may fail or revoke
+            wait = 0.0 if behind else min(wait, 0.01)
+        batches = self.source.fetch(self._room(), wait)
         if batches:
             self._hand_over(batches)
         return moved or bool(batches)
