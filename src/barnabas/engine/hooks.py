@@ -109,7 +109,10 @@ def _wrap_once(function: Callable[..., Any], hook: Any) -> Callable[..., Any]:
 
     def hooked_once(delivery: Any, /, *args: Any) -> Any:
         generator = hook(delivery)
-        next(generator)
+        try:
+            next(generator)
+        except StopIteration:
+            raise _no_yield(hook) from None
         try:
             out = function(*args)
         except BaseException as error:
@@ -118,16 +121,9 @@ def _wrap_once(function: Callable[..., Any], hook: Any) -> Callable[..., Any]:
             generator.send(out)
         except StopIteration:
             return out
-        except BaseException as error:
-            return _fail([], error)
-        generator.close()
-        return _fail([], _twice(generator))
+        raise _yielded_twice(generator)
 
     return hooked_once
-
-
-def _twice(generator: Any) -> RuntimeError:
-    return RuntimeError(f"the hook {generator.__name__} yielded twice; a hook has exactly one `yield`")
 
 
 def _leave(entered: list[Any], out: Any) -> Any:
