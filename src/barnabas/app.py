@@ -1,5 +1,6 @@
 """The registry of what exists: topics, consumers, jobs, tables, hooks. Declares; opens a backend only when one is used."""
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -7,7 +8,7 @@ from typing import Any, TypeVar
 from barnabas import backends
 from barnabas.clock import Clock
 from barnabas.consumer import Consumer, refuse_unknown
-from barnabas.engine.hooks import after, before, check_hook
+from barnabas.engine.hooks import after, before, check_function, check_hook, refuse_async
 from barnabas.engine.observe import Observer, Observers
 from barnabas.errors import DeclarationError
 from barnabas.job import OPTIONS as JOB_OPTIONS
@@ -30,7 +31,7 @@ class App:
 
     def __init__(self, name: str, *, events: str | None = None, jobs: str | None = None, **settings: Any) -> None:
         if not isinstance(name, str) or not name or any(c in name for c in "/\n\x00"):
-            raise DeclarationError(f"App(name={name!r}): give the app a name without slashes: its consumer groups carry it")
+            raise DeclarationError(f"App: name={name!r}: give the app a name without slashes: its groups carry it")
         self.name = name
         self.settings = Settings({"events": events, "jobs": jobs, **settings})
         self.clock: Clock = Clock()
@@ -61,8 +62,8 @@ class App:
         """
         owner = f"topic {name!r}"
         refuse_unknown(owner, options, TOPIC_OPTIONS)
-        if not isinstance(name, str) or not name or len(name) > 200 or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
-            raise DeclarationError(f"{owner}: a topic's name has up to 200 letters, digits, dots, dashes and underscores")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name):
+            raise DeclarationError(f"{owner}: its name may have up to 200 letters, digits, dots, dashes and underscores")
         partitions = options.get("partitions")
         if partitions is not None and (isinstance(partitions, bool) or not isinstance(partitions, int) or not 1 <= partitions <= 10_000):
             raise DeclarationError(f"{owner}: partitions={partitions!r}: give a whole number from 1 to 10000")
@@ -114,13 +115,19 @@ class App:
 
         def declare(target: F) -> F:
             consumer = Consumer(self, own, target, **options)  # type: ignore[arg-type]
-            self._claim_name(consumer.name, f"consumer {consumer.name!r}")
+            self._claim_name(consumer.name, consumer.owner)
             for other in self.consumers.values():
                 if other.group == consumer.group:
                     raise DeclarationError(
-                        f"consumer {consumer.name!r}: group={consumer.group!r} belongs to consumer {other.name!r}; two "
-                        "consumers of one group would take each other's messages: give one of them another name= or group="
+                        f"{consumer.owner}: group={consumer.group!r} belongs to consumer {other.name!r}; two consumers of "
+                        "one group would take each other's messages: give one of them another name= or group="
                     )
+                for table in consumer.tables:
+                    if table in other.tables:
+                        raise DeclarationError(
+                            f"{consumer.owner}: tables=: the table {table.name!r} belongs to consumer {other.name!r}; give "
+                            f"this one a table of its own, or let it read the other's: with {table.name}.open() as view"
+                        )
             self.consumers[consumer.name] = consumer
             return target
 
@@ -149,7 +156,7 @@ class App:
     def table(self, name: str, type: Any = None) -> Table[Any]:
         """Declare a table: keyed values of `type`, settled together with the position of the consumer that owns it."""
         if not isinstance(name, str) or not name:
-            raise DeclarationError(f"table {name!r}: give it a name")
+            raise DeclarationError(f"table {name!r}: give it a name, a text")
         if name in self.tables:
             raise DeclarationError(f"table {name!r} is declared twice; declare it once and import it")
         table: Table[Any] = Table(self, name, type)
@@ -161,6 +168,8 @@ class App:
     def around(self, hook: F) -> F:
         """A generator function around every handler and job: before its `yield`, after it, `try/except` around it."""
         check_hook(hook, "around")
+        for owner in (*self.consumers.values(), *self.job_handlers.values()):
+            refuse_async(owner.owner, owner.awaited, [hook])
         self.hooks.append(hook)
         return hook
 
@@ -178,21 +187,26 @@ class App:
 
     def before_enqueue(self, function: F) -> F:
         """`function(job)` sees each job's fields before it is stored; it may change them, or return False to refuse."""
+        check_function(function, "before_enqueue")
         self.enqueue_hooks.append(function)
         return function
 
     def on_start(self, function: F) -> F:
-        """Runs once in each worker process before its first delivery: open pools here."""
+        """Runs once in each worker process before its first delivery: open pools here. May be async: it then runs on the
+        event loop of the async handlers."""
+        check_function(function, "on_start", may_await=True)
         self.start_hooks.append(function)
         return function
 
     def on_stop(self, function: F) -> F:
-        """Runs once in each worker process after its last delivery."""
+        """Runs once in each worker process after its last delivery. May be async."""
+        check_function(function, "on_stop", may_await=True)
         self.stop_hooks.append(function)
         return function
 
     def observe(self, observer: Observer) -> Observer:
         """Hand every Settled and Failed record to `observer`; it may look, never change."""
+        check_function(observer, "observe")
         self.observers.watchers.append(observer)
         return observer
 

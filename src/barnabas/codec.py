@@ -31,12 +31,33 @@ def make_codec(owner: str, type_: Any, codec: str) -> tuple[Encode, Decode]:
     if is_pydantic(type_):
         return (lambda value: value.model_dump_json().encode()), type_.model_validate_json
     try:
-        return _encode, msgspec.json.Decoder(Any if type_ is None else type_).decode
+        return _encode, msgspec.json.Decoder(known(Any if type_ is None else type_)).decode
     except TypeError as error:
         raise DeclarationError(
             f"{owner}: type {type_!r} cannot be decoded from JSON ({error}); use a msgspec Struct, a dataclass, a "
             'TypedDict, a pydantic model or a plain type, or bytes with codec="raw"'
         ) from None
+
+
+def known(type_: Any) -> Any:
+    """The type, if msgspec can decode all of it. It would take any class as a custom one, and then fail every message:
+    so that is a TypeError here."""
+    if type_ is not Any:
+        from msgspec import inspect  # not for whoever declares nothing
+
+        seen: set[int] = set()
+        nodes: list[Any] = [inspect.type_info(type_)]
+        while nodes:
+            node = nodes.pop()
+            if id(node) in seen or not isinstance(node, inspect.Type | inspect.Field):
+                continue
+            seen.add(id(node))
+            if isinstance(node, inspect.CustomType) and node.cls is not object:
+                raise TypeError(f"there is no way to read {node.cls.__name__}")
+            for name in node.__struct_fields__:
+                value = getattr(node, name)
+                nodes += value if isinstance(value, tuple | list) else [value]
+    return type_
 
 
 def _raw(value: Any) -> bytes:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from barnabas.engine.handler import Handler, Route, make_route
+from barnabas.engine.hooks import check_hooks, refuse_async
 from barnabas.engine.observe import Observers
 from barnabas.engine.respond import RespondTo, respond_to
 from barnabas.errors import DeclarationError
@@ -42,34 +43,48 @@ def refuse_unknown(what: str, options: dict[str, Any], known: Sequence[str]) -> 
             raise DeclarationError(f"{what}: unknown option {option}={value!r}; {hint}")
 
 
+def check_timeout(owner: str, timeout: Any) -> None:
+    """Refuse what is no number of seconds."""
+    if timeout is not None and (
+        isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf")
+    ):
+        raise DeclarationError(f"{owner}: timeout={timeout!r}: give the seconds one run may take, above 0, or None")
+
+
+def _given(options: dict[str, Any], option: str, default: Any) -> Any:
+    value = options.get(option)
+    return default if value is None else value
+
+
 class Consumer:
     """A consumer of one or several topics: one subscription, one consumer group."""
 
     def __init__(self, app: Any, topics: Sequence[Topic[Any]], target: Any, **options: Any) -> None:
-        default = getattr(target, "__name__", type(target).__name__)
-        self.name: str = options.get("name") or default
+        self.name: str = _given(options, "name", getattr(target, "__name__", type(target).__name__))
         self.owner = f"consumer {self.name!r}"
         refuse_unknown(self.owner, options, OPTIONS)
         self.app = app
         self.topics = list(topics)
         self.target = target
         self.is_class = inspect.isclass(target)
-        self.group: str = options.get("group") or f"{app.name}-{self.name}"
+        self.group: str = _given(options, "group", f"{app.name}-{self.name}")
         self.start = options.get("start", "earliest")
         self.concurrency: int = options.get("concurrency", 1)
-        self.order: str = options.get("order") or ("partition" if self.concurrency == 1 else "key")
+        self.order: str = _given(options, "order", "partition" if self.concurrency == 1 else "key")
         self.retry: Retry = options.get("retry", Retry())
         self.on_dead: str = options.get("on_dead", "topic")
         self.timeout: float | None = options.get("timeout")
-        self.tables: list[Table[Any]] = list(options.get("tables", ()))
-        self.hooks = list(options.get("hooks", ()))
+        self.tables: list[Table[Any]] = self._list("tables", options)
+        self.hooks = check_hooks(self.owner, options.get("hooks", []))
         self.batch: Batch = options.get("batch") or Batch()
         self._check(options)
-        self.responds: list[RespondTo] = [
-            r if isinstance(r, RespondTo) else respond_to(r) for r in self._list("responds", options)
-        ]
+        self.responds = self._responds(options)
         self.instance: Any = None
         routes = self.routes(target)
+        self.awaited = inspect.iscoroutinefunction(routes[0].function)
+        refuse_async(self.owner, self.awaited, [*app.hooks, *self.hooks])
+        if not self.responds and any("respond" in r.params.kinds for r in routes):
+            raise DeclarationError(f"{self.owner}: it asks for a Respond; name the topics it answers on: responds=[...]")
         if options.get("batch") is not None and not routes[0].params.batch:
             self._refuse("batch", options["batch"], "it belongs to a batch handler, whose first parameter is list[T]")
 
@@ -81,6 +96,18 @@ class Consumer:
         if not isinstance(value, list | tuple):
             self._refuse(option, value, f"give a list: {option}=[...]")
         return list(value)
+
+    def _responds(self, options: dict[str, Any]) -> list[RespondTo]:
+        responds: list[RespondTo] = []
+        for answer in self._list("responds", options):
+            if not isinstance(answer, RespondTo):
+                if not isinstance(answer, Topic):
+                    self._refuse("responds", answer, "give topics, as app.topic(...) returns them, or respond_to(topic, ...)")
+                answer = respond_to(answer)
+            if any(other.topic is answer.topic for other in responds):
+                self._refuse("responds", answer.topic, "it is named twice; for several answers use multiple=True")
+            responds.append(answer)
+        return responds
 
     def _check(self, options: dict[str, Any]) -> None:
         for option in ("name", "group"):
@@ -100,9 +127,8 @@ class Consumer:
             self._refuse("retry", self.retry, "give Retry(times, ...), Retry(0) for none")
         if self.on_dead not in ("topic", "skip", "stop"):
             self._refuse("on_dead", self.on_dead, 'give "topic" (the dead-letter topic), "skip" (and count) or "stop"')
-        if self.timeout is not None and (isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or self.timeout <= 0):
-            self._refuse("timeout", self.timeout, "give the seconds one run may take, above 0, or None")
-        for table in self._list("tables", options):
+        check_timeout(self.owner, self.timeout)
+        for table in self.tables:
             if not isinstance(table, Table):
                 self._refuse("tables", table, "give tables, as app.table(...) returns them")
         if self.tables and self.order == "none":
@@ -111,7 +137,6 @@ class Consumer:
             self._refuse("retry", "Retry(ordered=False)", "tables need an order; use Retry(..., ordered=True)")
         if options.get("batch") is not None and not isinstance(options["batch"], Batch):
             self._refuse("batch", options["batch"], "give Batch(max=1000, wait=0.5)")
-        self._list("hooks", options)
 
     def _function(self, holder: Any, topic: Topic[Any]) -> Any:
         """The function for one topic: the method named like it, else `process`."""
@@ -139,6 +164,12 @@ class Consumer:
             raise DeclarationError(f"{self.owner}: its methods are partly async; make all of them `async def`, or none")
         if len({r.params.batch for r in routes}) > 1:
             raise DeclarationError(f"{self.owner}: its methods take partly batches; make all take list[T], or none")
+        for name in ("set_up", "tear_down", "assigned", "revoked") if self.is_class else ():
+            if inspect.iscoroutinefunction(getattr(holder, name, None)) and not inspect.iscoroutinefunction(routes[0].function):
+                raise DeclarationError(
+                    f"{self.owner}: its `{name}` is async and the handler is not, so there is no loop for it; make it a "
+                    "plain `def`, or the handler `async def`"
+                )
         return routes
 
     def compile(self, observers: Observers, hooks: Sequence[Any]) -> Handler:

@@ -9,8 +9,10 @@ from typing import Any
 
 import msgspec
 
-from barnabas.consumer import refuse_unknown
+from barnabas.codec import known
+from barnabas.consumer import check_timeout, refuse_unknown
 from barnabas.engine.hand import CURRENT
+from barnabas.engine.hooks import check_hooks, refuse_async
 from barnabas.errors import DeclarationError, SendError
 from barnabas.future import Future, resolved
 from barnabas.jobs.payload import PayloadError, build, derived_jid, new_jid
@@ -24,7 +26,8 @@ class Job:
     """A job of an app. Calling it calls the function; `enqueue` stores it for a worker, in Sidekiq's JSON."""
 
     def __init__(self, app: Any, function: Callable[..., Any], **options: Any) -> None:
-        self.name: str = options["name"] if options.get("name") else getattr(function, "__name__", "")
+        named = options.get("name")
+        self.name: str = getattr(function, "__name__", "") if named is None else named
         self.owner = f"job {self.name!r}"
         refuse_unknown(self.owner, options, OPTIONS)
         self.app = app
@@ -33,8 +36,10 @@ class Job:
         self.retry: bool | int = options.get("retry", 25)
         self.timeout: float | None = options.get("timeout")
         self.dead: bool = options.get("dead", True)
-        self.hooks = list(options.get("hooks", ()))
+        self.hooks = check_hooks(self.owner, options.get("hooks", []))
         self._check()
+        self.awaited = inspect.iscoroutinefunction(function)
+        refuse_async(self.owner, self.awaited, [*app.hooks, *self.hooks])
         self._signature = inspect.signature(function)
         self._plan()
         functools.update_wrapper(self, function)
@@ -50,8 +55,7 @@ class Job:
         check_queue(self.owner, self.queue)
         if not isinstance(self.retry, int) or self.retry < 0:
             self._refuse("retry", self.retry, "give the number of retries (0: none), True for 25, or False")
-        if self.timeout is not None and (isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or self.timeout <= 0):
-            self._refuse("timeout", self.timeout, "give the seconds one run may take, above 0, or None")
+        check_timeout(self.owner, self.timeout)
         if not isinstance(self.dead, bool):
             self._refuse("dead", self.dead, "give False if a job out of retries is to vanish (counted), else True")
 
@@ -78,7 +82,7 @@ class Job:
         self._most = len(fields)
         try:
             shape = msgspec.defstruct("Args", fields, array_like=True, forbid_unknown_fields=not self._rest)
-            self._decode = msgspec.json.Decoder(shape).decode
+            self._decode = msgspec.json.Decoder(known(shape)).decode
         except TypeError as error:
             raise DeclarationError(f"{self.owner}: its arguments cannot be decoded by their annotations: {error}") from None
         self._free = msgspec.json.Decoder(list[Any]).decode

@@ -13,6 +13,7 @@ import functools
 import logging
 import math
 import random
+import sys
 from collections import Counter, deque
 from typing import Any
 
@@ -67,12 +68,15 @@ class Excused(Exception):
 # What is declared. A declaration is made once per shape; what varies by seed is set on the Consumer before compiling.
 
 
-def _hooks(awaited: bool, count: int) -> list[Any]:
+def _hooks(awaited: bool, count: int, out: Any) -> list[Any]:
     def outer(delivery: Any) -> Any:
         SIM.before(delivery)
         try:
             yield
         except Excused:
+            call = SIM.calling()
+            call.tags.append(("out", f"{call.id}/excused"))
+            out.send(call.tags[-1][1])
             return Done
 
     def inner(delivery: Any) -> Any:
@@ -98,7 +102,7 @@ def declare(awaited: bool, shape: str, hooks: int, responds: str, table: bool) -
     app = App("sim", events="memory:", jobs="memory:")
     source, out, reply = app.topic("in", int), app.topic("out", str), app.topic("reply", str)
     seen = app.table("seen", list[int])
-    options: dict[str, Any] = {"name": "c", "group": "g", "hooks": _hooks(awaited, hooks)}
+    options: dict[str, Any] = {"name": "c", "group": "g", "hooks": _hooks(awaited, hooks, out)}
     if responds:
         options["responds"] = [respond_to(reply, required=responds == "required", multiple=shape == "batch")]
     if table:
@@ -327,6 +331,8 @@ class Source:
     def settle(self, results: Any) -> None:
         sim, home = self.sim, self.home
         fault = sim.rng.choice(("before", "books", "after")) if sim.chance(0.08) else ""
+        if any(result.part.closed for result in results):
+            raise Wrong("results of an older epoch are settled")
         if fault == "before":
             raise Away("settle")
         touched = shares.close_books(results)
@@ -336,8 +342,6 @@ class Source:
             hold = sim.holds[part]
             if home.owners.get(hold.at, ())[:2] != (self.member, hold.epoch):
                 part.closed = True
-            elif any(r.part.closed for r in results if r.part is part) or hold.gone:
-                raise Wrong(f"{hold.at}: results of an older epoch are settled")
         todo = [r for r in results if not r.part.closed and not any(r is s for s in self.stored)]
         for result in todo:
             sim.holds[result.part].settled(result)
@@ -759,6 +763,9 @@ class Member:
 
     def monotonic(self) -> float:
         """The workers' clock: while one looks at it, others may have their turn."""
+        self.sim.looks += 1
+        if self.sim.looks > 20_000:
+            raise Wrong("it goes on for ever")
         if self.sim.rng.random() < self.sim.jitter and not self.crew.lanes.lock.locked():
             self.sim.look(self)
         return self.sim.clock.monotonic()
@@ -850,9 +857,9 @@ class Member:
         elif self.sim.rng.random() < 0.3 and not self.fetching and not self.sim.batch:
             call.over = True  # it does not return: its process ends without it
             self.active.remove(call)
-            self.crew.abandon(slot, call.run)
             call.struck = "timeout"
             call.hold.ended(call, "fail")
+            self.crew.abandon(slot, call.run)
             self.stop()
 
     def stop(self) -> None:
@@ -931,18 +938,32 @@ class Cancelling:
         return other is self.task
 
 
+class Dice(random.Random):
+    """Random numbers, quickly."""
+
+    def choice(self, seq: Any) -> Any:
+        return seq[int(self.random() * len(seq))]
+
+    def randint(self, a: int, b: int) -> int:
+        return a + int(self.random() * (b - a + 1))
+
+    def randrange(self, n: int) -> int:  # type: ignore[override]
+        return int(self.random() * n)
+
+
 class Sim:
     """One schedule: what is declared, what is stored, who runs."""
 
     def __init__(self, seed: int) -> None:
-        self.rng = rng = random.Random(seed)
+        self.rng = rng = Dice(seed)
         self.clock = FakeClock(1000.0)
         self.faults = True
-        self.calls = self.depth = self.looking = 0
+        self.theme = rng.choice(("", "", "suspects", "lapses", "moves", "history"))  # what happens more often than usual
+        self.calls = self.depth = self.looking = self.looks = 0
         self.awaited = rng.random() < 0.4
         self.batch = rng.random() < 0.25
         self.shape = "batch" if self.batch else rng.choice(("value", "value", "delivery", "respond", "optional"))
-        self.order = rng.choice(("key", "key", "partition", "none"))
+        self.order = rng.choice(("key", "key", "partition", "none")) if self.theme != "history" else "partition"
         self.table = self.order != "none" and rng.random() < 0.5
         self.retry = Retry(
             rng.randint(0, 3), backoff=BACKOFF, jitter=0, give_up_on=GiveUp, ordered=self.table or rng.random() < 0.7
@@ -995,9 +1016,14 @@ class Sim:
         self.keys: list[Any] = [f"k{n}" for n in range(rng.choice((1, 2, 3, 8)))] + [None] * (rng.random() < 0.5)
         for _ in range(rng.randint(3, 25)):
             self.send()
-        if rng.random() < 0.3:  # an earlier owner finished some of them
-            at = self.partitions[0]
-            done = [m for m in home.logs[at] if rng.random() < 0.3]
+        if self.theme == "suspects":  # some were in work when a process crashed
+            for _ in range(rng.randint(1, 4)):
+                at = rng.choice(self.partitions)
+                if home.logs[at]:
+                    home.crashes[at][rng.choice(home.logs[at]).row[0]] = rng.choice((2, 3, 3, 4))
+        elif self.theme == "history" or rng.random() < 0.2:  # an earlier owner finished some of them
+            at, share = self.partitions[0], rng.choice((0.3, 0.8))
+            done = [m for m in home.logs[at] if rng.random() < share]
             for msg in done:
                 msg.outcome = "before"
             offsets = [m.row[0] for m in home.logs[at]]
@@ -1099,6 +1125,8 @@ class Sim:
             if (delivery.topic, delivery.partition, delivery.offset) != msg.origin or delivery.key != msg.row[1]:
                 raise Wrong(f"{call} gets {delivery}")
         hold.member.active.append(call)
+        if self.batch and len(run.rows) > self.consumer.batch.max:
+            raise Wrong(f"{call}: {len(run.rows)} messages in a batch of {self.consumer.batch.max}")
         if len(hold.member.active) > self.size:
             raise Wrong(f"{len(hold.member.active)} deliveries are in work, concurrency is {self.size}")
         return call
@@ -1152,17 +1180,17 @@ class Sim:
             pass
         elif dice < 0.93:
             member.timeout()
-        elif dice < 0.95:
+        elif dice < 0.94:
             self.send()
-        elif dice < 0.97:
+        elif dice < 0.945 or (dice < 0.97 and self.theme == "moves"):
             self.home.wanted[rng.choice(list(self.home.wanted))] = member
-        elif dice < 0.975:
-            member.crash()
-        elif dice < 0.978:
-            member.stop()
-        elif dice < 0.983:
+        elif dice < 0.947 or (dice < 0.97 and self.theme == "lapses"):
             self.clock.advance(0.0 if self.looking else LEASE + 2 * FROZEN)
-        elif dice < 0.99:
+        elif dice < 0.955:
+            member.crash()
+        elif dice < 0.957:
+            member.stop()
+        elif dice < 0.98:
             member.crew.pace = rng.choice((0.0, 1e-5, 1e-3))
 
     def join(self) -> None:
@@ -1173,7 +1201,7 @@ class Sim:
 
     def play(self) -> None:
         self.join()
-        for _ in range(self.rng.randint(20, 150)):
+        for _ in range(self.rng.randint(15, 100)):
             if not self.members or (len(self.members) < 3 and self.rng.random() < 0.02):
                 self.join()
             self.turn()
@@ -1211,7 +1239,7 @@ class Sim:
                 member.work(0)
         if self.wrong is not None:
             raise self.wrong
-        self.clock.advance(0.2)
+        self.clock.advance(0.05 if moved else BACKOFF)
         return not moved
 
     def close(self) -> None:
@@ -1228,6 +1256,7 @@ def simulate(seed: int) -> int:
     """Play the schedule of this seed; the number of calls. Raises Wrong, or whatever the engine raised."""
     global SIM
     disabled, logging.root.manager.disable = logging.root.manager.disable, logging.CRITICAL
+    sys.tracebacklimit = 0
     SIM = sim = Sim(seed)
     try:
         sim.play()
@@ -1239,4 +1268,5 @@ def simulate(seed: int) -> int:
         sim.close()
         SIM = None
         logging.disable(disabled)
+        del sys.tracebacklimit
     return sim.calls

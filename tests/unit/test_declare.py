@@ -300,12 +300,6 @@ def test_a_topic_declared_twice_alike_is_the_same_and_otherwise_refused(app):
         app.topic("orders", dict, key="customer")
 
 
-def test_names_that_the_framework_makes_itself_are_not_declared_by_accident(app):
-    app.topic("other.dead")  # a dead-letter topic may be declared, to consume it with a type
-    with pytest.raises(DeclarationError, match=r"'x\.retry\.g'.*retry topics.*another name"):
-        app.topic("x.retry.g")
-
-
 # Handlers.
 
 

@@ -60,6 +60,8 @@ def one(db: apsw.Connection, sql: str, args: Sequence[Any] = ()) -> Any:
 class SqliteReader:
     """What is stored in one file."""
 
+    clock: Any
+
     def __init__(self, path: str) -> None:
         self.path = path
         self._reading = threading.Lock()
@@ -125,14 +127,10 @@ class SqliteReader:
                         done = json.loads(open_).get("done", []) if open_ else []
                         count += max(0, next_ - max(first, offset or 0)) - sum(b - a for a, b in done)
             for queue in queues:
-                for state in (0, 1):
-                    found = one(
-                        self._reader,
-                        f"SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state = {state} {'AND owner IS NOT NULL' if state else ''} "
-                        "AND queue = (SELECT gid FROM heads WHERE topic = ? AND partition = -1) LIMIT 1)",
-                        (queue,),
-                    )
-                    count += found[0]
+                (gid,) = one(self._reader, "SELECT max(gid) FROM heads WHERE topic = ? AND partition = -1", (queue,))
+                for where, args in (("state = 0", ()), ("state = 1 AND owner IS NOT NULL", ()), ("at <= ?", (self.clock.now(),))):
+                    found = one(self._reader, f"SELECT 1 FROM jobs WHERE queue = ? AND {where} LIMIT 1", (gid, *args))
+                    count += found is not None
         return count
 
     def waiting(self, queues: Sequence[str]) -> dict[str, int]:

@@ -370,8 +370,10 @@ class SqliteQueues(_Fetcher):
     def _claim(self, db: apsw.Connection) -> list[tuple[Part, Sequence[Row]]]:
         """Take ready jobs, up to the room there is, and move what is due into its queue."""
         now = self.home.clock.now()
+        self._due = self._next_due(db)
         if self._due <= now:
             self._move_due(db, now)
+            self._due = self._next_due(db)
         for gid in self._seen:
             self._seen[gid] = self.home.heads[gid]
         found: list[tuple[Part, Sequence[Row]]] = []
@@ -410,8 +412,11 @@ class SqliteQueues(_Fetcher):
             db.execute("UPDATE jobs SET state = 0, at = NULL, payload = ? WHERE id = ?", (payload, id_))
         for gid in {row[2] for row in due}:
             self.home.stir(db, "gid = ?", (gid,))
-        following = one(db, "SELECT min(at) FROM jobs WHERE at IS NOT NULL")[0]
-        self._due = following if following is not None else NEVER
+
+    def _next_due(self, db: apsw.Connection) -> float:
+        """When the next job that waits for its time is due (epoch seconds)."""
+        at = one(db, "SELECT min(at) FROM jobs WHERE at IS NOT NULL")[0]
+        return NEVER if at is None else float(at)
 
     def settle(self, results: Sequence[Result]) -> None:
         """Remove what is done, park or bury what failed, claim what there is room for: one transaction."""

@@ -27,6 +27,33 @@ def check_hook(hook: Any, kind: str) -> None:
         raise DeclarationError(f"@app.{kind} on {hook!r}: give a plain function; a generator belongs under @app.around")
 
 
+def check_function(function: Any, kind: str, *, may_await: bool = False) -> None:
+    """Refuse what is no plain function (before_enqueue, observe; on_start and on_stop may be async)."""
+    generator = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+    if not callable(function) or generator or (inspect.iscoroutinefunction(function) and not may_await):
+        raise DeclarationError(f"@app.{kind} on {function!r}: give a {'function' if may_await else 'plain function'}")
+
+
+def refuse_async(owner: str, awaited: bool, hooks: Sequence[Any]) -> None:
+    """Refuse async generators around a handler that is not async."""
+    for hook in hooks:
+        if inspect.isasyncgenfunction(hook) and not awaited:
+            raise DeclarationError(
+                f"{owner}: hooks: {hook.__name__} is an async generator and the handler is not async; make the hook a "
+                "plain generator (it then serves both kinds) or the handler `async def`"
+            )
+
+
+def check_hooks(owner: str, hooks: Any) -> list[Any]:
+    """The value of `hooks=[...]`. Refuses what is no list of generator functions."""
+    if not isinstance(hooks, list | tuple):
+        raise DeclarationError(f"{owner}: hooks={hooks!r}: give a list: hooks=[...]")
+    for hook in hooks:
+        if not (inspect.isgeneratorfunction(hook) or inspect.isasyncgenfunction(hook)):
+            raise DeclarationError(f"{owner}: hooks=[{hook!r}]: a hook is a generator function with one `yield`")
+    return list(hooks)
+
+
 def before(function: Callable[[Any], Any]) -> Hook:
     """A hook that calls `function(delivery)` before the handler."""
 
@@ -49,13 +76,8 @@ def after(function: Callable[[Any, Any], Any]) -> Hook:
 
 def wrap(function: Callable[..., Any], hooks: Sequence[Any], awaited: bool, owner: str) -> Callable[..., Any]:
     """`function` with `hooks` around it, outermost first. The wrapper takes the delivery as an extra first argument."""
+    refuse_async(owner, awaited, hooks)
     if any(inspect.isasyncgenfunction(hook) for hook in hooks):
-        if not awaited:
-            name = next(hook.__name__ for hook in hooks if inspect.isasyncgenfunction(hook))
-            raise DeclarationError(
-                f"{owner}: the hook {name} is an async generator and the handler is not async; make the hook a plain "
-                "generator (it then serves both kinds) or the handler `async def`"
-            )
         return _wrap_mixed(function, hooks)
 
     if len(hooks) == 1 and not awaited:

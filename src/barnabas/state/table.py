@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from barnabas.codec import as_key
+from barnabas.codec import as_key, known
 from barnabas.engine.hand import CURRENT, Hand
 from barnabas.errors import DeclarationError, TableError
 from barnabas.message import Key
@@ -71,7 +71,7 @@ class Table(Generic[T]):
         self.name = name
         self.type = type_
         try:
-            self._decode = msgspec.msgpack.Decoder(Any if type_ is None else type_).decode
+            self._decode = msgspec.msgpack.Decoder(known(Any if type_ is None else type_)).decode
         except TypeError as error:
             raise DeclarationError(
                 f"table {name!r}: type {type_!r} cannot be stored ({error}); use a msgspec Struct, a dataclass, a "

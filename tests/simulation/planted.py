@@ -1,0 +1,122 @@
+"""Bugs to plant: each changes one spot in the source of one real function. The simulation must find every one.
+
+A bug whose spot is no longer in the source fails its test: it is to be planted anew.
+"""
+
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from barnabas.backends import shares
+from barnabas.engine import crew, crews, handler, hooks, runner, work
+from barnabas.engine.alone import Alone
+from barnabas.engine.crew import Crew
+from barnabas.engine.crews import LoopCrew
+from barnabas.engine.hand import Hand
+from barnabas.engine.handler import Handler
+from barnabas.engine.lanes import Lanes
+from barnabas.engine.ledger import Ledger, Straight
+from barnabas.engine.runner import Runner
+from barnabas.state.table import Cells
+
+assert crews
+
+
+class Bug(NamedTuple):
+    """What is wrong, and the change that makes it so: in `owner.name` (a class or the module that calls it by name)."""
+
+    what: str
+    owner: Any
+    name: str
+    old: str
+    new: str
+
+
+BUGS = [
+    # Lanes.
+    Bug("give() forgets the run that waits", Lanes, "give", "rest += behind.rows", "pass"),
+    Bug("the rest of a failed run goes behind, not ahead", Lanes, "give", "rest += behind.rows", "rest = behind.rows + rest"),
+    Bug("an idle lane is never removed", Lanes, "give", "lanes.pop(key, None)", "pass"),
+    Bug("a taken lane counts as idle", Lanes, "take", "part.lanes[run.key] = None", "part.lanes.pop(run.key, None)"),
+    Bug("a batch is larger than its most", Lanes, "take", "if len(rows) > self.most:", "if False:"),
+    Bug("a batch that fills up overtakes the one in work", Lanes, "_by_key", "run.fills and", ""),
+    Bug("so in partition order", Lanes, "_extend", "run.fills and", "self.wait and"),
+    Bug("a parked run is not made ready", Lanes, "unpark", "self.ready.append(run)", "pass"),
+    Bug("a retry topic's message runs before its time", Lanes, "put_later", "[row]), at)", "[row]), 0.0)"),
+    Bug("a revoked partition keeps its lanes", Lanes, "drop", "part.lanes = {}", "pass"),
+    # The ledger.
+    Bug("the watermark is one too high", Ledger, "position", "next(iter(opened))", "next(iter(opened)) + 1"),
+    Bug("intervals are not stored", Ledger, "position", "_intervals(sorted(done)) + ", ""),
+    Bug("intervals are dropped at the next assignment", shares, "open_account", "Ledger(position, done)", "Ledger(position)"),
+    Bug("what an earlier owner finished is handed out", Ledger, "add", "if self.done_before:", "if False:"),
+    Bug("the watermark stops at the first row", Straight, "finish", "rows[-1][0] + 1", "rows[0][0] + 1"),
+    Bug("a repeated settlement counts twice", Straight, "finish", "if rows[0][0] < self._watermark:", "if False:"),
+    Bug("a position goes back", Straight, "position", "self._watermark = max(self.next, self._watermark)", "pass"),
+    # What a handler has in hand.
+    Bug("a failure does not drop the hand", Hand, "drop", "self.forget()", "pass"),
+    Bug("a failure keeps the cells", Hand, "forget", "self.cells = {}", "pass"),
+    Bug("what a failure sent and wrote is kept", crew, "work", "hand.drop()", "hand.keep()"),
+    Bug("so in a batch", work, "_call", "hand.drop()", "hand.keep()"),
+    Bug("a lane does not see its predecessor's writes", Hand, "keep", "self.tables.keep(run.part, self.cells)", "pass"),
+    Bug("cells are not settled", Hand, "keep", "run.cells.update(self.cells)", "pass"),
+    Bug("a settlement hides newer cells", Cells, "settled", "if unsettled.get(cell, _ABSENT) is data:", "if True:"),
+    Bug("a dropped send is pending for ever", Hand, "forget", "output.future.resolve(None)", "pass"),
+    # Decisions.
+    Bug("attempts count double", Handler, "failed", "part.attempts.get(failed[0], 0) + 1", "part.attempts.get(failed[0], 0) + 2"),
+    Bug("the attempt is told wrong", Handler, "delivery", "part.attempts.get(offset, 0) + 1", "part.attempts.get(offset, 0)"),
+    Bug("attempts of settled messages are kept", shares, "close_books", "part.attempts.pop(row[0], None)", "pass"),
+    Bug("one retry too few", handler, "decide", "if attempt > policy.times:", "if attempt >= policy.times:"),
+    Bug("a rejected message is retried", handler, "decide", "if isinstance(error, Reject):", "if False:"),
+    Bug("an undecodable message is retried", Handler, "failed", "reason = self._undecodable(part, data)", "pass"),
+    Bug("a retry topic forgets earlier attempts", Handler, "_retry_message", "str(attempt)", "str(1)"),
+    Bug("a retry runs at once", Crew, "failed", "self.monotonic() + max(0.0, at - now)", "self.monotonic()"),
+    Bug("a hook's error is swallowed", hooks, "_fail", "    raise error\n", "    return None\n"),
+    Bug("a hook that swallows makes it done", hooks, "_forgives", "(said is Done or isinstance(said, Done))", "True"),
+    Bug("a failure that a hook forgives sends", hooks, "_fail", "_forget()", "pass"),
+    Bug("a missing answer is no failure", handler, "make_answer", "if topic not in uses:", "if False:"),
+    Bug("a cancellation counts as done", crew, "work", "parked = crew.failed(", "parked = None if isinstance(error, asyncio.CancelledError) else crew.failed("),
+    Bug("a cancellation counts as a failure", Crew, "failed", 'if why == "release":', "if False:"),
+    Bug("a cancellation by another name hits the next", Crew, "failed", "(self.cancelled or isinstance(error, asyncio.CancelledError))", "isinstance(error, asyncio.CancelledError)"),
+    Bug("a timeout that was swallowed is done", Crew, "overdue", 'if self._uncancel(slot) != "timeout":', "if self._uncancel(slot) or True:"),
+    Bug("a late success is done", Crew, "overdue", "elif (id(run), row[0]) not in self.late:", "elif True:"),
+    Bug("a cancellation hits who comes next", LoopCrew, "cancel", "self.current[slot] is run and self.box[at] == offset != -1", "self.current[slot] is not None"),
+    # Batches.
+    Bug("a failed batch is dead as a whole", crew, "work_batches", "error = await _call(crew, slot, run, [rows[done]])", "pass"),
+    Bug("what cannot be decoded in a batch is done", work, "_call", "for row, why in bad:", "for row, why in ():"),
+    Bug("a failed batch goes through the retry topic and runs again", Handler, "failed", "if whole:  # each", "if False:  # each"),
+    Bug("a batch starts after the claim's end", crew, "work_batches", "monotonic() > crew.begin(slot, run) and", "crew.begin(slot, run) < 0 and"),
+    # Workers and settlement.
+    Bug("the claim's end is ignored", Crew, "begin", "if part.until < until or self.stopping:", "if self.stopping:"),
+    Bug("a haul is returned twice", Crew, "take", "return haul.popleft()", "return haul[0]"),
+    Bug("a haul that is given back is lost", Crew, "_unload", "*((run, 0, now) for run in haul)", ""),
+    Bug("what is done is given twice", Crew, "_give", "else run.rows[start:done]", "else run.rows[:done]"),
+    Bug("outputs are left out", Crew, "_give", "if run.outputs or run.cells or run.others:", "if run.cells or run.others:"),
+    Bug("the box lags behind", crew, "work", "box[at_box] = row[0]", "box[at_box] = run.rows[0][0]"),
+    Bug("a failed settlement forgets its results", Runner, "settle", "outputs = checkpoint(", "self._unsettled = []; outputs = checkpoint("),
+    Bug("results of a revoked partition are settled", Runner, "settle", "if not r.part.closed", "if r.part is not None"),
+    Bug("what was done is not settled at a revocation", Runner, "settle", "self._unsettled += crew.collect()", "crew.collect()"),
+    Bug("a revocation leaves the lanes", Runner, "revoked", "crew.lanes.drop(part)", "pass"),
+    # Suspects.
+    Bug("a suspect does not run alone", Alone, "sift", ">= CRASHES", "> CRASHES"),
+    Bug("a suspect runs beside a haul", Crew, "busy", "and any(self.hauls)", "and False"),
+    Bug("what waits behind a suspect is lost", Alone, "_next", "self._behind.pop(part)[1:]", "self._behind.pop(part)[2:]"),
+    Bug("what waits behind a suspect goes first", Alone, "sift", "self._behind[part] += rows", "self._behind[part][1:1] = rows"),
+    Bug("a revoked suspect keeps the gate closed", Alone, "forget", "if self._running is None or", "if self._running is not None and"),
+]  # fmt: skip
+
+
+@contextmanager
+def planted(bug: Bug) -> Iterator[None]:
+    """The bug is in the code meanwhile."""
+    real = vars(bug.owner)[bug.name]
+    source = textwrap.dedent(inspect.getsource(real))
+    assert source.count(bug.old) == 1, f"{bug.what}: {source.count(bug.old)} times {bug.old!r} in {bug.name}"
+    scope: dict[str, Any] = {}
+    exec(compile(source.replace(bug.old, bug.new), f"<{bug.what}>", "exec"), real.__globals__, scope)
+    setattr(bug.owner, bug.name, scope[bug.name])
+    try:
+        yield
+    finally:
+        setattr(bug.owner, bug.name, real)
