@@ -135,6 +135,8 @@ class Consumer:
             self._refuse("order", "none", 'tables need an order; use "key" or "partition"')
         if self.tables and not self.retry.ordered:
             self._refuse("retry", "Retry(ordered=False)", "tables need an order; use Retry(..., ordered=True)")
+        if self.tables and self.order == "key" and self.concurrency > 1 and any(t.rekeyed for t in self.topics):
+            self._refuse("order", "key", 'of a rekeyed topic, two keys could write one cell at once; use "partition"')
         if options.get("batch") is not None and not isinstance(options["batch"], Batch):
             self._refuse("batch", options["batch"], "give Batch(max=1000, wait=0.5)")
 

@@ -192,10 +192,13 @@ class Supervisor:
 
     def signal(self, number: int) -> None:
         """Pass a signal on to the children; those that end a process begin the stop."""
+        first = not self.stopping
         if signal.Signals(number).name in STOPS:
             self.stop()
         for child in self.children:
-            self._send(child, number)
+            # A child that does not listen yet ends without a word by SIGTERM, with a KeyboardInterrupt by SIGINT.
+            early = first and child.ready_at is None and number == signal.SIGINT
+            self._send(child, signal.SIGTERM if early else number)
 
     def stop(self) -> None:
         """Start nobody any more; whoever lives longer than `patience` is killed."""
@@ -257,8 +260,7 @@ class Supervisor:
             self._past[outcome] = self._past.get(outcome, 0) + count
         child.counts = {}
         if self.stopping:
-            unready = ready is None and code < 0 and outcome_of(code) in STOPS  # it was asked before it could listen
-            if code not in (0, RECYCLE) and not unready:
+            if code not in (0, RECYCLE) and (ready is not None or code > 128):  # else it had not begun anything
                 self.status = self.status or (code if code > 0 else 1)
                 log.error("%s ended with %s", name, outcome_of(code))
         elif child.changing:

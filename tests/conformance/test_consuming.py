@@ -218,6 +218,42 @@ def test_order_per_key_holds_with_many_in_work(place, app, topic, kind, order):
 
 
 @pytest.mark.parametrize("kind", ["threads", "async"])
+def test_what_comes_while_its_key_is_in_work_waits_for_it(place, app, kind):
+    topic = app.topic("one", Step, key="key", partitions=1)
+    entered, release, seen = threading.Event(), threading.Event(), []
+
+    def enter(step: Step) -> bool:
+        seen.append((step.key, step.n))
+        entered.set()
+        return step.key == "slow" and step.n == 0
+
+    if kind == "threads":
+
+        @app.consumer(topic, concurrency=4)
+        def read(step: Step):
+            if enter(step):
+                release.wait(20)
+                seen.append("released")
+    else:
+
+        @app.consumer(topic, concurrency=4)
+        async def read(step: Step):
+            if enter(step):
+                while not release.is_set():
+                    await asyncio.sleep(0.001)
+                seen.append("released")
+
+    with place.running(app) as worker:
+        topic.send(Step("slow", 0))
+        assert entered.wait(10)
+        topic.send_many([Step("slow", 1), Step("slow", 2), Step("other", 3)])
+        wait_for(lambda: ("other", 3) in seen, worker=worker)  # so those before it were seen, too
+        release.set()
+        wait_for(worker.drained, worker=worker)
+    assert seen == [("slow", 0), ("other", 3), "released", ("slow", 1), ("slow", 2)]
+
+
+@pytest.mark.parametrize("kind", ["threads", "async"])
 def test_different_keys_are_in_work_at_the_same_time(place, app, kind):
     topic = app.topic("one", Step, key="key", partitions=1)
     met = []

@@ -259,9 +259,10 @@ def test_a_running_worker_takes_what_becomes_due(place, app):
         seen.append(text)
 
     with place.running(app) as worker:
+        mail.enqueue("now").result(5)
+        wait_for(lambda: seen == ["now"] and worker.drained(), worker=worker)  # it has looked for what is due
         mail.enqueue_in(0.05, "soon").result(5)
-        wait_for(lambda: seen, worker=worker)
-    assert seen == ["soon"]
+        wait_for(lambda: seen == ["now", "soon"], worker=worker)
 
 
 @pytest.mark.parametrize("delay", ["soon", float("nan"), None, True])

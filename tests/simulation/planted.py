@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (one bug, one line)
 """Bugs to plant: each changes one spot in the source of one real function. The simulation must find every one.
 
 A bug whose spot is no longer in the source fails its test: it is to be planted anew.
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from barnabas.backends import shares
-from barnabas.engine import crew, crews, handler, hooks, runner, work
+from barnabas.engine import crew, handler, hooks, work
 from barnabas.engine.alone import Alone
 from barnabas.engine.crew import Crew
 from barnabas.engine.crews import LoopCrew
@@ -20,8 +21,6 @@ from barnabas.engine.lanes import Lanes
 from barnabas.engine.ledger import Ledger, Straight
 from barnabas.engine.runner import Runner
 from barnabas.state.table import Cells
-
-assert crews
 
 
 class Bug(NamedTuple):
@@ -53,7 +52,7 @@ BUGS = [
     Bug("what an earlier owner finished is handed out", Ledger, "add", "if self.done_before:", "if False:"),
     Bug("the watermark stops at the first row", Straight, "finish", "rows[-1][0] + 1", "rows[0][0] + 1"),
     Bug("a repeated settlement counts twice", Straight, "finish", "if rows[0][0] < self._watermark:", "if False:"),
-    Bug("a position goes back", Straight, "position", "self._watermark = max(self.next, self._watermark)", "pass"),
+    Bug("a position goes back", Straight, "position", "self._watermark = max(self.next, self._watermark)", "return max(self.next, self._watermark), []"),
     # What a handler has in hand.
     Bug("a failure does not drop the hand", Hand, "drop", "self.forget()", "pass"),
     Bug("a failure keeps the cells", Hand, "forget", "self.cells = {}", "pass"),
@@ -61,7 +60,7 @@ BUGS = [
     Bug("so in a batch", work, "_call", "hand.drop()", "hand.keep()"),
     Bug("a lane does not see its predecessor's writes", Hand, "keep", "self.tables.keep(run.part, self.cells)", "pass"),
     Bug("cells are not settled", Hand, "keep", "run.cells.update(self.cells)", "pass"),
-    Bug("a settlement hides newer cells", Cells, "settled", "if unsettled.get(cell, _ABSENT) is data:", "if True:"),
+    Bug("a settlement hides newer cells", Cells, "settled", "if unsettled.get(cell, _ABSENT) is data:", "if cell in unsettled:"),
     Bug("a dropped send is pending for ever", Hand, "forget", "output.future.resolve(None)", "pass"),
     # Decisions.
     Bug("attempts count double", Handler, "failed", "part.attempts.get(failed[0], 0) + 1", "part.attempts.get(failed[0], 0) + 2"),
@@ -103,7 +102,7 @@ BUGS = [
     Bug("a suspect runs beside a haul", Crew, "busy", "and any(self.hauls)", "and False"),
     Bug("what waits behind a suspect is lost", Alone, "_next", "self._behind.pop(part)[1:]", "self._behind.pop(part)[2:]"),
     Bug("what waits behind a suspect goes first", Alone, "sift", "self._behind[part] += rows", "self._behind[part][1:1] = rows"),
-    Bug("a revoked suspect keeps the gate closed", Alone, "forget", "if self._running is None or", "if self._running is not None and"),
+    Bug("a revoked suspect keeps the gate closed", Alone, "forget", "if self._running is None:", "if False:"),
 ]  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """The engine under a seeded random scheduler: real lanes, ledgers, crews, runners and compiled handlers; no threads and
 no time. `simulate(seed)` plays one schedule and raises `Wrong` where a promise was broken.
 
-Real: App declarations compiled by `Consumer.compile`, `work`/`work_batches`, `Crew`/`LoopCrew`, `Runner`, tables, hooks,
-the accounts of `backends/shares`. Simulated: the clock, the event loop's time, and the home (logs, positions, cells), whose
-sources crash, lose leases, fail before and after a commit. Sync workers are interleaved by letting a handler (and each
-look at the clock) call back into the scheduler. The oracle (`Hold`, `Call`) follows every delivery on its own account.
+Real: App declarations compiled by `Consumer.compile`, `work`/`work_batches`, `Crew`/`LoopCrew`, `Runner`, tables,
+hooks, the accounts of `backends/shares`. Simulated: the clock, the event loop's time, and the home (logs, positions,
+cells), whose members crash and lose leases, and whose sources fail before and after a commit. Sync workers are
+interleaved by letting a handler (and each look at the clock, each wake of the fetch thread) call back into the
+scheduler. The oracle (`Hold`, `Call`) follows every delivery on its own account.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ from barnabas.engine.runner import Runner
 from barnabas.engine.work import SLOT
 from barnabas.ports import Part
 from barnabas.state.table import Cells
-from barnabas.verdict import Again, Dead
+from barnabas.verdict import Again
 
 LEASE = 5.0
 BACKOFF = 0.5
@@ -137,16 +138,13 @@ def declare(awaited: bool, shape: str, hooks: int, responds: str, table: bool) -
         call.ended(None)
         return call.answer
 
-    if awaited:
-        by_shape = _async_shapes(act_async)
-    else:
-        by_shape = _shapes(act)
-    app.consumer(source, **options)(by_shape[shape])
-    app.consumers["c"].retry_topic = source.retry_topic("g")
+    app.consumer(source, **options)(_shapes(act_async if awaited else act, awaited)[shape])
     return app, app.consumers["c"]
 
 
-def _shapes(act: Any) -> dict[str, Any]:
+def _shapes(act: Any, awaited: bool) -> dict[str, Any]:
+    """The handler's signatures; all lead to `act`."""
+
     def value(n: int):
         return act([n])
 
@@ -154,7 +152,7 @@ def _shapes(act: Any) -> dict[str, Any]:
         return act([n], [d])
 
     def respond(n: int, r: Respond, d: Delivery):
-        act([n], [d], r)
+        return act([n], [d], r)
 
     def optional(n: int | None, d: Delivery):
         return act([n], [d])
@@ -162,26 +160,16 @@ def _shapes(act: Any) -> dict[str, Any]:
     def batch(ns: list[int], ds: list[Delivery]):
         return act(ns, ds)
 
-    return locals()
+    shapes = {f.__name__: f for f in (value, delivery, respond, optional, batch)}
+    return {name: _awaiting(f) for name, f in shapes.items()} if awaited else shapes
 
 
-def _async_shapes(act: Any) -> dict[str, Any]:
-    async def value(n: int):
-        return await act([n])
+def _awaiting(function: Any) -> Any:
+    @functools.wraps(function)
+    async def handler(*args: Any) -> Any:
+        return await function(*args)
 
-    async def delivery(n: int, d: Delivery):
-        return await act([n], [d])
-
-    async def respond(n: int, r: Respond, d: Delivery):
-        await act([n], [d], r)
-
-    async def optional(n: int | None, d: Delivery):
-        return await act([n], [d])
-
-    async def batch(ns: list[int], ds: list[Delivery]):
-        return await act(ns, ds)
-
-    return locals()
+    return handler
 
 
 # What is stored.
@@ -308,7 +296,7 @@ class Source:
         part.crashes.update(home.crashes[at])
         part.until = now + LEASE
         home.owners[at] = (self.member, epoch, part.until)
-        self.sim.holds[part] = Hold(self.sim, self.member, at, epoch, part)
+        self.sim.holds[part] = self.member.latest[at] = Hold(self.sim, self.member, at, epoch, part)
         return part
 
     def _read(self, at: Any, part: Part, limit: int) -> Any:
@@ -321,7 +309,8 @@ class Source:
         account.next = found[-1].row[0] + 1
         todo = account.add([m.row for m in found])
         if list(todo) != [m.row for m in found if m.outcome is None]:
-            raise Wrong(f"{at}: handed out {[r[0] for r in todo]}, open are {[m.row[0] for m in found if m.outcome is None]}")
+            still = [m.row[0] for m in found if m.outcome is None]
+            raise Wrong(f"{at}: handed out {[r[0] for r in todo]}, open are {still}")
         todo = [m for m in found if m.outcome is None]
         hold.take(todo)
         if len(hold.open) > limit:
@@ -367,8 +356,9 @@ class Source:
             if covered != (msg.outcome is not None):
                 raise Wrong(f"{at}@{offset}: {msg.outcome}, but the position is {watermark}, {done}")
         for offset, msg in hold.open.items():
-            if msg.readable and part.attempts.get(offset, 0) != hold.fails.get(offset, 0) and offset not in hold.state:
-                raise Wrong(f"{at}@{offset}: {part.attempts.get(offset, 0)} attempts kept, it failed {hold.fails.get(offset, 0)} times")
+            kept, failed = part.attempts.get(offset, 0), hold.fails.get(offset, 0)
+            if msg.readable and kept != failed and offset not in hold.state:
+                raise Wrong(f"{at}@{offset}: {kept} attempts kept, it failed {failed} times")
         home.positions[at] = (watermark, done, dict(part.attempts))
         home.crashes[at] = dict(part.crashes)
 
@@ -424,17 +414,20 @@ class Hold:
             self.lanes[lane].remove(offset)
 
     def started(self, call: "Call") -> None:
-        sim, now = self.sim, self.sim.clock.monotonic()
+        now = self.sim.clock.monotonic()
         if now > min(self.claim, self.leaving + TICK) + FROZEN or self.gone:
             raise Wrong(f"{call} starts at {now}, the claim ended at {min(self.claim, self.leaving)}")
         suspects = [m for m in call.msgs if self.crashes.get(m.row[0], 0) >= CRASHES]
         if (suspects and self.member.active) or any(c.suspect for c in self.member.active):
             raise Wrong(f"{call} runs beside {self.member.active}, one of them has crashed processes")
         call.suspect = bool(suspects)
+        if suspects and any(self.member.crew.hauls):
+            raise Wrong(f"{call} has crashed processes, and other workers have something in hand")
         for msg in call.msgs:
             offset = msg.row[0]
             if offset not in self.open or offset in self.state or offset in self.busy or offset in self.released:
-                raise Wrong(f"{call}: @{offset} is not open: {self.state.get(offset)}, {offset in self.busy}, {offset in self.released}")
+                why = self.state.get(offset) or ("in work" if offset in self.busy else "given back or not fetched")
+                raise Wrong(f"{call}: @{offset} is not open: {why}")
             if now < max(self.not_before.get(offset, 0.0), msg.due) - 1e-6:
                 raise Wrong(f"{call}: @{offset} runs before its time")
             if offset in self.alone and len(call.msgs) > 1:
@@ -525,9 +518,7 @@ class Hold:
                     model.append(msg.uid)
                     if msg.wipe:
                         model.clear()
-            elif msg.outcome == "again" or (
-                (self.sim.on_dead != "skip" or msg.plan == "undecodable" and not suspect) and (row[2] is not None or suspect or msg.readable)
-            ):
+            elif msg.outcome == "again" or self.leaves_letter(msg, suspect):
                 expected[msg.outcome, *msg.origin, self.attempt(msg)] += 1
             if offset in self.part.attempts or offset in self.part.crashes:
                 raise Wrong(f"{self.at}@{offset} is settled and its counts are kept")
@@ -539,6 +530,12 @@ class Hold:
         sent = Counter([self.sim.store(out) for out in result.outputs])
         if sent != expected:
             raise Wrong(f"{self.at}: outputs {dict(sent - expected)} too many, {dict(expected - sent)} are missing")
+
+    def leaves_letter(self, msg: Msg, suspect: bool) -> bool:
+        """Whether a dead message goes to the dead letters: no null value does, and on_dead="skip" leaves them out."""
+        if msg.row[2] is None and not msg.readable and not suspect:
+            return False
+        return self.sim.on_dead != "skip" or (msg.plan == "undecodable" and not suspect)
 
     def check_cells(self, result: Any) -> None:
         home = self.sim.home
@@ -558,7 +555,7 @@ class Call:
         self.member = hold.member
         sim.calls += 1
         self.id = sim.calls
-        self.whole = sim.batch and not (msgs[0].row[0] in hold.alone)
+        self.whole = sim.batch and msgs[0].row[0] not in hold.alone
         self.action = next((a for m in msgs if (a := m.action(hold.attempt(m))) != "ok"), "ok")
         self.manner = sim.rng.choice(("raise", "raise", "raise", "convert", "swallow"))
         self.steps = sim.rng.choice((0, 0, 1, 2))
@@ -737,7 +734,8 @@ class Member:
         self.running: set[int] = set()
         self.pauses: list[Any] = []
         self.loop = Loop()
-        handler = sim.consumer.compile(Observers(), sim.consumer.hooks)
+        self.latest: dict[Any, Hold] = {}
+        handler = sim.consumer.compile(Observers([self.watch]), sim.consumer.hooks)
         if sim.table:
             handler.tables = Cells(["seen"], False, sim.home.cell)
         crew: Any = (Tasks if sim.awaited else Crew)(handler, sim.order, sim.size, sim.clock)
@@ -752,6 +750,8 @@ class Member:
         )  # fmt: skip
         self.runner.finished = Waiting(self, 1 << 30)  # type: ignore[assignment]
         self.runner.overrun = Waiting(self, sim.rng.randint(0, 20))  # type: ignore[assignment]
+        if sim.theme == "suspects":  # hauls, and a look at the suspects between their runs
+            crew.pace, crew.enough = 1e-5, 1
         self.source = Source(sim, self)
         self.runner.attach(self.source)
         if sim.awaited:
@@ -775,6 +775,12 @@ class Member:
             if call.run is self.crew.current[slot]:
                 call.struck = self.crew.cancelled[slot]
         cancel()
+
+    def watch(self, record: Any) -> None:
+        """An observer: a delivery that was given back is not to be reported as failed."""
+        call = self.latest[record.topic, record.partition].calls.get(record.offset)
+        if call is not None and call.verdict == "release":
+            raise Wrong(f"{call} is reported: {record.outcome}, {record.reason}")
 
     def slot_of(self, run: Any) -> int:
         found = [slot for slot, current in enumerate(self.crew.current) if current is run]
@@ -911,12 +917,13 @@ class Member:
     def check_empty(self) -> None:
         """Nothing is left behind when all is settled."""
         crew = self.crew
+        lanes, runner = crew.lanes, self.runner
         left = {
             "results": crew.results, "hauls": [*filter(None, crew.hauls)], "ended": [*filter(None, crew.ended)],
-            "current": [*filter(None, crew.current)], "ready": crew.lanes.ready, "late": crew.late, "cancelled": crew.cancelled,
-            "solo": crew.solo, "held": crew.held, "unsettled": self.runner._unsettled, "suspects": self.runner._alone._behind,
-            "running": self.runner._alone._running, "active": self.active,
-            "parked": [run for at, _, run in crew.lanes._parked if run.ripe == at and not run.part.closed],
+            "current": [*filter(None, crew.current)], "late": crew.late, "cancelled": crew.cancelled,
+            "solo": crew.solo, "held": crew.held, "ready": lanes.ready, "unsettled": runner._unsettled,
+            "suspects": runner._alone._behind, "running": runner._alone._running, "active": self.active,
+            "parked": [run for at, _, run in lanes._parked if run.ripe == at and not run.part.closed],
         }  # fmt: skip
         for part in self.source.parts.values():
             left |= {"lanes": part.lanes, "account": len(part.held), "attempts": part.attempts, "crashes": part.crashes}
@@ -963,7 +970,7 @@ class Sim:
         self.awaited = rng.random() < 0.4
         self.batch = rng.random() < 0.25
         self.shape = "batch" if self.batch else rng.choice(("value", "value", "delivery", "respond", "optional"))
-        self.order = rng.choice(("key", "key", "partition", "none")) if self.theme != "history" else "partition"
+        self.order = "partition" if self.theme == "history" else rng.choice(("key", "key", "partition", "none"))
         self.table = self.order != "none" and rng.random() < 0.5
         self.retry = Retry(
             rng.randint(0, 3), backoff=BACKOFF, jitter=0, give_up_on=GiveUp, ordered=self.table or rng.random() < 0.7
@@ -979,7 +986,8 @@ class Sim:
         self.limit = rng.choice((3, 6, 20, 40))
         self.jitter = rng.choice((0.0, 0.02, 0.2))
         consumer = self.consumer
-        consumer.retry, consumer.order, consumer.on_dead, consumer.concurrency = self.retry, self.order, self.on_dead, self.size
+        consumer.retry, consumer.order, consumer.concurrency = self.retry, self.order, self.size
+        consumer.on_dead = self.on_dead
         consumer.timeout = 1.0 if self.timed else None
         consumer.batch = Batch(rng.choice((1, 2, 3, 10)), rng.choice((0.0, 0.05, 0.5)))
         self.home = Home(self)
@@ -994,7 +1002,7 @@ class Sim:
 
     def _fill(self) -> None:
         rng, home = self.rng, self.home
-        for number in range(rng.randint(1, 3)):
+        for number in range(3 if self.theme == "suspects" else rng.randint(1, 3)):
             for topic in ("in",) if self.retry.ordered else ("in", "in.retry.g"):
                 at = (topic, number)
                 home.logs[at] = []
@@ -1180,9 +1188,9 @@ class Sim:
             pass
         elif dice < 0.93:
             member.timeout()
-        elif dice < 0.94:
+        elif dice < 0.94 or (dice < 0.97 and self.theme == "history"):
             self.send()
-        elif dice < 0.945 or (dice < 0.97 and self.theme == "moves"):
+        elif dice < 0.945 or (dice < 0.97 and self.theme in ("moves", "suspects")):
             self.home.wanted[rng.choice(list(self.home.wanted))] = member
         elif dice < 0.947 or (dice < 0.97 and self.theme == "lapses"):
             self.clock.advance(0.0 if self.looking else LEASE + 2 * FROZEN)
@@ -1225,7 +1233,8 @@ class Sim:
             raise Wrong(f"the table is {self.home.cells}, not {self.home.model}")
         for hold in self.holds.values():
             for call in hold.calls.values():
-                if call.over and call.verdict == "fail" and not call.member.dead and not all(f.done() for f in call.futures):
+                failed = call.over and call.verdict == "fail" and not call.member.dead
+                if failed and not all(f.done() for f in call.futures):
                     raise Wrong(f"{call} failed, and its sends are pending for ever")
 
     def settle_down(self) -> bool:

@@ -140,6 +140,10 @@ REFUSED = {
     "tables with retries out of order": (
         lambda app: consume(tables=[app.totals], retry=Retry(ordered=False))(app), "retry", "ordered=False", "ordered=True",
     ),
+    "tables of a rekeyed topic by key": (
+        lambda app: app.consumer(app.topic("r", rekeyed=True), tables=[app.totals], concurrency=2)(handler),
+        "order", "'key'", '"partition"',
+    ),
     "hooks": (consume(hooks=generator), "hooks", "generator", "hooks=[...]"),
     "hooks that are none": (consume(hooks=[plain]), "hooks", "plain", "generator function"),
     "hooks of another kind": (consume(hooks=[NOTHING]), "hooks", "<nothing>", "generator function"),

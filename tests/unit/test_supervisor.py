@@ -214,6 +214,8 @@ def test_without_drain_a_child_that_ends_is_started_again(house):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_stop_is_passed_on_and_waited_for(house, name):
     h = house(2)
+    h.say("ready", 0)
+    h.say("ready", 1)
     h.supervisor.signal(signal.Signals[name])
     assert [process.signals for _, process in h.started] == [[signal.Signals[name]]] * 2
     h.end(0, 0)
@@ -227,6 +229,7 @@ def test_a_stop_is_passed_on_and_waited_for(house, name):
 
 def test_a_second_sigint_is_passed_on_too(house):
     h = house()
+    h.say("ready")
     h.supervisor.signal(signal.SIGINT)
     h.supervisor.signal(signal.SIGINT)
     assert h.started[0][1].signals == [signal.SIGINT, signal.SIGINT]
@@ -265,9 +268,12 @@ def test_a_child_that_does_not_stop_is_killed(house, caplog):
 
 
 def test_a_child_that_the_signal_met_before_it_could_listen_is_no_failure(house):
-    h = house()
-    h.supervisor.signal(signal.SIGTERM)
-    h.end(-signal.SIGTERM)
+    h = house(2)
+    h.say("ready", 0)
+    h.supervisor.signal(signal.SIGINT)
+    assert [process.signals for _, process in h.started] == [[signal.SIGINT], [signal.SIGTERM]]
+    h.end(0, 0)
+    h.end(-signal.SIGTERM, 1)
     assert h.supervisor.status == 0
 
 

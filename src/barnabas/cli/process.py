@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 
 from barnabas.app import App
@@ -42,18 +42,12 @@ class Stopper:
         self.name = signal.Signals(number).name
         self.event.set()
 
-    @contextlib.contextmanager
-    def installed(self) -> Iterator["Stopper"]:
-        """Listen, until the end of the block."""
-        numbers = [signal.Signals[name] for name in STOPS if hasattr(signal, name)]
-        before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-        for number in before:
-            signal.signal(number, self.asked)
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def install(self) -> None:
+        """Listen from now on; a signal that is ignored (nohup) stays so."""
+        for name in STOPS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.asked)
 
 
 def serve(

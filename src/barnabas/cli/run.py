@@ -42,6 +42,9 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
     child, fd = options.pop("child"), options.pop("lifeline")
     # Before anything else: the supervisor may go while the app is being imported.
     lifeline = None if fd is None else Lifeline(fd, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopper = Stopper()
+    if child is not None:
+        stopper.install()
     app = override(load(target or spec), events=options["events"], jobs=options["jobs"], processes=processes)
     logs.set_up(app, child)
     several = child is None and (app.settings.processes > 1 or options["reloads"])
@@ -49,20 +52,20 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
         _announce(app, options["only"], options["skip"])
     if several:
         return supervise(app, target or spec, **options)
-    return alone(app, lifeline, options["only"], options["skip"], options["drain"])
+    stopper.install()
+    try:
+        return alone(app, stopper, lifeline, options["only"], options["skip"], options["drain"])
+    finally:
+        app.close()
 
 
-def alone(app: App, lifeline: Lifeline | None, only: Any, skip: Any, drain: bool) -> int:
+def alone(app: App, stopper: Stopper, lifeline: Lifeline | None, only: Any, skip: Any, drain: bool) -> int:
     """Run a worker in this process."""
-    with Stopper().installed() as stopper:
-        worker = Worker(app, only=only, skip=skip)
-        status = None if lifeline is not None else Status()
-        try:
-            code = serve(worker, stopper, drain=drain, lifeline=lifeline, tell=status)
-            if status is not None:
-                _conclude(app, status, list(worker.queues) if drain and code == 0 else [])
-        finally:
-            app.close()
+    worker = Worker(app, only=only, skip=skip)
+    status = None if lifeline is not None else Status()
+    code = serve(worker, stopper, drain=drain, lifeline=lifeline, tell=status)
+    if status is not None:
+        _conclude(app, status, list(worker.queues) if drain and code == 0 else [])
     return code
 
 

@@ -59,7 +59,7 @@ class Alone:
         self._running: tuple[Part, Row] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._behind)
+        return bool(self._behind) or self._running is not None
 
     def sift(self, part: Part, rows: Sequence[Row]) -> Sequence[Row]:
         """What may be handed over now; the first suspect and all behind it are held back."""
@@ -78,9 +78,8 @@ class Alone:
         for crew in self._runner.crews:
             if crew.solo is not None and crew.solo.part is part:
                 crew.solo = None
-        if self._running is None or self._running[0] is part:
-            self._running = None
-            self._gate.open(self)  # it may be closed for a run that has not begun
+        if self._running is None:  # else it opens when that run is over, whoever owns its partition by then
+            self._gate.open(self)
 
     def step(self) -> list[tuple[Part, Sequence[Row]]]:
         """Move on; returns what may be handed over after a suspect had its run."""
@@ -91,7 +90,7 @@ class Alone:
             self._running = None
             part.crashes.pop(row[0], None)
             self._gate.open(self)
-            return self._next(part)
+            return self._next(part) if part in self._behind else []
         for part, rows in self._behind.items():
             crashes = part.crashes[rows[0][0]]
             if part.lanes:  # older messages of the partition are still waiting or in work
