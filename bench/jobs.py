@@ -1,22 +1,22 @@
 """Jobs on SQLite: no-op jobs, each settled durably, against a bare loop on the same tables and against huey."""
 
+import logging
 import os
 from importlib.resources import files
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event
 from time import perf_counter, sleep, time
 from typing import Any
 
 import msgspec
-from kit import WAIT, Figure, Other, Row, Tally, bench, expect, hear, in_turn, raw_db, say, tune, work_off
+from kit import WAIT, Figure, Row, Tally, bench, expect, in_turn, other, raw_db, tune, work_off
 
 from barnabas import App
 
-CLAIM = 100
-READY = (
+CLAIM = (
     "UPDATE jobs SET state = 1, owner = 1 WHERE id IN "
-    "(SELECT id FROM jobs WHERE state = 0 AND queue = 1 ORDER BY id LIMIT ?) RETURNING id, payload"
+    "(SELECT id FROM jobs WHERE state = 0 AND queue = 1 ORDER BY id LIMIT 100) RETURNING id, payload"
 )
 
 
@@ -44,9 +44,8 @@ def bare(path: str, n: int) -> tuple[float, float]:
     db = raw_db(path, files("barnabas.backends").joinpath("sqlite.sql").read_text())
     tally = Tally(n)
     functions = {"noop": (tally.job, msgspec.json.Decoder(tuple[int]).decode)}
-    encode, decode = msgspec.json.Encoder().encode, msgspec.json.Decoder(Stored).decode
+    encode, decode, rows = msgspec.json.Encoder().encode, msgspec.json.Decoder(Stored).decode, []
     began = perf_counter()
-    rows = []
     for number in range(1, n + 1):
         now, jid = time(), os.urandom(12).hex()
         rows.append((jid, encode(Job(25, "default", "noop", (number,), jid, now, now))))
@@ -57,9 +56,8 @@ def bare(path: str, n: int) -> tuple[float, float]:
     done: list[tuple[int]] = []
     while True:
         db.execute("BEGIN IMMEDIATE")
-        if done:
-            db.executemany("DELETE FROM jobs WHERE id = ?", done)
-        claimed = db.execute(READY, (CLAIM,)).fetchall()
+        db.executemany("DELETE FROM jobs WHERE id = ?", done)
+        claimed = db.execute(CLAIM).fetchall()
         db.execute("COMMIT")
         if not claimed:
             break
@@ -77,29 +75,26 @@ def bare(path: str, n: int) -> tuple[float, float]:
 
 
 def ours(path: str, n: int) -> tuple[float, float]:
-    """The same with Barnabas: from the worker's first job to its last settlement."""
+    """The same with Barnabas; the run from the worker's first job to its last settlement."""
     app = App("bench", events=f"sqlite:///{path}", jobs=f"sqlite:///{path}")
     tally = Tally(n)
     noop = app.job(name="noop")(tally.job)
-    settled, last, end = [0], Event(), [0.0]
-
-    @app.observe
-    def watch(record: Any) -> None:
-        settled[0] += record.count
-        end[0] = perf_counter()
-        if settled[0] >= n:
-            last.set()
-
-    assert app.jobs.flush(0) == 0  # the file is there
+    expect("waiting sends", app.jobs.flush(0), 0)  # the file is there
     began = perf_counter()
     ids = noop.enqueue_many((number,) for number in range(1, n + 1)).result(WAIT)
     enqueued = perf_counter()
     expect("distinct ids", len(set(ids)), n)
-    expect("all settled", work_off(app, "jobs", n, lambda: last.wait(WAIT)), True)
+    end = work_off(app, "jobs", n)
     assert tally.seconds
     expect("jobs left", app.jobs.open_work({}, ["default"]), 0)
     app.close()
-    return enqueued - began, end[0] - tally.marks[0]
+    return enqueued - began, end - tally.marks[0]
+
+
+def figures(n: int, theirs: tuple[float, float], own: tuple[float, float]) -> list[Figure]:
+    """Of the whole, of enqueueing, of running."""
+    pairs = [(sum(theirs), sum(own)), *zip(theirs, own, strict=True)]
+    return [Figure(raw / ours, n / raw, n / ours) for raw, ours in pairs]
 
 
 @bench(
@@ -112,68 +107,48 @@ def ours(path: str, n: int) -> tuple[float, float]:
 def jobs(n: int, turn: int) -> list[Figure]:
     tune()
     with TemporaryDirectory(dir=Path.cwd()) as folder:
-        (put, run), (own_put, own_run) = in_turn(
-            turn, lambda: bare(f"{folder}/raw.db", n), lambda: ours(f"{folder}/ours.db", n)
-        )
-    return [
-        Figure((put + run) / (own_put + own_run), n / (put + run), n / (own_put + own_run)),
-        Figure(put / own_put, n / put, n / own_put),
-        Figure(run / own_run, n / run, n / own_run),
-    ]
+        one, two = f"{folder}/raw.db", f"{folder}/ours.db"
+        return figures(n, *in_turn(turn, lambda: bare(one, n), lambda: ours(two, n)))
 
 
-def run_huey(path: str, n: int) -> None:
-    """The peer, in its own process: its loop with one worker thread."""
-    import logging
-
+def run_huey(parent: Connection, path: str, n: int) -> None:
+    """The peer: its own loop with one worker thread."""
     from huey import SqliteHuey
     from huey.consumer import Consumer
 
     logging.getLogger("huey").setLevel(logging.ERROR)
-    peer = SqliteHuey(filename=path)
-    tally = Tally(n)
+    peer, tally = SqliteHuey(filename=path), Tally(n)
     noop = peer.task(name="noop")(tally.job)
     tune()
-    say("ready")
-    hear()
     began = perf_counter()
     for number in range(1, n + 1):
         noop(number)
     enqueued = perf_counter()
     consumer = Consumer(peer, workers=1, periodic=False)
     consumer.start()
-    run = tally.seconds
-    sleep(0.1)
-    expect("jobs left", peer.pending_count(), 0)
+    while len(tally.marks) < 2:
+        sleep(0.01)
     consumer.stop(graceful=True)
-    say([enqueued - began, run])
+    expect("jobs left", peer.pending_count(), 0)
+    parent.send((enqueued - began, tally.seconds))
+
+
+HUEY = "raw: huey, whose promise is weaker: it removes a job before it runs, so one killed in work is lost"
 
 
 @bench(
     10_000,
     200,
-    Row(
-        "for the reader: huey on SQLite, the same no-op jobs, one worker thread, enqueue and run",
-        None,
-        "x",
-        "/s",
-        note="raw: huey. Its promise is weaker: a job is removed before it runs, so one killed in work is lost",
-    ),
+    Row("for the reader: huey on SQLite, the same no-op jobs, one worker thread", None, "x", "/s", note=HUEY),
+    Row("of which: enqueue", None, "x", "/s", note="raw: huey, a transaction a job"),
     Row("of which: run", None, "x", "/s", note="raw: huey"),
 )
 def huey(n: int, turn: int) -> list[Figure]:
     tune()
 
-    def theirs() -> tuple[float, float]:
-        with Other(run_huey, f"{folder}/huey.db", n) as other:
-            other.hear()
-            other.say("go")
-            put, run = other.hear()
-            return put, run
+    def theirs() -> Any:
+        with other(run_huey, f"{folder}/huey.db", n) as peer:
+            return peer.recv()
 
     with TemporaryDirectory(dir=Path.cwd()) as folder:
-        (put, run), (own_put, own_run) = in_turn(turn, theirs, lambda: ours(f"{folder}/ours.db", n))
-    return [
-        Figure((put + run) / (own_put + own_run), n / (put + run), n / (own_put + own_run)),
-        Figure(run / own_run, n / run, n / own_run),
-    ]
+        return figures(n, *in_turn(turn, theirs, lambda: ours(f"{folder}/ours.db", n)))

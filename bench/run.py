@@ -14,58 +14,51 @@ from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from time import perf_counter
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SRC = HERE.parent / "src"
 THEMES = ("topics", "jobs", "engine", "start")  # a file each
+HEAD = ["what", "target", "reached", "", "raw", "Barnabas"]
 sys.path.insert(0, str(SRC))
 
 
-def disk(folder: Path) -> float:
+def disk(folder: str) -> float:
     """Milliseconds of an fdatasync: what durability costs here."""
-    path = folder / "disk"
     times = []
-    with open(path, "wb") as file:
+    with TemporaryFile(dir=folder, buffering=0) as file:
         for _ in range(50):
-            file.write(b"x" * 4096)
-            file.flush()
+            file.write(bytes(4096))
             began = perf_counter()
             os.fdatasync(file.fileno())
             times.append(1000 * (perf_counter() - began))
-    path.unlink()
     return statistics.median(times)
 
 
-def machine(folder: Path) -> dict[str, str]:
+def machine(folder: str) -> dict[str, str]:
     """What the figures were taken on."""
     import apsw
 
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
         "system": f"{platform.system()} {platform.release()}, fdatasync {disk(folder):.2f} ms",
-        "Python": platform.python_version(),
-        "SQLite": apsw.sqlite_lib_version(),
-        "apsw": apsw.apsw_version(),
-        "msgspec": version("msgspec"),
+        "versions": f"Python {platform.python_version()}, SQLite {apsw.sqlite_lib_version()}, "
+        f"apsw {apsw.apsw_version()}, msgspec {version('msgspec')}",
     }
 
 
-def one_round(name: str, n: int, turn: int, folder: Path) -> list[Any]:
+def one_round(name: str, n: int, turn: int, folder: str) -> list[Any]:
     """A bench's figures of one round, from a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("BARNABAS_")}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once
-    environment["PYTHONPYCACHEPREFIX"] = str(folder / "compiled")
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SRC), os.environ.get("PYTHONPATH")]))
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("BARNABAS_") and k != "PYTHONDONTWRITEBYTECODE"}
+    keep["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SRC), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(HERE / "run.py"), "--round", name, str(n), str(turn)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=folder, env=keep, capture_output=True, text=True, timeout=900)
     if done.returncode:
         raise RuntimeError(done.stderr.strip() or f"exit status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -75,25 +68,20 @@ def show(value: float | None, unit: str) -> str:
     """A figure with its unit."""
     if value is None:
         return ""
-    if unit == "x":
-        return f"{value:.2f}x"
     if unit == "/s":
         return f"{value:,.0f}/s" if value < 100_000 else f"{value / 1000:,.0f} k/s"
-    return f"{value:.2f} us" if unit == "us" else f"{value:.0f} {unit}"
+    return f"{value:.2f}x" if unit == "x" else f"{value:.2f} us" if unit == "us" else f"{value:.0f} {unit}"
 
 
 def summary(bench: Any, index: int, rounds: list[Any]) -> dict[str, Any]:
     """The line of one row: medians of all rounds."""
     row = bench.rows[index]
-    found: dict[str, Any] = {"bench": bench.name, "n": bench.n, **row._asdict()}
-    values = [figures[index][0] for figures in rounds]
-    found["figure"] = figure = statistics.median(values)
-    found["rounds"] = values
-    for at, side in ((1, "raw"), (2, "ours")):
-        sides = [figures[index][at] for figures in rounds]
-        found[side] = None if None in sides else statistics.median(sides)
-    found["ok"] = None if row.target is None else figure <= row.target if row.at_most else figure >= row.target
-    return found
+    values, *sides = zip(*(figures[index] for figures in rounds), strict=True)
+    raw, ours = (None if None in side else statistics.median(side) for side in sides)
+    figure = statistics.median(values)
+    ok = None if row.target is None else figure <= row.target if row.at_most else figure >= row.target
+    found = {"figure": figure, "ok": ok, "raw": raw, "ours": ours, "rounds": values}
+    return {"bench": bench.name, "n": bench.n, **row._asdict(), **found}
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -101,57 +89,55 @@ def cells(row: dict[str, Any]) -> list[str]:
     target = "" if row["target"] is None else f"{'≤' if row['at_most'] else '≥'} {show(row['target'], row['unit'])}"
     ok = {True: "ok", False: "**no**", None: ""}[row["ok"]]
     what = row["what"] + (f" ({row['note']})" if row["note"] else "")
-    shown = show(row["figure"], row["unit"])
-    return [what, target, shown, ok, show(row["raw"], row["each"]), show(row["ours"], row["each"])]
+    shown = [show(row["figure"], row["unit"]), ok, show(row["raw"], row["each"]), show(row["ours"], row["each"])]
+    return [what, target, *shown]
 
 
-HEAD = ["what", "target", "reached", "", "raw", "Barnabas"]
+def write(about: dict[str, str], rounds: int, rows: list[dict[str, Any]]) -> None:
+    """RESULTS.md and results.json."""
+    lines = [" | ".join(line) for line in (HEAD, ["---"] * len(HEAD), *map(cells, rows))]
+    text = f"""# Figures
+
+Written by `make bench`; do not edit. Each figure is the median of {rounds} rounds, the raw loop and Barnabas in turn in
+each. Ratios hold, absolutes move.
+
+{chr(10).join(f"- {name}: {value}" for name, value in about.items())}
+
+{chr(10).join(f"| {line} |" for line in lines)}
+"""
+    (HERE / "RESULTS.md").write_text(text)
+    data = {"about": about, "rows": rows}
+    (HERE / "results.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
-def markdown(about: dict[str, str], rounds: int, rows: list[dict[str, Any]]) -> str:
-    """RESULTS.md."""
-    lines = ["# Figures", "", "Written by `make bench`; do not edit. Each figure is the median of "]
-    lines[-1] += f"{rounds} rounds, the raw loop and Barnabas in turn in each; ratios hold, absolutes move."
-    lines += ["", *(f"- {name}: {text}" for name, text in about.items()), ""]
-    lines += ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(cells(row)) + " |" for row in rows), ""])
-
-
-def measure(names: list[str], rounds: int, quick: bool) -> int:
+def measure(benches: list[Any], rounds: int, quick: bool, all_of_them: bool) -> int:
     """Run the benches and show what came out; returns the exit status."""
-    from kit import BENCHES
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    rows: list[dict[str, Any]] = []
-    failures = 0
+    console, rows, failures = Console(), [], 0
     build = HERE.parent / "build"  # not /tmp, which may be memory: durability would cost nothing there
     build.mkdir(exist_ok=True)
     with TemporaryDirectory(dir=build) as folder, console.status("") as status:
-        about = machine(Path(folder))
-        for bench in [BENCHES[name] for name in names]:
+        about = machine(folder)
+        for bench in benches:
             figures = []
             try:
                 for turn in range(rounds):
                     status.update(f"{bench.name}, round {turn + 1} of {rounds}")
-                    figures.append(one_round(bench.name, bench.tiny if quick else bench.n, turn, Path(folder)))
+                    figures.append(one_round(bench.name, bench.tiny if quick else bench.n, turn, folder))
+                rows += [summary(bench, index, figures) for index in range(len(bench.rows))]
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 failures += 1
-                console.print(f"{bench.name} failed:", style="red")
-                console.print(str(error), markup=False, highlight=False)
-                continue
-            rows += [summary(bench, index, figures) for index in range(len(bench.rows))]
+                console.print(f"{bench.name} failed:\n{error}", markup=False, highlight=False)
     table = Table(*HEAD, title=f"{about['date']}, {about['machine']}")
     for row in rows:
-        table.add_row(*(text.replace("**", "").replace("`", "") for text in cells(row)))
+        table.add_row(*(text.replace("*", "").replace("`", "") for text in cells(row)))
     console.print(table)
-    if quick or len(names) < len(BENCHES):
+    if quick or failures or not all_of_them:
         console.print("nothing was written: that takes a run of everything")
-    elif not failures:
-        (HERE / "RESULTS.md").write_text(markdown(about, rounds, rows))
-        data = {"about": about, "rounds": rounds, "rows": rows}
-        (HERE / "results.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    else:
+        write(about, rounds, rows)
         console.print(f"written to {HERE / 'RESULTS.md'}")
     return 1 if failures else 0
 
@@ -159,24 +145,19 @@ def measure(names: list[str], rounds: int, quick: bool) -> int:
 def main() -> int:
     for theme in THEMES:
         import_module(theme)
-    from kit import BENCHES
-
+    benches = import_module("kit").BENCHES
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", action="append", choices=list(BENCHES), help="this bench alone (may be repeated)")
+    parser.add_argument("--only", action="append", choices=list(benches), help="this bench (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="a few messages, one round: does it work?")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each bench (5)")
-    parser.add_argument("--round", nargs=3, metavar=("NAME", "N", "TURN"), help=argparse.SUPPRESS)
-    parser.add_argument("--part", nargs=2, metavar=("MODULE:FUNCTION", "ARGS"), help=argparse.SUPPRESS)
+    parser.add_argument("--round", nargs=3, help=argparse.SUPPRESS)  # NAME N TURN: in a process of its own
     given = parser.parse_args()
-    if given.part:
-        module, function = given.part[0].split(":")
-        getattr(import_module(module), function)(*json.loads(given.part[1]))
-        return 0
     if given.round:
         name, n, turn = given.round
-        print(json.dumps(BENCHES[name].run(int(n), int(turn))))
+        print(json.dumps(benches[name].run(int(n), int(turn))))
         return 0
-    return measure(given.only or list(BENCHES), 1 if given.quick else given.rounds, given.quick)
+    chosen = [benches[name] for name in given.only or benches]
+    return measure(chosen, 1 if given.quick else given.rounds, given.quick, not given.only)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Topics on one SQLite file: from a sender's process to a handler in another, and into a table."""
 
+from collections import Counter
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event
 from time import perf_counter, sleep, time
 from typing import Any
 
 import msgspec
-from kit import Figure, Order, Other, Row, Tally, bench, expect, hear, in_turn, orders, raw_db, say, tune, work_off
+from kit import WAIT, Figure, Order, Row, Tally, bench, expect, in_turn, orders, other, raw_db, tune, work_off
 
 from barnabas import App
 
@@ -17,24 +18,21 @@ CREATE TABLE IF NOT EXISTS messages (id INTEGER PRIMARY KEY, key TEXT, value BLO
 CREATE TABLE IF NOT EXISTS positions (name TEXT PRIMARY KEY, offset INTEGER NOT NULL);
 INSERT OR IGNORE INTO positions VALUES ('handle', 0);
 """
-RAW_ROWS = 1_000  # of a transaction, and of a read: what suits the bare loop best here
+RAW_ROWS = 1_000  # of a transaction, and of a read: more is no faster
 TABLE_KEYS = 400
 
 
 def shop(path: str) -> tuple[App, Any]:
-    """The app of both processes."""
     app = App("bench", events=f"sqlite:///{path}", jobs=f"sqlite:///{path}")
     return app, app.topic("orders", Order, key="customer")
 
 
-def send_raw(path: str, n: int) -> None:
-    db = raw_db(path, RAW)
-    encode = msgspec.json.Encoder().encode
+def send_raw(parent: Connection, path: str, n: int) -> None:
+    db, encode, rows = raw_db(path, RAW), msgspec.json.Encoder().encode, []
     tune()
-    say("ready")
-    hear()
+    parent.send("ready")
+    parent.recv()
     began = perf_counter()
-    rows = []
     for order in orders(n):
         rows.append((order.customer, encode(order), time()))
         if len(rows) == RAW_ROWS or order.id == n:
@@ -42,29 +40,26 @@ def send_raw(path: str, n: int) -> None:
             db.executemany("INSERT INTO messages (key, value, time) VALUES (?, ?, ?)", rows)
             db.execute("COMMIT")
             rows = []
-    say([began, perf_counter()])
+    parent.send(began)
 
 
-def send_ours(path: str, n: int) -> None:
+def send_ours(parent: Connection, path: str, n: int) -> None:
     app, topic = shop(path)
     app.events.flush(0)
     tune()
-    say("ready")
-    hear()
+    parent.send("ready")
+    parent.recv()
     began = perf_counter()
-    expect("sent", topic.send_many(orders(n)).result(300), n)
-    say([began, perf_counter()])
+    expect("sent", topic.send_many(orders(n)).result(WAIT), n)
+    parent.send(began)
     app.close()
 
 
-def handle_raw(path: str, n: int) -> None:
-    db = raw_db(path, RAW)
-    decode = msgspec.json.Decoder(Order).decode
-    tally = Tally(n)
+def handle_raw(parent: Connection, path: str, n: int) -> None:
+    db, decode, tally, position = raw_db(path, RAW), msgspec.json.Decoder(Order).decode, Tally(n), 0
     handle = tally.one
     tune()
-    say("ready")
-    position = 0
+    parent.send("ready")
     while position < n:
         rows = db.execute(
             "SELECT id, key, value, time FROM messages WHERE id > ? ORDER BY id LIMIT ?", (position, RAW_ROWS)
@@ -78,23 +73,23 @@ def handle_raw(path: str, n: int) -> None:
         db.execute("BEGIN IMMEDIATE")
         db.execute("UPDATE positions SET offset = ? WHERE name = 'handle'", (position,))
         db.execute("COMMIT")
-    expect("all handled", tally.done.is_set(), True)
-    say(tally.marks)
+    assert tally.seconds
+    parent.send(tally.marks[-1])
 
 
-def handle_ours(path: str, n: int) -> None:
+def handle_ours(parent: Connection, path: str, n: int) -> None:
     app, topic = shop(path)
     tally = Tally(n)
     app.consumer(topic, name="handle")(tally.one)
 
-    def wait() -> None:
+    def started() -> None:
         tune()
         sleep(0.1)  # it has its partitions, and waits
-        say("ready")
-        assert tally.seconds
+        parent.send("ready")
 
-    work_off(app, "handle", n, wait)
-    say(tally.marks)
+    work_off(app, "handle", n, started)
+    assert tally.seconds
+    parent.send(tally.marks[-1])
     app.close()
 
 
@@ -102,13 +97,12 @@ def both(send: Callable[..., None], handle: Callable[..., None], n: int) -> floa
     """Seconds from the first send in one process to the last handled in the other."""
     with TemporaryDirectory(dir=Path.cwd()) as folder:
         path = f"{folder}/topics.db"
-        with Other(handle, path, n) as handler:
-            handler.hear()
-            with Other(send, path, n) as sender:
-                sender.hear()
-                sender.say("go")
-                began, _ = sender.hear()
-                return handler.hear()[-1] - began
+        with other(handle, path, n) as handler:
+            handler.recv()
+            with other(send, path, n) as sender:
+                sender.recv()
+                sender.send("go")
+                return -sender.recv() + handler.recv()
 
 
 @bench(
@@ -127,40 +121,21 @@ def consume(n: int, with_table: bool) -> float:
         app, topic = shop(f"{folder}/table.db")
         counts = app.table("counts", int)
         tally = Tally(n)
-        first: list[float] = []
 
         def count(order: Order) -> None:
-            if not first:
-                first.append(perf_counter())
+            tally.one(order)
             counts[order.customer] = counts.get(order.customer, 0) + 1
 
-        function = count if with_table else tally.one
-        app.consumer(topic, name="handle", tables=[counts] if with_table else [])(function)
-        settled, last = [0], Event()
-        end = [0.0]
-
-        @app.observe
-        def watch(record: Any) -> None:
-            settled[0] += record.count
-            end[0] = perf_counter()
-            if settled[0] >= n:
-                last.set()
-
-        topic.send_many(orders(n, TABLE_KEYS)).result()
+        app.consumer(topic, name="handle", tables=[counts] if with_table else [])(count if with_table else tally.one)
+        topic.send_many(orders(n, TABLE_KEYS)).result(WAIT)
         tune()
-        expect("all settled", work_off(app, "handle", n, lambda: last.wait(300)), True)
+        end = work_off(app, "handle", n)
+        assert tally.seconds
         if with_table:
             with counts.open() as view:
-                expect("cells", sorted(view.items()), sorted(_expected(n).items()))
+                expect("cells", dict(view.items()), Counter(order.customer for order in orders(n, TABLE_KEYS)))
         app.close()
-        return n / (end[0] - (first or tally.marks)[0])
-
-
-def _expected(n: int) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for order in orders(n, TABLE_KEYS):
-        found[order.customer] = found.get(order.customer, 0) + 1
-    return found
+        return n / (end - tally.marks[0])
 
 
 @bench(

@@ -63,7 +63,7 @@ class App:
         owner = f"topic {name!r}"
         refuse_unknown(owner, options, TOPIC_OPTIONS)
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name):
-            raise DeclarationError(f"{owner}: its name may have up to 200 letters, digits, dots, dashes and underscores")
+            raise DeclarationError(f"{owner}: its name may have up to 200 letters, digits, dots, dashes, underscores")
         partitions = options.get("partitions")
         if partitions is not None and (isinstance(partitions, bool) or not isinstance(partitions, int) or not 1 <= partitions <= 10_000):
             raise DeclarationError(f"{owner}: partitions={partitions!r}: give a whole number from 1 to 10000")
@@ -119,14 +119,14 @@ class App:
             for other in self.consumers.values():
                 if other.group == consumer.group:
                     raise DeclarationError(
-                        f"{consumer.owner}: group={consumer.group!r} belongs to consumer {other.name!r}; two consumers of "
-                        "one group would take each other's messages: give one of them another name= or group="
+                        f"{consumer.owner}: group={consumer.group!r} belongs to consumer {other.name!r}; two consumers "
+                        "of one group would take each other's messages: give one of them another name= or group="
                     )
                 for table in consumer.tables:
                     if table in other.tables:
                         raise DeclarationError(
-                            f"{consumer.owner}: tables=: the table {table.name!r} belongs to consumer {other.name!r}; give "
-                            f"this one a table of its own, or let it read the other's: with {table.name}.open() as view"
+                            f"{consumer.owner}: tables=: the table {table.name!r} belongs to consumer {other.name!r}; "
+                            f"give this one a table of its own, or let it read the other's: with {table.name}.open() as view"
                         )
             self.consumers[consumer.name] = consumer
             return target
@@ -168,8 +168,9 @@ class App:
     def around(self, hook: F) -> F:
         """A generator function around every handler and job: before its `yield`, after it, `try/except` around it."""
         check_hook(hook, "around")
-        for owner in (*self.consumers.values(), *self.job_handlers.values()):
-            refuse_async(owner.owner, owner.awaited, [hook])
+        declared: list[Any] = [*self.consumers.values(), *self.job_handlers.values()]
+        for one in declared:
+            refuse_async(one.owner, one.awaited, [hook])
         self.hooks.append(hook)
         return hook
 
@@ -192,8 +193,8 @@ class App:
         return function
 
     def on_start(self, function: F) -> F:
-        """Runs once in each worker process before its first delivery: open pools here. May be async: it then runs on the
-        event loop of the async handlers."""
+        """Runs once in each worker process before its first delivery: open pools here. May be async: then it runs on
+        the event loop of the async handlers."""
         check_function(function, "on_start", may_await=True)
         self.start_hooks.append(function)
         return function

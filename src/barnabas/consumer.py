@@ -84,7 +84,7 @@ class Consumer:
         self.awaited = inspect.iscoroutinefunction(routes[0].function)
         refuse_async(self.owner, self.awaited, [*app.hooks, *self.hooks])
         if not self.responds and any("respond" in r.params.kinds for r in routes):
-            raise DeclarationError(f"{self.owner}: it asks for a Respond; name the topics it answers on: responds=[...]")
+            raise DeclarationError(f"{self.owner}: it asks for a Respond; say on which topics: responds=[...]")
         if options.get("batch") is not None and not routes[0].params.batch:
             self._refuse("batch", options["batch"], "it belongs to a batch handler, whose first parameter is list[T]")
 
@@ -102,7 +102,7 @@ class Consumer:
         for answer in self._list("responds", options):
             if not isinstance(answer, RespondTo):
                 if not isinstance(answer, Topic):
-                    self._refuse("responds", answer, "give topics, as app.topic(...) returns them, or respond_to(topic, ...)")
+                    self._refuse("responds", answer, "give topics, as app.topic(...) returns them, or respond_to(...)")
                 answer = respond_to(answer)
             if any(other.topic is answer.topic for other in responds):
                 self._refuse("responds", answer.topic, "it is named twice; for several answers use multiple=True")
@@ -166,11 +166,12 @@ class Consumer:
             raise DeclarationError(f"{self.owner}: its methods are partly async; make all of them `async def`, or none")
         if len({r.params.batch for r in routes}) > 1:
             raise DeclarationError(f"{self.owner}: its methods take partly batches; make all take list[T], or none")
-        for name in ("set_up", "tear_down", "assigned", "revoked") if self.is_class else ():
-            if inspect.iscoroutinefunction(getattr(holder, name, None)) and not inspect.iscoroutinefunction(routes[0].function):
+        awaited = inspect.iscoroutinefunction(routes[0].function)
+        for name in ("set_up", "tear_down", "assigned", "revoked") if self.is_class and not awaited else ():
+            if inspect.iscoroutinefunction(getattr(holder, name, None)):
                 raise DeclarationError(
-                    f"{self.owner}: its `{name}` is async and the handler is not, so there is no loop for it; make it a "
-                    "plain `def`, or the handler `async def`"
+                    f"{self.owner}: its `{name}` is async and the handler is not, so there is no loop for it; make it "
+                    "a plain `def`, or the handler `async def`"
                 )
         return routes
 

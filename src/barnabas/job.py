@@ -12,6 +12,7 @@ import msgspec
 from barnabas.codec import known
 from barnabas.consumer import check_timeout, refuse_unknown
 from barnabas.engine.hand import CURRENT
+from barnabas.engine.handler import refuse_generator
 from barnabas.engine.hooks import check_hooks, refuse_async
 from barnabas.errors import DeclarationError, SendError
 from barnabas.future import Future, resolved
@@ -40,6 +41,7 @@ class Job:
         self._check()
         self.awaited = inspect.iscoroutinefunction(function)
         refuse_async(self.owner, self.awaited, [*app.hooks, *self.hooks])
+        refuse_generator(self.owner, function)
         self._signature = inspect.signature(function)
         self._plan()
         functools.update_wrapper(self, function)
@@ -227,7 +229,15 @@ class Options:
         last = out[-1]
         out = [o._replace(future=None) for o in out[:-1]] + [last]
         many: Future[list[str]] = Future(None, hand if held else None)
-        last.future.add_done_callback(lambda f: many.resolve(jids) if f.exception() is None else many.fail(f.exception()))
+
+        def done(last: Future[str]) -> None:
+            error = last.exception()
+            if error is not None:
+                many.fail(error)
+            else:  # None: the handler failed, and none of them left
+                many.resolve(None if last.result() is None else jids)
+
+        last.future.add_done_callback(done)
         if held:
             for o in out:
                 hand.add(o)  # type: ignore[union-attr]

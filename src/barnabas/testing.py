@@ -6,9 +6,9 @@
         assert [m.value for m in t.sent(receipts)] == [Receipt(...)]
 
 Topics, queues and tables live in `memory:` for as long as the block lasts; settings come from the code alone. Handlers
-run in the thread that calls `drain()`, async ones on an event loop of the test's own (so they share no locks and pools
-with an async test). What is not there: a `timeout=`
-is not enforced (nobody watches), and a batch does not wait to fill up (nothing else is coming).
+run in the thread that calls `drain()`, async ones on an event loop of their own (which shares no locks and pools with
+that of an async test). Not here: a `timeout=` is not enforced (nobody watches), and a batch does not wait to fill up
+(nothing else is coming).
 """
 
 import asyncio

@@ -1,4 +1,5 @@
-"""One suite for every backend: a test asks for `place`, which makes apps on the backend under test and runs real workers.
+"""One suite for every backend: a test asks for `place`, which makes apps on the backend under test and runs real
+workers.
 
 A new backend joins by being listed in BACKENDS: its name, and the URLs of topics and queues for one test. Times out
 rather than hangs: every wait has a deadline, and says what all threads were doing when it passes.
@@ -61,7 +62,7 @@ class Place:
 
     def app(self, name: str = "shop", **settings: Any) -> App:
         """A new app on this backend; its clock can be moved, `app.records` has what its observers were told."""
-        app = App(name, events=self.events, jobs=self.jobs, checkpoint_interval=0.02, **settings)
+        app = App(name, events=self.events, jobs=self.jobs, **{"checkpoint_interval": 0.02, **settings})
         app.clock = ShiftedClock()
         app.records = []  # type: ignore[attr-defined]
         app.observe(app.records.append)  # type: ignore[attr-defined]
@@ -104,6 +105,15 @@ class Place:
 
     def values(self, topic: Topic[Any]) -> list[Any]:
         return [message.value for message in self.stored(topic)]
+
+    def expire(self, app: App) -> None:
+        """Let retention do now what it does in the background."""
+        if self.name == "sqlite":
+            from barnabas.backends.sqlite_expire import expire
+
+            expire(app.events, app.clock.now())
+        else:
+            app.events.expire(app.clock.now())  # type: ignore[attr-defined]
 
     def dead(self, topic: Topic[Any]) -> list[Message[Any]]:
         """The dead letters of a topic."""

@@ -176,6 +176,36 @@ def test_assigned_and_revoked_tell_of_partitions_on_the_handlers_thread(place, a
     assert len(threads) == 1
 
 
+def test_assigned_and_revoked_tell_of_what_changes_hands(place, app):
+    topic = app.topic("numbers", int, partitions=4)
+    log = []
+
+    @app.consumer(topic)
+    class Reader:
+        def __init__(self):
+            self.name = f"worker {len([entry for entry in log if entry[1] == 'made'])}"
+            log.append((self.name, "made", None))
+
+        def process(self, n: int): ...
+
+        def assigned(self, partitions):
+            log.append((self.name, "assigned", sorted(n for _, n in partitions)))
+
+        def revoked(self, partitions):
+            log.append((self.name, "revoked", sorted(n for _, n in partitions)))
+
+    with place.running(app) as one:
+        wait_for(lambda: len(one.runners[0].parts) == 4, worker=one)
+        with place.running(app) as two:
+            wait_for(lambda: ("worker 1", "assigned") in [entry[:2] for entry in log], worker=two)
+        wait_for(lambda: len(one.runners[0].parts) == 4, worker=one)
+    one_log = [entry[1:] for entry in log if entry[0] == "worker 0"]
+    (_, first), (_, given), (_, back), (_, end) = one_log[1:]
+    assert [what for what, _ in one_log[1:]] == ["assigned", "revoked", "assigned", "revoked"]
+    assert first == end == [0, 1, 2, 3] and given == back and len(given) == 2
+    assert [entry[1:] for entry in log if entry[0] == "worker 1"][1:] == [("assigned", given), ("revoked", given)]
+
+
 def test_an_error_in_assigned_or_revoked_stops_nothing(place, app, caplog):
     topic = app.topic("numbers", int, partitions=2)
     seen = []

@@ -1,6 +1,7 @@
 """Hooks: what runs around handlers and jobs, and what it may do."""
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 from conftest import failures
@@ -156,10 +157,8 @@ def test_a_swallowed_error_is_not_done(place, app, numbers, consume):
 
     @app.around
     def swallow(delivery):
-        try:
+        with suppress(ValueError):
             yield
-        except ValueError:
-            pass
 
     def body(n):
         runs.append(n)
@@ -330,7 +329,12 @@ def test_among_async_hooks_the_same_rules_hold(place, app):
     assert "yielded twice" in dead["twice"][0]
     assert "the hook never ended before its `yield`" in dead["never"][0]
     assert "KeyError" in dead["error"][0]
-    assert sorted(entry for entry in log if entry != "swallowed") == ["KeyError", "RuntimeError", "RuntimeError", "ValueError"]
+    assert sorted(entry for entry in log if entry != "swallowed") == [
+        "KeyError",
+        "RuntimeError",
+        "RuntimeError",
+        "ValueError",
+    ]
 
 
 def test_hooks_of_one_consumer_run_for_it_alone(place, app, numbers):

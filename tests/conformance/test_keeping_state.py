@@ -271,7 +271,9 @@ def test_keys_of_tables_are_messages_keys(place, app):
         assert cells[5] == 1
 
 
-@pytest.mark.parametrize(("type_", "value"), [(int, 0), (str, ""), (list[int], []), (dict, {"a": None}), (None, {"x": [1]})])
+@pytest.mark.parametrize(
+    ("type_", "value"), [(int, 0), (str, ""), (list[int], []), (dict, {"a": None}), (None, {"x": [1]})]
+)
 def test_values_of_any_type_come_back(place, app, orders, type_, value):
     table = app.table("any", type_)
 

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections import defaultdict
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -180,7 +181,7 @@ def test_a_retry_does_not_come_before_its_time(place, app, topic):
 
     topic.send(Step("k")).result(5)
     place.drain(app)
-    assert [b - a >= 0.149 for a, b in zip(times, times[1:], strict=False)] == [True, True]
+    assert [b - a >= 0.149 for a, b in pairwise(times)] == [True, True]
 
 
 def test_attempts_survive_a_restart(place, app, topic):
@@ -231,7 +232,12 @@ def test_retry_after_names_its_own_time_and_counts_as_an_attempt(place, app, top
 
 def test_only_the_errors_named_are_retried(place, app, topic):
     runs: dict[str, int] = defaultdict(int)
-    errors = {"io": ConnectionError("net"), "value": ValueError("v"), "late": RetryAfter(QUICK), "lookup": KeyError("k")}
+    errors = {
+        "io": ConnectionError("net"),
+        "value": ValueError("v"),
+        "late": RetryAfter(QUICK),
+        "lookup": KeyError("k"),
+    }
 
     @app.consumer(topic, concurrency=3, retry=Retry(2, backoff=QUICK, on=(OSError, LookupError), give_up_on=KeyError))
     def read(step: Step):
@@ -526,6 +532,39 @@ def test_two_groups_retry_apart(place, app):
     place.drain(app)
     assert sorted(seen) == ["bad", "bad", "good"]
     assert dict(place.dead(topic)[0].headers)["barnabas-group"] == b"shop-bad"
+
+
+@pytest.mark.parametrize("kind", ["plain", "hooked", "batch", "job"])
+def test_a_coroutine_that_nobody_awaits_is_a_failure_not_done(place, app, topic, kind):
+    async def work(*args): ...
+
+    options = {"retry": Retry(0), "hooks": [hook] if kind == "hooked" else []}
+    if kind == "job":
+
+        @app.job(name="work", retry=0)
+        def wrapper(n: int):
+            return work(n)
+
+        wrapper.enqueue(1).result(5)
+    elif kind == "batch":
+
+        @app.consumer(topic, name="work", batch=Batch(max=1), **options)
+        def wrapper(steps: list[Step]):
+            return work(steps)
+    else:
+
+        @app.consumer(topic, name="work", **options)
+        def wrapper(step: Step):
+            return work(step)
+
+    topic.send(Step("k")).result(5)
+    place.drain(app)
+    (failure,) = failures(app)
+    assert failure.outcome == "dead" and "a coroutine (" in failure.reason and "nobody awaits" in failure.reason
+
+
+def hook(delivery):
+    yield
 
 
 def test_a_failure_holds_up_no_other_consumer(place, app, topic):

@@ -93,7 +93,7 @@ def test_send_many_takes_messages_with_keys_headers_and_timestamps(place, orders
 
 
 def test_a_message_of_another_topic_is_refused(orders):
-    with pytest.raises(SendError, match="'receipts'.*'orders'"):
+    with pytest.raises(SendError, match=r"'receipts'.*'orders'"):
         orders.send_many([Message(topic="receipts", value=Order(1))])
 
 

@@ -5,12 +5,13 @@ import logging
 import threading
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 
 import msgspec
 import pytest
 from conftest import failures, settled, wait_for
 
-from barnabas import Batch, Delivery, Message, Retry
+from barnabas import Batch, Delivery, Done, Message, Retry
 from barnabas.engine.observe import Failed, Settled
 from barnabas.errors import DeclarationError, TimedOut
 from barnabas.worker import Worker
@@ -64,10 +65,8 @@ def test_an_async_handler_that_ignores_its_cancellation_has_failed_all_the_same(
 
     @app.consumer(topic, timeout=0.1, retry=Retry(0))
     async def read(step: Step):
-        try:
+        with suppress(asyncio.CancelledError):
             await asyncio.sleep(0 if step.n else 60)
-        except asyncio.CancelledError:
-            pass
         ends.append(step.n)
         async with asyncio.timeout(10):  # what was cancelled once is not cancelled for good
             await asyncio.sleep(0)
@@ -236,6 +235,32 @@ def test_order_holds_over_a_hand_over(place, app, topic):
     assert seen == {f"k{k}": list(range(1000)) for k in range(5)}
 
 
+def test_what_is_done_is_settled_before_a_partition_changes_hands(place):
+    app = place.app(checkpoint_interval=60)
+    topic = app.topic("two", int, partitions=2)
+    entered, release, seen = threading.Event(), threading.Event(), Counter()
+
+    @app.consumer(topic, concurrency=2, order="partition")
+    def read(n: int):
+        seen[n] += 1
+        if n == 0:
+            entered.set()
+            release.wait(20)
+
+    topic.send(0, partition=0).result(5)
+    with place.running(app) as one:
+        assert entered.wait(10)  # while this one is in work, nothing else has to be settled for a minute
+        topic.send(1, partition=1)
+        wait_for(lambda: settled(app, "read") == 1, worker=one)  # but for the very first
+        topic.send_many(Message(value=n, partition=1) for n in range(2, 11)).result(5)
+        wait_for(lambda: len(seen) == 11, worker=one)
+        with place.running(app) as two:
+            wait_for(lambda: parts(two) == 1, worker=two)
+            release.set()
+            wait_for(lambda: two.drained() and one.drained(), worker=one)
+    assert set(seen.values()) == {1} and len(seen) == 11
+
+
 def test_more_workers_than_partitions_leave_some_idle(place, app):
     topic = app.topic("one", Step, key="key", partitions=1)
     seen = []
@@ -333,6 +358,40 @@ def test_a_stop_waits_for_what_is_in_work(place, app, topic):
     place.again(app)
     place.drain(app)
     assert done == [0, 1] and done[: len(first)] == first
+
+
+@pytest.mark.parametrize("who", ["hook", "handler"])
+def test_what_a_stop_cancelled_is_not_done_whoever_swallows_that(place, app, topic, who):
+    entered, done = threading.Event(), []
+
+    @app.around
+    def greedy(delivery):
+        try:
+            yield
+        except BaseException:
+            if who == "hook":
+                return Done
+            raise
+
+    @app.consumer(topic)
+    async def read(step: Step, delivery: Delivery):
+        try:
+            if not entered.is_set():
+                entered.set()
+                await asyncio.sleep(60)
+            done.append(delivery.attempt)
+        except asyncio.CancelledError:
+            if who == "hook":
+                raise
+
+    topic.send(Step("k")).result(5)
+    worker = Worker(app)
+    worker.start()
+    assert entered.wait(10)
+    assert len(worker.stop(0.1)) == 1
+    place.again(app)
+    place.drain(app)
+    assert done == [1]
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

@@ -237,7 +237,7 @@ def test_a_job_enqueued_for_later_waits_for_its_time(place, app):
     mail.enqueue_in(timedelta(hours=2), "in two")
     mail.enqueue_at(now + 3 * 3600, "at three")
     mail.enqueue_at(datetime.fromtimestamp(now + 4 * 3600, UTC), "at four")
-    mail.enqueue_at(datetime.fromtimestamp(now + 5 * 3600), "at five, local time")  # noqa: DTZ006
+    mail.enqueue_at(datetime.fromtimestamp(now + 5 * 3600), "at five, local time")
     mail.enqueue_in(-1, "long due")
     mail.enqueue_at(now - 10, "due").result(5)
     place.drain(app)
@@ -327,7 +327,7 @@ def test_strict_queues_are_emptied_in_their_order(place):
     def mail(text: str):
         seen.append(text)
 
-    for n in range(30):
+    for _ in range(30):
         for queue in ("low", "high", "mid"):
             mail.options(queue=queue).enqueue(queue)
     app.jobs.flush(5)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from barnabas.backends import shares
-from barnabas.engine import crew, handler, hooks, work
+from barnabas.engine import checkpoint, crew, handler, hooks, runner, work
 from barnabas.engine.alone import Alone
 from barnabas.engine.crew import Crew
 from barnabas.engine.crews import LoopCrew
@@ -78,8 +78,8 @@ BUGS = [
     Bug("a cancellation counts as done", crew, "work", "parked = crew.failed(", "parked = None if isinstance(error, asyncio.CancelledError) else crew.failed("),
     Bug("a cancellation counts as a failure", Crew, "failed", 'if why == "release":', "if False:"),
     Bug("a cancellation by another name hits the next", Crew, "failed", "(self.cancelled or isinstance(error, asyncio.CancelledError))", "isinstance(error, asyncio.CancelledError)"),
-    Bug("a timeout that was swallowed is done", Crew, "overdue", 'if self._uncancel(slot) != "timeout":', "if self._uncancel(slot) or True:"),
-    Bug("a late success is done", Crew, "overdue", "elif (id(run), row[0]) not in self.late:", "elif True:"),
+    Bug("a cancellation that was swallowed is none", Crew, "overdue", "if slot in self.cancelled:", "if False:"),
+    Bug("a late success is done", Crew, "overdue", "if (id(run), row[0]) in self.late:", "if False:"),
     Bug("a cancellation hits who comes next", LoopCrew, "cancel", "self.current[slot] is run and self.box[at] == offset != -1", "self.current[slot] is not None"),
     # Batches.
     Bug("a failed batch is dead as a whole", crew, "work_batches", "error = await _call(crew, slot, run, [rows[done]])", "pass"),
@@ -97,6 +97,9 @@ BUGS = [
     Bug("results of a revoked partition are settled", Runner, "settle", "if not r.part.closed", "if r.part is not None"),
     Bug("what was done is not settled at a revocation", Runner, "settle", "self._unsettled += crew.collect()", "crew.collect()"),
     Bug("a revocation leaves the lanes", Runner, "revoked", "crew.lanes.drop(part)", "pass"),
+    Bug("outputs for elsewhere are left out", runner, "checkpoint", "_flush(sink, outputs)", "pass"),
+    Bug("nobody waits for outputs elsewhere", checkpoint, "_flush", "future.result(FLUSH)", "pass"),
+    Bug("outputs for elsewhere are sent twice, here too", runner, "checkpoint", "result._replace(outputs=own)", "result"),
     # Suspects.
     Bug("a suspect does not run alone", Alone, "sift", ">= CRASHES", "> CRASHES"),
     Bug("a suspect runs beside a haul", Crew, "busy", "and any(self.hauls)", "and False"),

@@ -31,6 +31,7 @@ from barnabas.engine.handler import RETRIED, Stop
 from barnabas.engine.observe import Observers
 from barnabas.engine.runner import Runner
 from barnabas.engine.work import SLOT
+from barnabas.errors import SendError
 from barnabas.ports import Part
 from barnabas.state.table import Cells
 from barnabas.verdict import Again
@@ -258,7 +259,7 @@ class Source:
         if came:
             self.member.runner.assigned(came)
         for at, part in self.parts.items():
-            if part.until:
+            if now <= part.until:
                 part.until = self._hold(at).claim = now + LEASE
                 home.owners[at] = (*home.owners[at][:2], part.until)
         return [found for at, part in self.parts.items() if (found := self._read(at, part, limit))]
@@ -313,8 +314,9 @@ class Source:
             raise Wrong(f"{at}: handed out {[r[0] for r in todo]}, open are {still}")
         todo = [m for m in found if m.outcome is None]
         hold.take(todo)
-        if len(hold.open) > limit:
-            raise Wrong(f"{at}: {len(hold.open)} in flight, the limit is {limit}")
+        flying = sum(msg.readable and offset not in hold.state for offset, msg in hold.open.items())
+        if flying > limit:
+            raise Wrong(f"{at}: {flying} in flight, the limit is {limit}")
         return (part, [m.row for m in todo]) if todo else None
 
     def settle(self, results: Any) -> None:
@@ -331,7 +333,7 @@ class Source:
             hold = sim.holds[part]
             if home.owners.get(hold.at, ())[:2] != (self.member, hold.epoch):
                 part.closed = True
-        todo = [r for r in results if not r.part.closed and not any(r is s for s in self.stored)]
+        todo = [r for r in results if not r.part.closed and not any(r.cells is s.cells for s in self.stored)]
         for result in todo:
             sim.holds[result.part].settled(result)
             for cell, data in result.cells.items():
@@ -526,7 +528,11 @@ class Hold:
         for call in calls.values():
             if any(m.outcome != "done" for m in call.msgs):
                 raise Wrong(f"{call} is settled in part")
-            expected.update(call.tags)
+            for tag in call.tags:
+                if not self.sim.away or tag[0] != "out":
+                    expected[tag] += 1
+                elif not self.sim.elsewhere[tag]:
+                    raise Wrong(f"{call} is settled before its output {tag} is stored elsewhere")
         sent = Counter([self.sim.store(out) for out in result.outputs])
         if sent != expected:
             raise Wrong(f"{self.at}: outputs {dict(sent - expected)} too many, {dict(expected - sent)} are missing")
@@ -558,7 +564,8 @@ class Call:
         self.whole = sim.batch and msgs[0].row[0] not in hold.alone
         self.action = next((a for m in msgs if (a := m.action(hold.attempt(m))) != "ok"), "ok")
         self.manner = sim.rng.choice(("raise", "raise", "raise", "convert", "swallow"))
-        self.steps = sim.rng.choice((0, 0, 1, 2))
+        self.steps = sim.rng.choice((1, 2, 3) if sim.theme == "suspects" else (0, 0, 1, 2))
+        self.slow = sim.chance(0.2 if sim.theme == "lapses" else 0.005) and not sim.looking
         self.tags: list[Any] = []
         self.futures: list[Any] = []
         self.answer: Any = None
@@ -576,17 +583,17 @@ class Call:
         out, reply, table = tools
         steps = iter(range(self.steps))
         for index in range(self.id % 3):
-            self.tags.append(("out", f"{self.id}/{index}"))
-            if index:
-                self.futures.append(out.send_many([self.tags[-1][1]]))
-            else:
-                self.futures.append(out.send(self.tags[-1][1]))
+            texts = [f"{self.id}/{index}", f"{self.id}/{index}+"][: index + 1]
+            self.tags += [("out", text) for text in texts]
+            self.futures.append(out.send_many(texts) if index else out.send(texts[0]))
             for _ in zip(steps, "1", strict=False):
                 yield
         if table is not None:
             self.count(table)
         for _ in steps:
             yield
+        if self.slow and not self.sim.looking:  # longer than any claim
+            self.sim.clock.advance(LEASE + 2 * FROZEN)
         self.fail()
         if self.sim.responds and self.action != "mute" and (self.sim.responds == "required" or self.id % 2):
             self.tags.append(("reply", f"{self.id}/answer"))
@@ -637,18 +644,32 @@ class Call:
             self.excused = True
             self.tags.clear()
         crew = self.member.crew
-        if self.struck == "release" and error is not None:
+        if self.struck == "release":  # also if it swallowed that
             verdict = "release"
         elif self.struck == "timeout" or (not self.sim.awaited and (id(self.run), self.first) in crew.late):
             verdict = "fail"
             self.struck = "timeout"
-        elif self.action in ("ok", "excused") or self.struck == "release":
+        elif self.action in ("ok", "excused"):
             verdict = "fail" if error is not None and not isinstance(error, Excused) else "done"
         else:
             verdict = "dead" if self.action in ("reject", "give_up", "mute") else "fail"
-        if self.struck == "release" and error is None and self.action in ("hook_after", "mute"):
-            verdict = "fail" if self.action == "hook_after" else "dead"
         self.hold.ended(self, verdict)
+
+
+class Elsewhere:
+    """A home of topics that does not share the transaction: what goes there is stored once or more often."""
+
+    def __init__(self, sim: "Sim") -> None:
+        self.sim = sim
+
+    def send(self, outgoing: Any, block: bool = True) -> None:
+        if self.sim.chance(0.1):
+            raise Away("send")
+        for out in outgoing:
+            if self.sim.chance(0.05):
+                out.future.fail(Away("not stored"))
+            else:
+                self.sim.elsewhere[self.sim.store(out)] += 1
 
 
 # The processes.
@@ -745,12 +766,12 @@ class Member:
         if sim.awaited:
             crew.loop = self.loop
         self.runner = Runner(
-            "c", [crew], clock=sim.clock, observers=Observers(), sinks=None, gate=Gate(), limit=sim.limit,
-            interval=sim.rng.choice((0.0, 0.1)), grace=sim.rng.choice((0.0, 0.02, 0.1)),
+            "c", [crew], clock=sim.clock, observers=Observers(), sinks=sim.sink_of if sim.away else None, gate=Gate(),
+            limit=sim.limit, interval=sim.rng.choice((0.0, 0.1)), grace=sim.rng.choice((0.0, 0.02, 0.1)),
         )  # fmt: skip
         self.runner.finished = Waiting(self, 1 << 30)  # type: ignore[assignment]
         self.runner.overrun = Waiting(self, sim.rng.randint(0, 20))  # type: ignore[assignment]
-        if sim.theme == "suspects":  # hauls, and a look at the suspects between their runs
+        if sim.theme in ("suspects", "lapses"):  # hauls, and a look around between their runs
             crew.pace, crew.enough = 1e-5, 1
         self.source = Source(sim, self)
         self.runner.attach(self.source)
@@ -800,9 +821,7 @@ class Member:
         self.fetching = True
         try:
             return bool(contextvars.Context().run(self.runner.step, 0.0))
-        except Away:
-            return True
-        except Crash:
+        except (Away, SendError, Crash):
             return True
         except Stop:
             raise Wrong("a stop is taken for a failure of the backend") from None
@@ -963,9 +982,12 @@ class Sim:
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = Dice(seed)
+        self.away = rng.random() < 0.15  # the topic "out" lives elsewhere
+        self.elsewhere: Counter[Any] = Counter()
         self.clock = FakeClock(1000.0)
         self.faults = True
-        self.theme = rng.choice(("", "", "suspects", "lapses", "moves", "history"))  # what happens more often than usual
+        # What happens more often than usual.
+        self.theme = rng.choice(("", "", "suspects", "lapses", "moves", "history"))
         self.calls = self.depth = self.looking = self.looks = 0
         self.awaited = rng.random() < 0.4
         self.batch = rng.random() < 0.25
@@ -990,7 +1012,7 @@ class Sim:
         consumer.on_dead = self.on_dead
         consumer.timeout = 1.0 if self.timed else None
         consumer.batch = Batch(rng.choice((1, 2, 3, 10)), rng.choice((0.0, 0.05, 0.5)))
-        self.home = Home(self)
+        self.home, self.sink = Home(self), Elsewhere(self)
         self.holds: dict[Part, Hold] = {}
         self.members: list[Member] = []
         self.graves: list[Member] = []
@@ -1002,7 +1024,7 @@ class Sim:
 
     def _fill(self) -> None:
         rng, home = self.rng, self.home
-        for number in range(3 if self.theme == "suspects" else rng.randint(1, 3)):
+        for number in range(3 if self.theme in ("suspects", "lapses") else rng.randint(1, 3)):
             for topic in ("in",) if self.retry.ordered else ("in", "in.retry.g"):
                 at = (topic, number)
                 home.logs[at] = []
@@ -1022,7 +1044,7 @@ class Sim:
             plans.append("hook_after")
         self.plans = plans if rng.random() < 0.8 else ["ok"]
         self.keys: list[Any] = [f"k{n}" for n in range(rng.choice((1, 2, 3, 8)))] + [None] * (rng.random() < 0.5)
-        for _ in range(rng.randint(3, 25)):
+        for _ in range(rng.randint(3, 20)):
             self.send()
         if self.theme == "suspects":  # some were in work when a process crashed
             for _ in range(rng.randint(1, 4)):
@@ -1078,6 +1100,9 @@ class Sim:
         msg.base, msg.due, msg.fixed = attempts, float(got[RETRIED + "at"]), first.fixed
         self.home.add(at, msg)
         return "again", *origin, attempts
+
+    def sink_of(self, out: Any) -> Any:
+        return self.sink if out.topic.name == "out" else self.home
 
     def home_of(self, at: Any, offset: int) -> Msg:
         return next(m for m in self.home.logs[at] if m.row[0] == offset)
@@ -1192,14 +1217,14 @@ class Sim:
             self.send()
         elif dice < 0.945 or (dice < 0.97 and self.theme in ("moves", "suspects")):
             self.home.wanted[rng.choice(list(self.home.wanted))] = member
-        elif dice < 0.947 or (dice < 0.97 and self.theme == "lapses"):
+        elif dice < 0.947 or (dice < 0.96 and self.theme == "lapses"):
             self.clock.advance(0.0 if self.looking else LEASE + 2 * FROZEN)
         elif dice < 0.955:
             member.crash()
         elif dice < 0.957:
             member.stop()
-        elif dice < 0.98:
-            member.crew.pace = rng.choice((0.0, 1e-5, 1e-3))
+        elif dice < 0.98 or self.theme in ("suspects", "lapses"):
+            member.crew.pace = rng.choice((0.0, 1e-5, 1e-5, 1e-3))
 
     def join(self) -> None:
         self.members.append(Member(self))
@@ -1209,7 +1234,7 @@ class Sim:
 
     def play(self) -> None:
         self.join()
-        for _ in range(self.rng.randint(15, 100)):
+        for _ in range(self.rng.randint(15, 90)):
             if not self.members or (len(self.members) < 3 and self.rng.random() < 0.02):
                 self.join()
             self.turn()
@@ -1233,6 +1258,8 @@ class Sim:
             raise Wrong(f"the table is {self.home.cells}, not {self.home.model}")
         for hold in self.holds.values():
             for call in hold.calls.values():
+                if call.verdict != "done" and any(self.elsewhere[tag] for tag in call.tags):
+                    raise Wrong(f"{call} sent elsewhere and was not done")
                 failed = call.over and call.verdict == "fail" and not call.member.dead
                 if failed and not all(f.done() for f in call.futures):
                     raise Wrong(f"{call} failed, and its sends are pending for ever")

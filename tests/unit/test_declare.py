@@ -138,7 +138,8 @@ REFUSED = {
         lambda app: consume(tables=[app.totals], order="none")(app), "order", "'none'", '"key" or "partition"',
     ),
     "tables with retries out of order": (
-        lambda app: consume(tables=[app.totals], retry=Retry(ordered=False))(app), "retry", "ordered=False", "ordered=True",
+        lambda app: consume(tables=[app.totals], retry=Retry(ordered=False))(app),
+        "retry", "ordered=False", "ordered=True",
     ),
     "tables of a rekeyed topic by key": (
         lambda app: app.consumer(app.topic("r", rekeyed=True), tables=[app.totals], concurrency=2)(handler),
@@ -255,22 +256,22 @@ def test_settings_are_refused_as_declarations():
 
 def test_two_consumers_of_one_name_are_refused(app):
     consume()(app)
-    with pytest.raises(DeclarationError, match="'handler'.*taken.*name="):
+    with pytest.raises(DeclarationError, match=r"'handler'.*taken.*name="):
         consume()(app)
 
 
 def test_a_consumer_and_a_job_of_one_name_are_refused(app):
     consume(name="plain")(app)
-    with pytest.raises(DeclarationError, match="'plain'.*taken.*name="):
+    with pytest.raises(DeclarationError, match=r"'plain'.*taken.*name="):
         job()(app)
     job(name="mail")(app)
-    with pytest.raises(DeclarationError, match="'mail'.*taken.*name="):
+    with pytest.raises(DeclarationError, match=r"'mail'.*taken.*name="):
         consume(name="mail")(app)
 
 
 def test_two_consumers_of_one_group_are_refused(app):
     consume(name="one", group="g")(app)
-    with pytest.raises(DeclarationError, match="group='g' belongs to consumer 'one'.*another name= or group="):
+    with pytest.raises(DeclarationError, match=r"group='g' belongs to consumer 'one'.*another name= or group="):
         consume(name="two", group="g")(app)
     assert "two" not in app.consumers
 
@@ -336,6 +337,27 @@ def test_annotations_that_cannot_be_read_are_refused(app):
         app.job(lost)
 
 
+def test_generators_are_refused_because_nobody_would_run_them(app):
+    async def async_generator(order: Order):
+        yield
+
+    for function in (generator, async_generator):
+        with pytest.raises(DeclarationError, match=r"is a generator, which nobody runs.*Respond"):
+            app.consumer(app.orders)(function)
+        with pytest.raises(DeclarationError, match=r"is a generator, which nobody runs"):
+            app.job(function)
+
+
+def test_a_type_for_a_topic_of_bytes_is_refused(app):
+    raw = app.topic("raw", codec="raw")
+
+    def handle(value: Order): ...
+
+    for topic in (raw, app.orders.dead_topic):
+        with pytest.raises(DeclarationError, match=r"Order.*carries bytes as they are; annotate it as bytes"):
+            app.consumer(topic)(handle)
+
+
 def test_a_value_that_cannot_be_decoded_as_annotated_is_refused(app):
     def handle(order: complex): ...
 
@@ -365,7 +387,7 @@ def test_a_class_without_a_handler_is_refused(app):
     class Reader:
         def proces(self, order): ...
 
-    with pytest.raises(DeclarationError, match="neither a method 'orders'.*nor `process`"):
+    with pytest.raises(DeclarationError, match=r"neither a method 'orders'.*nor `process`"):
         app.consumer(app.orders)(Reader)
 
 
@@ -407,16 +429,16 @@ def test_an_async_method_beside_a_sync_handler_is_refused(app, name):
 
 def test_async_hooks_of_the_app_are_refused_beside_sync_handlers_whatever_comes_first(app):
     consume()(app)
-    with pytest.raises(DeclarationError, match="'handler'.*async_hook is an async generator"):
+    with pytest.raises(DeclarationError, match=r"'handler'.*async_hook is an async generator"):
         app.around(async_hook)
     assert app.hooks == []
     fresh = App("fresh", events="memory:", jobs="memory:")
     fresh.orders = fresh.topic("orders", Order)
     fresh.around(async_hook)
     consume(async_handler)(fresh)
-    with pytest.raises(DeclarationError, match="'handler'.*async_hook is an async generator"):
+    with pytest.raises(DeclarationError, match=r"'handler'.*async_hook is an async generator"):
         consume()(fresh)
-    with pytest.raises(DeclarationError, match="'plain'.*async_hook is an async generator"):
+    with pytest.raises(DeclarationError, match=r"'plain'.*async_hook is an async generator"):
         job()(fresh)
 
 
@@ -428,9 +450,9 @@ def test_a_keyword_only_argument_of_a_job_is_refused(app):
 
     def more(a, **rest): ...
 
-    with pytest.raises(DeclarationError, match="parameter='b'.*stored in order"):
+    with pytest.raises(DeclarationError, match=r"parameter='b'.*stored in order"):
         app.job(mail)
-    with pytest.raises(DeclarationError, match="parameter='rest'.*stored in order"):
+    with pytest.raises(DeclarationError, match=r"parameter='rest'.*stored in order"):
         app.job(more)
 
 

@@ -11,6 +11,7 @@ import apsw
 from barnabas.backends.queues import QueueOrder
 from barnabas.backends.shares import close_books, fair, open_account
 from barnabas.backends.sqlite_read import one, unpack
+from barnabas.errors import BackendError
 from barnabas.jobs.payload import PayloadError, enqueued
 from barnabas.message import Row
 from barnabas.ports import Listener, Part, Result
@@ -246,9 +247,14 @@ class SqliteLog(_Fetcher):
                 continue
             rows: list[Row] = []
             size = 0
-            for record, data in home.records(gid, account.next, room, FETCH_BYTES):
-                rows += unpack(record, data)
-                size += len(data)
+            try:
+                for record, data in home.records(gid, account.next, room, FETCH_BYTES):
+                    rows += unpack(record, data)
+                    size += len(data)
+            except BackendError:
+                if found:  # what others gave is in their accounts already: hand it over, and meet the error next time
+                    return found
+                raise
             if not rows:  # retention was faster than we
                 account.next = head
                 continue

@@ -44,9 +44,8 @@ class Stopper:
 
     def install(self) -> None:
         """Listen from now on; a signal that is ignored (nohup) stays so."""
-        for name in STOPS:
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+        for number in STOPS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.asked)
 
 

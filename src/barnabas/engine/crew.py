@@ -231,14 +231,12 @@ class Crew:
         return self.cancelled.pop(slot, None)
 
     def overdue(self, slot: int, run: Run, row: Row) -> None:
-        """A handler returned, and somebody in the crew was past his timeout: raise TimedOut if it was this one."""
-        if self.handler.awaited:
-            if self._uncancel(slot) != "timeout":
-                return
-        elif (id(run), row[0]) not in self.late:
-            return
-        self.late.discard((id(run), row[0]))
-        raise TimedOut(f"ran longer than its timeout of {self.handler.limit(run)} s")
+        """A handler returned, and somebody in the crew was cancelled or past his timeout: raise if it was this one."""
+        if slot in self.cancelled:  # and it swallowed that: whatever it did is not done
+            raise asyncio.CancelledError
+        if (id(run), row[0]) in self.late:
+            self.late.discard((id(run), row[0]))
+            raise TimedOut(f"ran longer than its timeout of {self.handler.limit(run)} s")
 
     def died(self, slot: int, error: BaseException) -> None:
         """A worker ended with this error: so does the runner, and gives back what is not settled."""

@@ -46,7 +46,7 @@ class ThreadCrew(Crew):
         except TimeoutError:
             if future.done():
                 raise
-            raise TimeoutError(f"it waited {timeout} s for a thread of {self.handler.name!r}, which is at work") from None
+            raise TimeoutError(f"no thread of {self.handler.name!r} was free for it within {timeout} s") from None
 
     def _drive(self, slot: int) -> None:
         self.handler.enter()

@@ -25,19 +25,19 @@ def id_of(derive: Any, part: Part, row: Row, index: int) -> str:
 class Hand:
     """The sends and table writes of the delivery a worker has in hand. `used` says that there are any."""
 
-    __slots__ = ("cells", "keys", "open", "outputs", "respond", "row", "run", "sent", "tables", "used")
+    # Defaults on the class: an async worker makes a hand a message, and most messages touch none of these.
+    open = False
+    used = False
+    sent = 0
+    run: Any = None
+    row: Any = None
+    respond: Any = None
+    keys: set[Key] | None = set()  # noqa: RUF012 - never changed; None where one call has a whole batch in hand
 
     def __init__(self, tables: Any = None) -> None:
-        self.open = False
-        self.used = False
-        self.sent = 0
-        self.run: Any = None
-        self.row: Any = None
         self.outputs: list[Outgoing | OutgoingJob] = []
         self.cells: Cells = {}
         self.tables = tables
-        self.respond: Any = None
-        self.keys: set[Key] | None = set()  # None where one call has a whole batch in hand
 
     def is_current(self) -> bool:
         """Whether the caller is the handler (or a task it started) whose sends are held back here."""

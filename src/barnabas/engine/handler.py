@@ -43,8 +43,21 @@ def _strip_none(annotation: Any) -> tuple[Any, bool]:
     return annotation, annotation is type(None)
 
 
+def refuse_generator(owner: str, function: Callable[..., Any]) -> None:
+    """Refuse a generator function: calling it makes a generator, which nobody would run."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise DeclarationError(f"{owner}: it is a generator, which nobody runs; to answer more than once use a Respond")
+
+
+def not_run(out: Any) -> TypeError:
+    """A plain function returned a coroutine: its work was not done, and must not count as done."""
+    out.close()
+    return TypeError(f"it returned a coroutine ({out.__qualname__}) that nobody awaits; make it `async def` itself")
+
+
 def bind_params(owner: str, function: Callable[..., Any], topic_type: Any = Any) -> Params:
     """Read a handler's signature once. Refuses parameters that nothing can be bound to."""
+    refuse_generator(owner, function)
     try:
         hints = typing.get_type_hints(function)
     except Exception as error:
@@ -97,6 +110,11 @@ def make_route(owner: str, topic: Any, function: Callable[..., Any]) -> Route:
     if "value" not in params.kinds and not params.kinds:
         raise DeclarationError(f"{owner}: the handler takes no parameter; its first one is the value")
     decode = topic.decode
+    if topic.codec == "raw" and params.value not in (Any, bytes):
+        raise DeclarationError(
+            f"{owner}: its value is {params.value!r} and topic {topic.name!r} carries bytes as they are; annotate it "
+            'as bytes, or declare the topic with a type and codec="json"'
+        )
     if params.value is not Any and params.value != topic.type and topic.codec == "json":
         decode = make_codec(owner, params.value, "json")[1]
     return Route(topic, function, params, decode)

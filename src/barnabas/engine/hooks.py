@@ -163,8 +163,8 @@ def _leave(entered: list[Any], out: Any) -> Any:
 
 
 def _fail(entered: list[Any], error: BaseException) -> Any:
-    """After an error: each hook sees it, inside out. If one says `return Done`, that is the outcome for those outside of
-    it; else it is raised: merely swallowing an error does not make a delivery done."""
+    """After an error: each hook sees it, inside out. If one says `return Done`, that is the outcome for those outside
+    of it; else it is raised: merely swallowing an error does not make a delivery done."""
     _forget()
     while entered:
         try:

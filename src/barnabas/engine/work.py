@@ -6,9 +6,11 @@ that serves the claim's end, a stop, a revocation and the settling of long runs 
 """
 
 import asyncio
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from barnabas.engine.hand import CURRENT, Hand
+from barnabas.engine.handler import not_run
 
 if TYPE_CHECKING:
     from barnabas.engine.crew import Crew
@@ -53,6 +55,8 @@ async def work(crew: "Crew", slot: int) -> None:
                 out: Any = function(decode(row[2])) if decode is not None else function(*bind(run, row))
                 if awaited:
                     out = await out
+                elif out is not None and type(out) is CoroutineType:
+                    raise not_run(out)
                 if past:
                     crew.overdue(slot, run, row)
                 if answer is not None:
@@ -86,7 +90,7 @@ async def work_batches(crew: "Crew", slot: int) -> None:
             crew.end(slot, run, 0, None)
             continue
         rows = run.rows
-        box[at_box], box[at_box + 1] = rows[0][0], len(rows)
+        box[at_box], box[at_box + 1] = rows[0][0], rows[-1][0] - rows[0][0] + 1  # the span: a lane's rows have gaps
         error = await _call(crew, slot, run, rows)
         done, parked = len(rows), None
         if error is not None:
@@ -105,8 +109,8 @@ def _failed(crew: "Crew", slot: int, run: Any, row: Any, error: BaseException, w
 
 
 async def _call(crew: "Crew", slot: int, run: Any, rows: list[Any]) -> BaseException | None:
-    """Call the batch handler for these rows, without those that cannot be decoded. Those are dead on their own, once the
-    others are done: a batch that is retried meets them again."""
+    """Call the batch handler for these rows, without those that cannot be decoded. Those are dead on their own, once
+    the others are done: a batch that is retried meets them again."""
     handler = crew.handler
     hand = Hand(handler.tables)
     hand.run, hand.row, hand.open, hand.keys = run, rows[0], True, None
@@ -122,6 +126,8 @@ async def _call(crew: "Crew", slot: int, run: Any, rows: list[Any]) -> BaseExcep
             out = handler.call_batch(run, rows, values)
             if handler.awaited:
                 out = await out
+            elif type(out) is CoroutineType:
+                raise not_run(out)
             if crew.cancelled or crew.late:
                 crew.overdue(slot, run, hand.row)
             if handler.answer is not None:

@@ -23,38 +23,19 @@ MAX_DEPTH = 100  # Ruby's parser refuses deeper nesting; the job's own braces an
 MAX_MESSAGE = 10_000  # characters of `error_message` that Sidekiq keeps
 DEFAULT_RETRY = 25  # what `retry: true` means
 
-_PLAIN = frozenset({int, str, bool, type(None)})  # arguments of these types need no look at what they became
-_OWN = frozenset({"retry", "queue", "class", "args", "jid", "created_at", "enqueued_at", "at"})
 _encode = msgspec.json.Encoder().encode
 _raws = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_strings = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _surrogates = re.compile("[\ud800-\udfff]")
+_BROKEN = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what decoding raises for bytes that are no job
 
 
 class PayloadError(BarnabasError):
     """A job that cannot be written as Sidekiq's JSON, or bytes that are not such a job; the text says why."""
 
 
-# -- ids ---------------------------------------------------------------------------------------------------------------
-
-_jids: list[str] = []
-
-
 def new_jid() -> str:
-    """A fresh job id: 96 random bits as 24 lower-case hex digits.
-
-    Cut from blocks of the system's own randomness (one system call for 256 ids), so ids cannot be guessed and no two
-    processes share a sequence. `pop` and `extend` are atomic, so any thread may call it.
-    """
-    try:
-        return _jids.pop()
-    except IndexError:
-        block = os.urandom(12 * 256).hex()
-        _jids.extend([block[at : at + 24] for at in range(24, len(block), 24)])
-        return block[:24]
-
-
-os.register_at_fork(after_in_child=_jids.clear)  # or parent and child would hand out the same ids
+    """A fresh job id: 96 random bits as 24 lower-case hex digits."""
+    return os.urandom(12).hex()
 
 
 def derived_jid(cause: str, index: int) -> str:
@@ -64,17 +45,7 @@ def derived_jid(cause: str, index: int) -> str:
     return blake2b(f"{cause}:{index}".encode(errors="surrogatepass"), digest_size=12).hexdigest()
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
-
-
-class _Job(msgspec.Struct, gc=False):
-    retry: bool | int
-    queue: str
-    name: str = msgspec.field(name="class")
-    args: Sequence[Any]
-    jid: str
-    created_at: float
-    enqueued_at: float | msgspec.UnsetType = msgspec.UNSET
+# Writing.
 
 
 def build(
@@ -90,85 +61,54 @@ def build(
 ) -> bytes:
     """The JSON of a new job. `now`: epoch seconds. `at`: it is scheduled, so `enqueued_at` is left out.
 
-    `extra`: further Sidekiq options (`dead`, `tags`, `retry_for`, ...), written between queue and class. Arguments are
-    anything msgspec encodes. Raises PayloadError, naming the argument, for NaN and infinity, halves of surrogate pairs,
-    nesting deeper than 100 in all, and types without a JSON form: what Ruby could not read must not be stored.
+    `extra`: further Sidekiq options (`dead`, `tags`, ...), written between queue and class. Arguments are anything msgspec
+    encodes. Raises PayloadError, naming the argument, for NaN and infinity, halves of surrogate pairs, nesting deeper than
+    100 in all, and types without a JSON form: what Ruby could not read must not be stored.
     """
     now = float(now)  # an integer would be read as milliseconds by Sidekiq 8
-    jid = jid or new_jid()
-    job: _Job | dict[str, Any]
-    if extra:
-        if clash := sorted(_OWN.intersection(extra)):
-            raise PayloadError(f"job {name!r}: Barnabas writes {clash[0]!r} itself; leave it out of `extra`")
-        job = {"retry": retry, "queue": queue, **extra, "class": name, "args": args, "jid": jid, "created_at": now}
-        if not at:
-            job["enqueued_at"] = now
-    else:
-        job = _Job(retry, queue, name, args, jid, now, msgspec.UNSET if at else now)
+    job = {"retry": retry, "queue": queue, **(extra or {}), "class": name, "args": args, "jid": jid or new_jid(), "created_at": now}
+    if not at:
+        job["enqueued_at"] = now
     try:
         data = _encode(job)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        _check(name, args, extra)
+        _check(name, args)
         raise PayloadError(f"job {name!r} cannot be written as JSON: {error}") from error
     # msgspec writes NaN as null, and depth needs brackets: most jobs pay for no closer look. (`in` is slower than find)
-    if (extra or not _PLAIN.issuperset(map(type, args))) and (
-        data.find(b"null") >= 0 or (len(data) > 2 * MAX_DEPTH and data.count(b"[") + data.count(b"{") > MAX_DEPTH)
-    ):
-        _check(name, args, extra)
+    if data.find(b"null") >= 0 or (len(data) > 2 * MAX_DEPTH and data.count(b"[") + data.count(b"{") > MAX_DEPTH):
+        _check(name, args)
     return data
 
 
-def _check(name: str, args: Sequence[Any], extra: Mapping[str, Any] | None) -> None:
-    """Raise PayloadError for the first argument or option that Ruby could not read back."""
+def _check(name: str, args: Sequence[Any]) -> None:
+    """Raise PayloadError for the first argument that Ruby could not read back."""
     for index, value in enumerate(args, 1):
-        if fault := _fault(value, 2):
+        fault = None
+        try:
+            _encode(value)
+            fault = _fault(msgspec.to_builtins(value, str_keys=True, enc_hook=msgspec.json.decode), 3)  # the hook: for Raw
+        except UnicodeEncodeError:
+            fault = "it holds half a surrogate pair, which is no text; repair it, or send the bytes as base64"
+        except RecursionError:
+            fault = f"it is nested deeper than {MAX_DEPTH} levels or contains itself; send it flatter, or its id"
+        except (TypeError, ValueError, OverflowError) as error:
+            fault = f"it has no JSON form ({error}); send its id, or a str, number, list or dict"
+        if fault:
             raise PayloadError(f"job {name!r}, argument {index} ({type(value).__name__}): {fault}")
-    for key, value in (extra or {}).items():
-        if fault := _fault(value, 1):
-            raise PayloadError(f"job {name!r}, option {key!r} ({type(value).__name__}): {fault}")
 
 
-def _fault(value: object, depth: int) -> str | None:
-    try:
-        data = _encode(value)
-        if b"null" in data and not _finite(msgspec.to_builtins(value, str_keys=True, enc_hook=_unknown)):
-            return "NaN and infinity do not exist in JSON; send None or a string"
-    except UnicodeEncodeError:
-        return "it holds half a surrogate pair, which is no text; repair it, or send the bytes as base64"
-    except RecursionError:
-        return f"it is nested deeper than {MAX_DEPTH} levels or contains itself; send it flatter, or its id"
-    except (TypeError, ValueError, OverflowError) as error:
-        return f"it has no JSON form ({error}); send its id, or a str, number, list or dict"
-    if len(data) > 2 * (MAX_DEPTH - depth) and depth + _depth(data) > MAX_DEPTH:
-        return f"it is nested deeper than {MAX_DEPTH} levels, which Ruby refuses to read; send it flatter, or its id"
-    return None
-
-
-def _unknown(value: object) -> None:
-    """Raw, already JSON and so without NaN, is the one type that encodes but has no builtin form."""
-
-
-def _finite(value: object) -> bool:
+def _fault(value: Any, depth: int) -> str | None:
     if type(value) is float:
-        return math.isfinite(value)
-    if type(value) is dict:
-        return all(map(_finite, value.values()))
-    return all(map(_finite, value)) if isinstance(value, list | tuple) else True
+        return None if math.isfinite(value) else "NaN and infinity do not exist in JSON; send None or a string"
+    if not isinstance(value, list | tuple | dict):
+        return None
+    if depth > MAX_DEPTH:
+        return f"it is nested deeper than {MAX_DEPTH} levels, which Ruby refuses to read; send it flatter, or its id"
+    inner = value.values() if isinstance(value, dict) else value
+    return next((fault for each in inner if (fault := _fault(each, depth + 1))), None)
 
 
-def _depth(data: bytes) -> int:
-    """How deep the lists and objects of this JSON are nested."""
-    depth = deepest = 0
-    for byte in _strings.sub(b"", data):
-        if byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"]}":
-            depth -= 1
-    return deepest
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
+# Reading.
 
 
 class Payload(
@@ -176,13 +116,7 @@ class Payload(
     frozen=True,
     gc=False,
     kw_only=True,
-    rename={
-        "name": "class",
-        "raw_created_at": "created_at",
-        "raw_enqueued_at": "enqueued_at",
-        "raw_failed_at": "failed_at",
-        "raw_retried_at": "retried_at",
-    },
+    rename={"name": "class", "raw_created_at": "created_at", "raw_failed_at": "failed_at"},
 ):
     """What a worker needs to know of a job. Unknown keys are skipped here and kept by `failed` and `enqueued`.
 
@@ -197,10 +131,8 @@ class Payload(
     args: msgspec.Raw
     jid: str = ""
     raw_created_at: Any = None
-    raw_enqueued_at: Any = None
     raw_failed_at: Any = None
     retry_count: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] | None = None
-    raw_retried_at: Any = None
     retry_for: Any = None
     dead: Any = None
 
@@ -215,19 +147,9 @@ class Payload(
         return seconds(self.raw_created_at)
 
     @property
-    def enqueued_at(self) -> float | None:
-        """When it last entered a queue: epoch seconds; None if it was never due yet."""
-        return seconds(self.raw_enqueued_at)
-
-    @property
     def failed_at(self) -> float | None:
         """When it failed first: epoch seconds."""
         return seconds(self.raw_failed_at)
-
-    @property
-    def retried_at(self) -> float | None:
-        """When it failed last, if more than once: epoch seconds."""
-        return seconds(self.raw_retried_at)
 
 
 _payload = msgspec.json.Decoder(Payload).decode
@@ -244,18 +166,11 @@ def parse(data: bytes) -> Payload:
     """Read a job's JSON. Raises PayloadError, with the reason, for bytes that are not a job."""
     try:
         payload = _payload(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except _BROKEN as error:
         raise PayloadError(f"not a Sidekiq job: {error}") from error
     if memoryview(payload.args)[0] != 91:  # "["
         raise PayloadError(f"not a Sidekiq job: `args` must be a list, not {bytes(payload.args)[:40]!r}")
     return payload
-
-
-def _fields(data: bytes) -> dict[str, Any]:
-    try:
-        return _raws(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise PayloadError(f"not a Sidekiq job: {error}") from error
 
 
 def enqueued(data: bytes, now: float) -> bytes:
@@ -263,12 +178,13 @@ def enqueued(data: bytes, now: float) -> bytes:
 
     Every other value keeps its bytes. Raises PayloadError for what is not a JSON object.
     """
-    fields = _fields(data)
-    fields["enqueued_at"] = float(now)
-    return _encode(fields)
+    try:
+        return _encode(_raws(data) | {"enqueued_at": float(now)})
+    except _BROKEN as error:
+        raise PayloadError(f"not a Sidekiq job: {error}") from error
 
 
-# -- failing -----------------------------------------------------------------------------------------------------------
+# Failing.
 
 
 class Failed(NamedTuple):
@@ -290,7 +206,7 @@ def failed(
     now: float,
     *,
     default_retry: bool | int = DEFAULT_RETRY,
-    rand: Callable[[], float] | None = None,
+    rand: Callable[[], float] = random,
     delay: Callable[[int, BaseException], float | None] | None = None,
     queue: str | None = None,
     final: bool = False,
@@ -304,24 +220,17 @@ def failed(
     `retry_for` (seconds since the first failure) replaces the count, as in Sidekiq 8.1. Every value not set here keeps
     its bytes. Raises PayloadError for what is not a job; an error of `delay` passes through.
     """
-    if rand is None:
-        from random import random
-
-        rand = random
-    job = parse(data)
-    now = float(now)
-    fields = _fields(data)
-    if "retry_queue" in fields:
-        fields["queue"] = fields["retry_queue"]
-    elif queue is not None:
-        fields["queue"] = queue
-    fields["error_message"] = message = _message(error)
-    fields["error_class"] = kind = _class(error)
+    job, now = parse(data), float(now)
+    fields: dict[str, Any] = _raws(data)
+    if "retry_queue" in fields or queue is not None:
+        fields["queue"] = fields.get("retry_queue", queue)
+    message, kind = _message(error), _class(error)
+    first = job.retry_count is None
     count = 0 if job.retry_count is None else job.retry_count + 1
-    fields["failed_at" if job.retry_count is None else "retried_at"] = now
-    fields["retry_count"] = count
-    payload = _encode(fields)
-
+    payload = _encode(
+        fields
+        | {"error_message": message, "error_class": kind, "failed_at" if first else "retried_at": now, "retry_count": count}
+    )
     retry = default_retry if job.retry is None or job.retry is True else job.retry
     last = f"{kind}: {message[:200]}"
     if retry is False and not final:
