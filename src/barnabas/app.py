@@ -126,7 +126,7 @@ class App:
                     if table in other.tables:
                         raise DeclarationError(
                             f"{consumer.owner}: tables=: the table {table.name!r} belongs to consumer {other.name!r}; "
-                            f"give this one a table of its own, or let it read the other's: with {table.name}.open() as view"
+                            f"give this one a table of its own, or read the other's: with {table.name}.open() as view"
                         )
             self.consumers[consumer.name] = consumer
             return target

@@ -35,19 +35,16 @@ class Row(NamedTuple):
     doc: str
 
 
-Kind = Callable[["Option", Any], Any]  # turns what was said into the value, or raises _Wrong
+Kind = Callable[["Option", Any], Any]  # turns what was said into the value; ValueError completes "it must be ..."
 Place = tuple[tuple[str, ...], Row]  # where in the values, and what
-
-
-class _Wrong(Exception):
-    """A value that an option refuses; the text completes "it must be ..."."""
 
 
 def _number(option: "Option", value: Any) -> Any:
     real = option.unit == "seconds"  # all else is counted
     fits = type(value) is int or (real and type(value) is float and value < math.inf)
     if not fits or not option.low <= value <= option.high:
-        raise _Wrong(option.range)
+        kind = "a number of seconds" if real else f"a whole number{option.unit and f' of {option.unit}'}"
+        raise ValueError(f"{kind} from {option.low:,} " + (f"to {option.high:,}" if option.high < math.inf else "up"))
     return float(value) if real else value
 
 
@@ -55,41 +52,40 @@ def _choice(option: "Option", value: Any) -> Any:
     for choice in option.choices:
         if str(value).lower() == choice.lower():
             return choice
-    raise _Wrong(f"one of {', '.join(option.choices)}{_meant(value, option.choices)}")
+    raise ValueError(f"one of {', '.join(option.choices)}{_meant(value, option.choices)}")
 
 
 def _app(option: "Option", value: Any) -> Any:
     if not isinstance(value, str) or not re.fullmatch(r"[\w.]+:[\w.]+", value):
-        raise _Wrong('MODULE:NAME, such as "shop:app"')
+        raise ValueError('MODULE:NAME, such as "shop:app"')
     return value
 
 
 def _url(option: "Option", value: Any) -> Any:
     scheme, colon, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
     if not colon or scheme not in SCHEMES:
-        raise _Wrong(f"a URL such as {URL}; the schemes are {', '.join(SCHEMES)}{_meant(scheme, SCHEMES)}")
+        raise ValueError(f"a URL such as {URL}; the schemes are {', '.join(SCHEMES)}{_meant(scheme, SCHEMES)}")
     if scheme == "sqlite" and not re.match(r"///(?!:memory:)[^?]", rest):
-        raise _Wrong("sqlite:///FILE.db (relative), sqlite:////FOLDER/FILE.db (absolute) or memory: (no file)")
+        raise ValueError("sqlite:///FILE.db (relative), sqlite:////FOLDER/FILE.db (absolute) or memory: (no file)")
     if scheme in ("kafka", "redis", "rediss") and not re.match(r"//[^/]", rest):
-        raise _Wrong(f"{scheme}://HOST:PORT")
+        raise ValueError(f"{scheme}://HOST:PORT")
     return value
 
 
 def _queues(option: "Option", value: Any) -> Any:
     names = list(value) if isinstance(value, list | tuple | dict) else []
     if not names or not all(isinstance(name, str) and QUEUE_NAME.fullmatch(name) for name in names):
-        raise _Wrong('a list of queues (strict order), or queues with weights; names use letters, digits and "_:.-"')
-    weights = value.values() if isinstance(value, dict) else ()
-    if not all(type(weight) is int and 1 <= weight <= 1000 for weight in weights):
-        raise _Wrong("queues with whole weights from 1 to 1000, such as {mail = 5, low = 1}")
+        raise ValueError('a list of queues (strict order), or queues with weights; names use letters, digits and "_:.-"')
+    if isinstance(value, dict) and not all(type(weight) is int and 1 <= weight <= 1000 for weight in value.values()):
+        raise ValueError("queues with whole weights from 1 to 1000, such as {mail = 5, low = 1}")
     if len(set(names)) < len(names):
-        raise _Wrong("a list that names each queue once; to favour one give weights: {mail = 5, low = 1}")
+        raise ValueError("a list that names each queue once; to favour one give weights: {mail = 5, low = 1}")
     return dict(value) if isinstance(value, dict) else names
 
 
 def _table(option: "Option", value: Any) -> Any:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise _Wrong(f"a table: {option.doc}")
+        raise ValueError(f"a table: {option.doc}")
     return value
 
 
@@ -115,19 +111,13 @@ class Option:
         settings._read()  # fills the instance's __dict__, which answers without us from then on
         return settings.__dict__[self.name]
 
-    @property
-    def range(self) -> str:
-        """The numbers it takes, in words."""
-        kind = "a number of seconds" if self.unit == "seconds" else f"a whole number{self.unit and f' of {self.unit}'}"
-        return f"{kind} from {self.low:,} " + (f"to {self.high:,}" if self.high < math.inf else "up")
-
     def parse(self, text: str) -> Any:
         """What a text from the environment or the command line stands for."""
         if self.read is _queues and not text.startswith(("[", "{")):
             return [name.strip() for name in text.split(",")]
         try:
             return text if self.read in (_url, _app, _choice) else msgspec.json.decode(text)
-        except (msgspec.DecodeError, ValueError):
+        except ValueError:  # not JSON
             return text
 
 
@@ -143,9 +133,9 @@ _option: Any = Option  # so that an attribute has the type of its value, as anno
 class Settings:
     """The settings of one app; `settings.stop_timeout` gives a value, `settings.origin(name)` where it came from.
 
-    code: what the app was declared with. flags: the command line; None means not given, in both. file: instead of
-    `barnabas.toml` in the working directory. environ: instead of `os.environ`. SettingError is raised for unknown names
-    and refused values, at once for code and flags, else at the first use.
+    code: what the app was declared with. flags: the command line; None means not given, in both. environ: instead of
+    `os.environ`. SettingError is raised for unknown names and refused values, at once for code and flags, else at the
+    first use.
     """
 
     events: str = _option(_url, URL, "where topics live", env="BARNABAS_EVENTS_URL", key="events.url")
@@ -177,14 +167,13 @@ class Settings:
         code: Mapping[str, Any] | None = None,
         *,
         flags: Mapping[str, Any] | None = None,
-        file: str | os.PathLike[str] | None = None,
         environ: Mapping[str, str] | None = None,
         ignore_file: bool = False,
         ignore_env: bool = False,
     ) -> None:
         self.code = {name: value for name, value in (code or {}).items() if value is not None}
         self._flags = {name: value for name, value in (flags or {}).items() if value is not None}
-        self._source: dict[str, Any] = {"file": file, "ignore_file": ignore_file, "ignore_env": ignore_env}
+        self._ignore_file = ignore_file
         self._environ = {} if ignore_env else os.environ if environ is None else environ
         self._known: dict[str, Row] = {}
         list(self._layers(None, {}))  # check code and flags now
@@ -192,7 +181,7 @@ class Settings:
     def override(self, **flags: Any) -> "Settings":
         """The same settings with these values of the command line on top (None: not given)."""
         given = {name: value for name, value in flags.items() if value is not None}
-        return Settings(self.code, flags={**self._flags, **given}, environ=self._environ, **self._source)
+        return Settings(self.code, flags=self._flags | given, environ=self._environ, ignore_file=self._ignore_file)
 
     def origin(self, name: str) -> str:
         """Where a value came from: "default", "code", "barnabas.toml:/its/path", a variable or an option's name.
@@ -212,7 +201,7 @@ class Settings:
 
     @property
     def warnings(self) -> list[str]:
-        """What is ignored: variables that are named like settings and are none."""
+        """Variables that are named like settings and are none."""
         known = {option.env for option in OPTIONS.values()}
         strange = [name for name in self._environ if name.startswith("BARNABAS_") and name not in known]
         return [f"{name} is set, is not a setting, and is ignored{_meant(name, known)}" for name in strange]
@@ -220,9 +209,8 @@ class Settings:
     @property
     def file(self) -> str | None:
         """The settings file, absolute, or None if there is none or it is ignored."""
-        named = self._source["file"]
-        path = os.path.abspath(named or FILE)  # pathlib alone would take a tenth of the import
-        return None if self._source["ignore_file"] or (named is None and not os.path.exists(path)) else path
+        path = os.path.abspath(FILE)  # pathlib alone would take a tenth of the import
+        return None if self._ignore_file or not os.path.exists(path) else path
 
     def _read(self) -> dict[str, Row]:
         """Lay the sources over each other, once: the values become attributes, their rows are returned."""
@@ -268,7 +256,7 @@ def _rows(name: str, known: Mapping[str, Option], value: Any, origin: str, *path
         raise SettingError(f"{what} is not a setting{_meant(name, known)}; {_LIST}")
     try:
         value = option.read(option, value)
-    except _Wrong as wrong:
+    except ValueError as wrong:
         default = f" (the default is {option.default!r})" if option.default else ""
         raise SettingError(f"{what} must be {wrong}. Change it there, or remove it{default}.") from None
     path = path or (option.name,)
@@ -313,7 +301,7 @@ def _toml(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             found = tomllib.load(file)
     except OSError as error:
-        raise SettingError(f"{path} cannot be read ({error.strerror}); name another settings file, or none") from error
+        raise SettingError(f"{path} cannot be read ({error.strerror}); mend or remove it") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise SettingError(f"{path} is not a TOML file: {error}; mend it there") from error
     for section in ("events", "jobs"):

@@ -192,12 +192,6 @@ def test_an_argument_that_ruby_could_not_read_is_refused_by_name(value: object, 
     assert isinstance(caught.value, BarnabasError)
 
 
-@pytest.mark.parametrize("value", [NAN, "\ud83d", nested(100), object()])
-def test_an_option_that_ruby_could_not_read_is_refused_by_name(value: object) -> None:
-    with pytest.raises(PayloadError, match=r"^job 'Mail', option 'tags' \(\w+\): .*send"):
-        job(1, extra={"tags": value})
-
-
 def test_depth_counts_brackets_outside_of_strings_only() -> None:
     for value in (nested(98), "[" * 500, ["[{" * 500, '"[' * 300, "\\"], [[]] * 500, [{"a": {}}] * 500):
         assert json.loads(job(value))["args"] == [value]
@@ -206,12 +200,6 @@ def test_depth_counts_brackets_outside_of_strings_only() -> None:
 def test_nulls_that_were_meant_pass() -> None:
     args: list[Any] = [None, [None, 1.5], {"null": None}, Point(1.0), "null", ("null", 2.0)]
     assert json.loads(job(*args))["args"][:3] == args[:3]
-
-
-@pytest.mark.parametrize("key", ["class", "args", "jid", "queue", "retry", "created_at", "enqueued_at", "at"])
-def test_our_own_keys_are_no_options(key: str) -> None:
-    with pytest.raises(PayloadError, match=f"job 'Mail': Barnabas writes '{key}' itself; leave it out of `extra`"):
-        job(extra={"tags": [], key: 1})
 
 
 def test_a_name_that_is_no_text_is_refused() -> None:
@@ -271,7 +259,7 @@ def test_what_is_read_of_a_job_of_ours() -> None:
     payload = parse(job(1, "a", retry=3))
     assert (payload.name, payload.jid, payload.queue, payload.retry) == ("Mail", JID, "mail", 3)
     assert bytes(payload.args) == b'[1,"a"]'
-    assert (payload.created_at, payload.enqueued_at, payload.failed_at, payload.retried_at) == (NOW, NOW, None, None)
+    assert (payload.created_at, payload.failed_at) == (NOW, None)
     assert (payload.retry_count, payload.attempt) == (None, 1)
 
 
@@ -280,9 +268,7 @@ def test_a_retry_of_sidekiq_6_and_one_of_sidekiq_8() -> None:
     eight = raw(created_at=1700000000500, enqueued_at=1700000001000, failed_at=1700000002250, retry_count=0)
     for payload in (parse(six), parse(eight)):
         assert payload.created_at == 1700000000.5
-        assert payload.enqueued_at == 1700000001.0
         assert payload.failed_at == 1700000002.25
-        assert payload.retried_at is None
         assert payload.attempt == 2
 
 
@@ -292,7 +278,7 @@ def test_a_retry_of_sidekiq_6_and_one_of_sidekiq_8() -> None:
 )
 def test_timestamps(stamp: object, read: float | None) -> None:
     assert seconds(stamp) == read
-    assert parse(raw(created_at=stamp, enqueued_at=stamp)).created_at == read
+    assert parse(raw(created_at=stamp)).created_at == read
 
 
 @pytest.mark.parametrize(("count", "attempt"), [(None, 1), (-1, 1), (0, 2), (24, 26)])
@@ -377,7 +363,6 @@ def test_golden_bytes_of_the_first_and_the_second_failure() -> None:
         head + ',"error_message":"ünd/\\n","error_class":"ValueError"'.encode() + b',"failed_at":1700000000.25,'
         b'"retry_count":1,"retried_at":1700000100.0}'
     )
-    assert parse(second.payload).retried_at == 1_700_000_100
     assert parse(second.payload).attempt == 3
 
 

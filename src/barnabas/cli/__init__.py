@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import barnabas
-from barnabas.errors import BackendError, BarnabasError, DeclarationError, SettingError, UnknownTopic
+from barnabas.errors import BackendError, BarnabasError, DeclarationError, UnknownTopic
 
 # Name: its file, and its line in `barnabas --help`.
 COMMANDS = {
@@ -32,12 +32,6 @@ second Ctrl-C.
 Shell completion: eval "$(_BARNABAS_COMPLETE=bash_source barnabas)"
 (or zsh_source; fish: _BARNABAS_COMPLETE=fish_source barnabas | source)
 """
-_NEXT: list[tuple[type[BarnabasError], str]] = [  # the command that helps with an error
-    (UnknownTopic, "barnabas topics"),
-    (SettingError, "barnabas check"),
-    (DeclarationError, "barnabas check"),
-    (BackendError, "barnabas check"),
-]
 
 
 class Failed(click.ClickException):
@@ -45,7 +39,12 @@ class Failed(click.ClickException):
 
     def __init__(self, error: BarnabasError, command: str) -> None:
         super().__init__("\n".join([str(error), *getattr(error, "__notes__", ())]))
-        usual = next((hint for kind, hint in _NEXT if isinstance(error, kind)), f"barnabas {command} --help")
+        self.exit_code = 2 if getattr(error, "misuse", False) else 1
+        usual = f"barnabas {command} --help"
+        if isinstance(error, DeclarationError | BackendError):
+            usual = "barnabas check"
+        elif isinstance(error, UnknownTopic):
+            usual = "barnabas topics"
         hint: str = getattr(error, "next_command", usual)
         self.next_command = "" if hint == f"barnabas {command}" else hint
 
@@ -54,12 +53,6 @@ class Failed(click.ClickException):
         super().show(file)
         if self.next_command:
             click.echo(f"Next, try: {self.next_command}", err=True)
-
-
-class Misused(Failed):
-    """The same for a command that was called wrongly."""
-
-    exit_code = 2
 
 
 class Commands(click.Group):
@@ -76,9 +69,7 @@ class Commands(click.Group):
         command: click.Command = getattr(import_module(f"barnabas.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
         return command
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         """Name the command that was probably meant."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
@@ -97,15 +88,11 @@ class Commands(click.Group):
         try:
             status = super().invoke(ctx)
         except BarnabasError as error:
-            kind = Misused if getattr(error, "misuse", False) else Failed
-            raise kind(error, ctx.invoked_subcommand or "") from error
+            raise Failed(error, ctx.invoked_subcommand or "") from error
         ctx.exit(status or 0)
 
 
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-
-@click.group(cls=Commands, epilog=EPILOG, context_settings=_CONTEXT)
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(barnabas.__version__, "--version", prog_name="barnabas")
 def commands() -> None:
     """Barnabas carries events (topics and consumers) and jobs (queues and workers).

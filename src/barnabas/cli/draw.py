@@ -2,12 +2,9 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from typing import Any
 
 import msgspec
-
-_encode = msgspec.json.Encoder().encode
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -23,17 +20,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         drawn.add_column(column.removesuffix("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(f"{cell:,}" if type(cell) is int else "" if cell is None else str(cell)) for cell in row))
-    terminal = sys.stdout.isatty()
-    console = Console(file=sys.stdout, width=None if terminal else 10_000)
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 10_000)
     with console.capture() as capture:
         console.print(drawn)
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    sys.stdout.write("\n".join(line for line in lines if line) + "\n\n")
+    sys.stdout.write("\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip()) + "\n\n")
 
 
 def json_line(value: Any) -> None:
     """Print one JSON value on a line of its own."""
-    line(_encode(value))
+    line(msgspec.json.encode(value))
 
 
 def line(data: bytes) -> None:
@@ -41,21 +36,13 @@ def line(data: bytes) -> None:
     sys.stdout.buffer.write(data + b"\n")
 
 
-def flush() -> None:
-    """Let what was printed be seen: it is followed by a wait."""
-    sys.stdout.flush()
-
-
-def size(count: int) -> str:
+def size(count: float) -> str:
     """Bytes in the unit that suits them."""
-    if count < 1024:
-        return f"{count} B"
-    amount = float(count)
-    for unit in ("KiB", "MiB", "GiB"):
-        amount /= 1024
-        if amount < 1024 or unit == "GiB":
-            break
-    return f"{amount:,.1f} {unit}"
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
 
 
 def span(seconds: float) -> str:
@@ -64,8 +51,3 @@ def span(seconds: float) -> str:
         if seconds >= length and seconds % length == 0:
             return f"{seconds / length:,.0f} {unit}"
     return f"{seconds:g} s"
-
-
-def moment(timestamp: float) -> str:
-    """Local time, to the millisecond."""
-    return datetime.fromtimestamp(timestamp).isoformat(" ", "milliseconds")

@@ -19,79 +19,52 @@ from barnabas.settings import Settings
 
 
 class Wrong(BarnabasError):
-    """What a command was to work on is not there. `next_command` is what to try then."""
+    """What a command was to work on is not there, and the command to try then. misuse: it was called wrongly (status 2)."""
 
-    misuse = False  # whether the command was called wrongly: its exit status is 2, not 1
-
-    def __init__(self, message: str, next_command: str = "") -> None:
+    def __init__(self, message: str, next_command: str = "", misuse: bool = False) -> None:
         super().__init__(message)
-        self.next_command = next_command
-
-
-class NoApp(Wrong):
-    """The app that a command was to work on is not there."""
-
-    misuse = True
+        self.next_command, self.misuse = next_command, misuse
 
 
 def load(spec: str | None) -> App:
-    """Import an app by its MODULE:NAME; None: the one that the setting `app` names. Raises NoApp, which says what is
-    there, and Wrong if the app's own code fails."""
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    """Import an app by its MODULE:NAME; None: the one that the setting `app` names. Raises Wrong, which says what is there."""
+    sys.path.insert(0, os.getcwd())
+    spec = spec or Settings().app
     if spec is None:
-        spec = Settings().app
-    if spec is None:
-        raise NoApp(
-            'no app is named: give --app MODULE:NAME (such as --app shop:app), put app = "MODULE:NAME" into '
-            "barnabas.toml, or set BARNABAS_APP"
-        )
-    module_name, colon, name = spec.partition(":")
-    if not module_name or not colon or not name:
+        there = 'give --app MODULE:NAME (such as --app shop:app), put app = "MODULE:NAME" into barnabas.toml, or set BARNABAS_APP'
+        raise Wrong(f"no app is named: {there}", misuse=True)
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
         guess = f"{module_name.removesuffix('.py').replace('/', '.') or 'shop'}:{name or 'app'}"
-        raise NoApp(f"{spec!r} is not MODULE:NAME; did you mean {guess}?")
+        raise Wrong(f"{spec!r} is not MODULE:NAME; did you mean {guess}?", misuse=True)
     module = _module(module_name, name)
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
+    found: Any = getattr(module, name, None)
     if not isinstance(found, App):
-        apps = [key for key, value in vars(module).items() if isinstance(value, App)]
+        apps = [f"{module_name}:{key}" for key, value in vars(module).items() if isinstance(value, App)]
         what = f"{name} is {type(found).__name__}, not an App" if found is not None else f"it has no {name!r}"
-        meant = " or ".join(f"{module_name}:{key}" for key in apps)
-        there = f"did you mean {meant}?" if apps else "it has no App at all"
-        raise NoApp(f"{spec}: {module_name} was imported from {module.__file__}, but {what}; {there}")
+        there = f"did you mean {' or '.join(apps)}?" if apps else "it has no App at all"
+        raise Wrong(f"{spec}: {module_name} was imported from {module.__file__}, but {what}; {there}", misuse=True)
     return found
 
 
 def _module(module_name: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _broken(module_name, error) from error
-        here = [path.stem for path in Path.cwd().glob("*.py")]
-        close = difflib.get_close_matches(module_name, here, 1)
-        hint = f"did you mean {close[0]}:{name}?" if close else "go to the folder that has it, or check PYTHONPATH"
-        raise NoApp(f"no module {error.name!r} in {os.getcwd()} or on sys.path; {hint}") from None
-    except BarnabasError as error:
-        own = [f for f in traceback.extract_tb(error.__traceback__) if not _ours(f.filename)]
-        if own:
-            error.add_note(f"(declared at {own[-1].filename}:{own[-1].lineno})")
-        raise
     except Exception as error:
-        raise _broken(module_name, error) from error
-
-
-def _ours(filename: str) -> bool:
-    return filename.startswith(os.path.dirname(os.path.dirname(__file__))) or "importlib" in filename
-
-
-def _broken(module_name: str, error: Exception) -> Wrong:
-    """An app whose own code fails: its author needs the traceback, from their first line on."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _ours(frame.filename)]
-    shown = traceback.format_list(own) + traceback.format_exception_only(error)
-    return Wrong(f"{module_name} cannot be imported:\n{''.join(shown).rstrip()}")
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            close = difflib.get_close_matches(module_name, [path.stem for path in Path.cwd().glob("*.py")], 1)
+            hint = f"did you mean {close[0]}:{name}?" if close else "go to the folder that has it, or check PYTHONPATH"
+            raise Wrong(f"no module {error.name!r} in {os.getcwd()} or on sys.path; {hint}", misuse=True) from None
+        # The app's own code fails: its author needs the traceback, from their first line on.
+        ours = os.path.dirname(os.path.dirname(__file__))
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if not frame.filename.startswith(ours) and "importlib" not in frame.filename]
+        if isinstance(error, BarnabasError):
+            if own:
+                error.add_note(f"(declared at {own[-1].filename}:{own[-1].lineno})")
+            raise
+        shown = "".join(traceback.format_list(own) + traceback.format_exception_only(error))
+        raise Wrong(f"{module_name} cannot be imported:\n{shown.rstrip()}") from error
 
 
 def override(app: App, **flags: Any) -> App:

@@ -2,15 +2,14 @@
 
 import logging
 import sys
-import time
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
 
 from barnabas.app import App
 from barnabas.engine.hand import CURRENT
-from barnabas.jobs.payload import PayloadError, parse
+from barnabas.jobs.payload import parse
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "context", "taskName"}
 
@@ -26,42 +25,37 @@ class Context(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Always True."""
-        record.context = self._always | _in_hand(self._consumers)
+        record.context = self._always | self._in_hand()
         return True
 
-
-def _in_hand(consumers: dict[str, str]) -> dict[str, Any]:
-    hand = CURRENT.get()
-    if hand is None or not hand.open:
-        return {}
-    part, row = hand.run.part, hand.row
-    if part.partition >= 0:
-        consumer = consumers.get(part.group, part.group)
+    def _in_hand(self) -> dict[str, Any]:
+        hand = CURRENT.get()
+        if hand is None or not hand.open:
+            return {}
+        part, row = hand.run.part, hand.row
+        if part.partition < 0:
+            return {"job": parse(row[2]).name, "queue": part.topic, "jid": row[1]}
+        consumer = self._consumers.get(part.group, part.group)
         return {"consumer": consumer, "topic": part.topic, "partition": part.partition, "offset": row[0]}
-    try:
-        name = parse(row[2]).name
-    except PayloadError:
-        name = "?"
-    return {"job": name, "queue": part.topic, "jid": row[1]}
 
 
 class Text(logging.Formatter):
     """A line for people; on a terminal it first clears the status line."""
 
     def __init__(self, terminal: bool) -> None:
-        super().__init__("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
-        self._clear = "\r\x1b[K" if terminal else ""
+        clear = "\r\x1b[K" if terminal else ""
+        super().__init__(f"{clear}%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s%(where)s", "%Y-%m-%d %H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line without its traceback."""
         # Our own lines name what they are about.
         of: dict[str, Any] = {} if record.name == "barnabas" else getattr(record, "context", {})
-        where = ""
+        record.where = ""
         if "topic" in of:
-            where = f" ({of['consumer']} {of['topic']}[{of['partition']}]@{of['offset']})"
+            record.where = f" ({of['consumer']} {of['topic']}[{of['partition']}]@{of['offset']})"
         elif "job" in of:
-            where = f" (job {of['job']} {of['jid']})"
-        return f"{self._clear}{super().formatMessage(record)}{where}"
+            record.where = f" (job {of['job']} {of['jid']})"
+        return super().formatMessage(record)
 
 
 class Json(logging.Formatter):
@@ -82,15 +76,13 @@ class Json(logging.Formatter):
         return msgspec.json.encode(fields, enc_hook=repr).decode()
 
 
-def set_up(app: App, process: int | None = None, stream: TextIO | None = None) -> None:
+def set_up(app: App, process: int | None = None) -> None:
     """Log to stderr as the settings log_format and log_level say. An app that has set up logging itself keeps it."""
     root = logging.getLogger()
     if root.handlers:
         return
-    stream = stream or sys.stderr
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(Json() if app.settings.log_format == "json" else Text(stream.isatty()))
+    handler = logging.StreamHandler()
+    handler.setFormatter(Json() if app.settings.log_format == "json" else Text(sys.stderr.isatty()))
     handler.addFilter(Context(app, process))
     root.addHandler(handler)
     root.setLevel(app.settings.log_level)
-    logging.Formatter.converter = time.localtime

@@ -66,6 +66,7 @@ def build(
     100 in all, and types without a JSON form: what Ruby could not read must not be stored.
     """
     now = float(now)  # an integer would be read as milliseconds by Sidekiq 8
+    job: dict[str, Any]
     job = {"retry": retry, "queue": queue, **(extra or {}), "class": name, "args": args, "jid": jid or new_jid(), "created_at": now}
     if not at:
         job["enqueued_at"] = now
@@ -206,7 +207,7 @@ def failed(
     now: float,
     *,
     default_retry: bool | int = DEFAULT_RETRY,
-    rand: Callable[[], float] = random,
+    rand: Callable[[], float] | None = None,
     delay: Callable[[int, BaseException], float | None] | None = None,
     queue: str | None = None,
     final: bool = False,
@@ -220,17 +221,15 @@ def failed(
     `retry_for` (seconds since the first failure) replaces the count, as in Sidekiq 8.1. Every value not set here keeps
     its bytes. Raises PayloadError for what is not a job; an error of `delay` passes through.
     """
+    if rand is None:
+        from random import random as rand  # 3 ms to import
     job, now = parse(data), float(now)
     fields: dict[str, Any] = _raws(data)
     if "retry_queue" in fields or queue is not None:
         fields["queue"] = fields.get("retry_queue", queue)
     message, kind = _message(error), _class(error)
-    first = job.retry_count is None
-    count = 0 if job.retry_count is None else job.retry_count + 1
-    payload = _encode(
-        fields
-        | {"error_message": message, "error_class": kind, "failed_at" if first else "retried_at": now, "retry_count": count}
-    )
+    count, stamp = (0, "failed_at") if job.retry_count is None else (job.retry_count + 1, "retried_at")
+    payload = _encode(fields | {"error_message": message, "error_class": kind, stamp: now, "retry_count": count})
     retry = default_retry if job.retry is None or job.retry is True else job.retry
     last = f"{kind}: {message[:200]}"
     if retry is False and not final:
