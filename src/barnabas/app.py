@@ -65,7 +65,9 @@ class App:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name):
             raise DeclarationError(f"{owner}: its name may have up to 200 letters, digits, dots, dashes, underscores")
         partitions = options.get("partitions")
-        if partitions is not None and (isinstance(partitions, bool) or not isinstance(partitions, int) or not 1 <= partitions <= 10_000):
+        if partitions is not None and (
+            isinstance(partitions, bool) or not isinstance(partitions, int) or not 1 <= partitions <= 10_000
+        ):
             raise DeclarationError(f"{owner}: partitions={partitions!r}: give a whole number from 1 to 10000")
         limit = options.get("limit")
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
@@ -102,7 +104,9 @@ class App:
             changed["partitions"] = over["partitions"]
         given = options.get("retention") or Retention()
         if "retention_age" in over or "retention_size" in over:
-            changed["retention"] = Retention(over.get("retention_age", given.age), over.get("retention_size", given.size), given.force)
+            changed["retention"] = Retention(
+                over.get("retention_age", given.age), over.get("retention_size", given.size), given.force
+            )
         return changed
 
     def consumer(self, topics: Topic[Any] | Sequence[Topic[Any]], **options: Any) -> Callable[[F], F]:

@@ -148,7 +148,15 @@ class Job:
             payload, target = changed
         return OutgoingJob(target, payload, at, jid, future)
 
-    def _enqueue(self, args: tuple[Any, ...], kwargs: dict[str, Any], at: float | None, queue: str | None = None, retry: Any = None, now: bool = False) -> Future[str]:
+    def _enqueue(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        at: float | None,
+        queue: str | None = None,
+        retry: Any = None,
+        now: bool = False,
+    ) -> Future[str]:
         out = self._outgoing(self._positions(args, kwargs), at, queue, retry, now)
         if out is None:
             return resolved(None)

@@ -74,9 +74,7 @@ class Retry:
 
 def _seconds(backoff: object) -> bool:
     values = backoff if isinstance(backoff, Sequence) and not isinstance(backoff, str) else [backoff]
-    return bool(values) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < float("inf") for v in values
-    )
+    return bool(values) and all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < float("inf") for v in values)
 
 
 def decide(

@@ -112,7 +112,9 @@ class Worker:
             crews,
             clock=app.clock,
             observers=app.observers,
-            sinks=None if app.settings.events == app.settings.jobs else (lambda output: app.events if len(output) == 7 else app.jobs),
+            sinks=None
+            if app.settings.events == app.settings.jobs
+            else (lambda output: app.events if len(output) == 7 else app.jobs),
             gate=self.gate,
             interval=app.settings.checkpoint_interval,
             grace=0.0 if self.inline else 5.0,
@@ -143,9 +145,7 @@ class Worker:
         runner.begins = getattr(instance, "set_up", None)
         # What comes through a retry topic is finished as it gets due, whatever the order of the consumer.
         ordered = consumer.order == "partition" and consumer.retry.ordered
-        runner.attach(
-            events.log(consumer.group, consumer.subscriptions, start=consumer.start, ordered=ordered, listener=runner)
-        )
+        runner.attach(events.log(consumer.group, consumer.subscriptions, start=consumer.start, ordered=ordered, listener=runner))
 
     def _jobs(self) -> None:
         app, jobs = self.app, self.app.jobs
@@ -325,10 +325,13 @@ class Worker:
             if (id(run), offset) not in crew.late:
                 crew.late.add((id(run), offset))
                 where = f"{run.part.topic}[{run.part.partition}]@{offset}"
-                log.error("%s: %s runs longer than its timeout of %s s:\n%s", crew.handler.name, where, limit, self._where(crew, slot))
+                log.error(
+                    "%s: %s runs longer than its timeout of %s s:\n%s", crew.handler.name, where, limit, self._where(crew, slot)
+                )
             elif spent >= 2 * limit and self.recycling is None:
                 crew.abandon(slot, run)
-                self.recycling = f"{crew.handler.name} hangs at {run.part.topic}[{run.part.partition}]@{offset}, twice its timeout of {limit} s"
+                where = f"{run.part.topic}[{run.part.partition}]@{offset}"
+                self.recycling = f"{crew.handler.name} hangs at {where}, twice its timeout of {limit} s"
                 log.error("%s: this process ends and lets another go on", self.recycling)
 
     def exit_now(self) -> None:

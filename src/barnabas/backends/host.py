@@ -70,7 +70,9 @@ class Bell:
         """Call `woken` in a thread of its own after rings, and every `safety` seconds (every `poll` without inotify)."""
         self._end = os.pipe()
         inotify = self._inotify()
-        self._thread = threading.Thread(target=self._listen, args=(woken, inotify, safety, poll), name="barnabas-bell", daemon=True)
+        self._thread = threading.Thread(
+            target=self._listen, args=(woken, inotify, safety, poll), name="barnabas-bell", daemon=True
+        )
         self._thread.start()
 
     def _inotify(self) -> int | None:
@@ -173,9 +175,7 @@ def look(path: str, number: int) -> tuple[bool, float, list[tuple[int, int, int]
             return False, max(0.0, (time.monotonic_ns() - beat) / 1e9), []
         data = os.pread(fd, 8 * BOX_NUMBERS, 0)
         numbers = memoryview(data[: len(data) // 8 * 8]).cast("q")
-        work = [
-            (numbers[at], numbers[at + 1], numbers[at + 2]) for at in range(3, len(numbers) - 2, 3) if numbers[at] != 0
-        ]
+        work = [(numbers[at], numbers[at + 1], numbers[at + 2]) for at in range(3, len(numbers) - 2, 3) if numbers[at] != 0]
         return True, 0.0, work
     finally:
         os.close(fd)

@@ -215,9 +215,7 @@ class MemoryBackend:
 
     def topics(self) -> list[TopicState]:
         with self.lock:
-            return [
-                TopicState(name, [(p.first, p.next, p.size) for p in parts]) for name, parts in sorted(self.logs.items())
-            ]
+            return [TopicState(name, [(p.first, p.next, p.size) for p in parts]) for name, parts in sorted(self.logs.items())]
 
     def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
         with self.lock:

@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from typing import Any, TypeVar
 from zlib import crc32
@@ -84,7 +85,9 @@ class SqliteBackend(SqliteReader):
                 with self._db:
                     self._db.execute(files("barnabas.backends").joinpath("sqlite.sql").read_text())
             elif version > SCHEMA:
-                raise BackendError(f"{path} has schema {version}, this Barnabas knows {SCHEMA}: upgrade Barnabas, or use another file")
+                raise BackendError(
+                    f"{path} has schema {version}, this Barnabas knows {SCHEMA}: upgrade Barnabas, or use another file"
+                )
 
     # Writing.
 
@@ -347,10 +350,8 @@ class SqliteBackend(SqliteReader):
 
     def _rung(self) -> None:
         if self._watchers or any(source.waiting for source in self.sources):
-            try:
+            with suppress(BackendError):  # whoever fetches next meets the same error, and says so
                 self.refresh()
-            except BackendError:
-                pass  # whoever fetches next meets the same error, and says so
             self._wake_own()
 
     def _wake_own(self) -> None:
@@ -384,7 +385,9 @@ class SqliteBackend(SqliteReader):
         self._join()
         return SqliteQueues(self, queues, listener)
 
-    def store(self, db: apsw.Connection, outputs: Iterable[Any], cells: dict[tuple[str, Any], bytes | None]) -> list[tuple[Any, Any]]:
+    def store(
+        self, db: apsw.Connection, outputs: Iterable[Any], cells: dict[tuple[str, Any], bytes | None]
+    ) -> list[tuple[Any, Any]]:
         """Inside a settlement's transaction: what its handlers sent and wrote."""
         stored = self._store(db, outputs)
         upsert, drop = [], []

@@ -34,10 +34,8 @@ def _expired(home: "SqliteBackend", gid: int, keep: object, now: float) -> list[
     """The records that may go, oldest first: (id, count, bytes)."""
     age, size, force = keep.age, keep.size, keep.force  # type: ignore[attr-defined]
     first, next_, held = home.query("SELECT first, next, bytes FROM heads WHERE gid = ?", (gid,))[0]
-    if force:
-        floor = next_
-    else:
-        floor = home.query("SELECT coalesce(min(offset), ?) FROM positions WHERE gid = ?", (next_, gid))[0][0]
+    slowest = home.query("SELECT coalesce(min(offset), ?) FROM positions WHERE gid = ?", (next_, gid))[0][0]
+    floor = next_ if force else slowest
     low = gid << SHIFT
     found = []
     for id_, count, length, time in home.query(

@@ -120,8 +120,9 @@ class SqliteReader:
             for group, topics in groups.items():
                 for topic in topics:
                     for next_, first, offset, open_ in self._reader.execute(
-                        "SELECT h.next, h.first, p.offset, p.open FROM heads h LEFT JOIN positions p ON p.gid = h.gid AND p.grp = "
-                        "(SELECT id FROM names WHERE kind = 'group' AND name = ?) WHERE h.topic = ? AND h.partition >= 0",
+                        "SELECT h.next, h.first, p.offset, p.open FROM heads h LEFT JOIN positions p ON p.gid = h.gid "
+                        "AND p.grp = (SELECT id FROM names WHERE kind = 'group' AND name = ?) "
+                        "WHERE h.topic = ? AND h.partition >= 0",
                         (group, topic),
                     ):
                         done = json.loads(open_).get("done", []) if open_ else []
@@ -137,8 +138,8 @@ class SqliteReader:
         counts = {"scheduled": 0, "retry": 0, "dead": 0}
         names = {2: "scheduled", 3: "retry", 4: "dead"}
         for queue, state, n in self.query(
-            "SELECT h.topic, j.state, count(*) FROM jobs j JOIN heads h ON h.gid = j.queue WHERE j.at IS NOT NULL GROUP BY 1, 2 "
-            "UNION ALL SELECT h.topic, j.state, count(*) FROM jobs j JOIN heads h ON h.gid = j.queue WHERE j.died IS NOT NULL GROUP BY 1, 2"
+            "SELECT h.topic, j.state, count(*) FROM jobs j JOIN heads h ON h.gid = j.queue "
+            "WHERE j.at IS NOT NULL OR j.died IS NOT NULL GROUP BY 1, 2"
         ):
             if queue in queues:
                 counts[names[state]] += n

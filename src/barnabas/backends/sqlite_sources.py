@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import apsw
@@ -58,7 +59,9 @@ class _Fetcher:
 class SqliteLog(_Fetcher):
     """The topics of one consumer group, as one member sees them."""
 
-    def __init__(self, home: "SqliteBackend", group: str, topics: Sequence[Any], start: str, ordered: bool, listener: Listener) -> None:
+    def __init__(
+        self, home: "SqliteBackend", group: str, topics: Sequence[Any], start: str, ordered: bool, listener: Listener
+    ) -> None:
         super().__init__(home, listener)
         self._group_name = group
         self._start = start
@@ -122,7 +125,9 @@ class SqliteLog(_Fetcher):
         if lost:
             for gid in lost:
                 self._parts[gid].closed = True
-            log.warning("%s lost %d partitions to others; what it did and did not settle is discarded", self._group_name, len(lost))
+            log.warning(
+                "%s lost %d partitions to others; what it did and did not settle is discarded", self._group_name, len(lost)
+            )
             self._drop(lost)
         if gone:
             self._drop(gone)
@@ -409,12 +414,12 @@ class SqliteQueues(_Fetcher):
         return found
 
     def _move_due(self, db: apsw.Connection, now: float) -> None:
-        due: list[Any] = db.execute("SELECT id, payload, queue FROM jobs WHERE at IS NOT NULL AND at <= ? ORDER BY at LIMIT ?", (now, DUE)).fetchall()
+        due: list[Any] = db.execute(
+            "SELECT id, payload, queue FROM jobs WHERE at IS NOT NULL AND at <= ? ORDER BY at LIMIT ?", (now, DUE)
+        ).fetchall()
         for id_, payload, _ in due:
-            try:
+            with suppress(PayloadError):  # rubbish is buried, with its reason, by the worker that meets it
                 payload = enqueued(payload, now)
-            except PayloadError:
-                pass  # rubbish is buried, with its reason, by the worker that meets it
             db.execute("UPDATE jobs SET state = 0, at = NULL, payload = ? WHERE id = ?", (payload, id_))
         for gid in {row[2] for row in due}:
             self.home.stir(db, "gid = ?", (gid,))
@@ -454,7 +459,8 @@ class SqliteQueues(_Fetcher):
                 db.executemany("DELETE FROM jobs WHERE id = ? AND owner = ?", done)
             if later:
                 db.executemany(
-                    "UPDATE jobs SET state = 3, owner = NULL, crashes = 0, at = ?, payload = coalesce(?, payload) WHERE id = ? AND owner = ?",
+                    "UPDATE jobs SET state = 3, owner = NULL, crashes = 0, at = ?, payload = coalesce(?, payload) "
+                    "WHERE id = ? AND owner = ?",
                     later,
                 )
                 self._due = min(self._due, min(at for at, _, _, _ in later))

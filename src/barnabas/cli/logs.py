@@ -9,7 +9,7 @@ import msgspec
 
 from barnabas.app import App
 from barnabas.engine.hand import CURRENT
-from barnabas.jobs.payload import parse
+from barnabas.jobs.payload import PayloadError, parse
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "context", "taskName"}
 
@@ -34,7 +34,10 @@ class Context(logging.Filter):
             return {}
         part, row = hand.run.part, hand.row
         if part.partition < 0:
-            return {"job": parse(row[2]).name, "queue": part.topic, "jid": row[1]}
+            try:
+                return {"job": parse(row[2]).name, "queue": part.topic, "jid": row[1]}
+            except PayloadError:  # what the engine says of it is to be logged all the same
+                return {"job": "?", "queue": part.topic, "jid": row[1]}
         consumer = self._consumers.get(part.group, part.group)
         return {"consumer": consumer, "topic": part.topic, "partition": part.partition, "offset": row[0]}
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 import logging
 import os
 import signal
@@ -35,12 +34,11 @@ class Stopper:
 
     def asked(self, number: int, frame: FrameType | None = None) -> None:
         """A signal came."""
-        if self.event.is_set():
-            if number == signal.SIGINT:
-                os._exit(128 + number)
-            return
-        self.name = signal.Signals(number).name
-        self.event.set()
+        if not self.event.is_set():
+            self.name = signal.Signals(number).name
+            self.event.set()
+        elif number == signal.SIGINT:
+            os._exit(128 + number)
 
     def install(self) -> None:
         """Listen from now on; a signal that is ignored (nohup) stays so."""
@@ -49,36 +47,22 @@ class Stopper:
                 signal.signal(number, self.asked)
 
 
-def serve(
-    worker: Worker,
-    stopper: Stopper,
-    *,
-    drain: bool = False,
-    lifeline: Lifeline | None = None,
-    tell: Callable[[dict[str, float]], None] | None = None,
-) -> int:
+def serve(worker: Worker, stopper: Stopper, tell: Callable[[dict[str, float]], None], drain: bool, lifeline: Lifeline | None) -> int:
     """Run a worker until it is asked to stop, drained, failed or hanging; returns the exit status of its process."""
-    try:
-        worker.start()
-    except BaseException:
-        with contextlib.suppress(Exception):
-            worker.stop(HURRY)
-        raise
+    worker.start()
     _tune()
     if lifeline is not None:
         lifeline.say("ready")
-        tell = lambda found: lifeline.say(json.dumps(found))  # noqa: E731
-    why = _wait(worker, stopper, drain, lifeline, tell)
+    why = _wait(worker, stopper, tell, drain, lifeline)
     if why == "stop":
         timeout = worker.app.settings.stop_timeout
         log.info("%s: finishing what is in work, within %.0f s (a second Ctrl-C ends at once)", stopper.name, timeout)
     held = worker.stop(HURRY if why == "recycle" else None)
-    for text in [] if why == "recycle" else held:
-        log.error("the stop was held up by %s\nit is given back and will run again", text.rstrip())
-    if tell is not None:
-        tell(counts(worker))
+    tell(counts(worker))
     if why == "recycle":  # in order, or what else is in work would count as in work at a crash
         end_now(worker.app, RECYCLE)
+    for text in held:
+        log.error("the stop was held up by %s\nit is given back and will run again", text.rstrip())
     error = worker.failed()
     if error is not None:
         log.error("this process ends: %s", error)
@@ -91,11 +75,7 @@ def serve(
 
 
 def _wait(
-    worker: Worker,
-    stopper: Stopper,
-    drain: bool,
-    lifeline: Lifeline | None,
-    tell: Callable[[dict[str, float]], None] | None,
+    worker: Worker, stopper: Stopper, tell: Callable[[dict[str, float]], None], drain: bool, lifeline: Lifeline | None
 ) -> str:
     """Why the worker is to end: "stop", "failed", "recycle" or "drained"."""
     told = time.monotonic()
@@ -104,20 +84,13 @@ def _wait(
             return "failed"
         if worker.recycling is not None and (lifeline is None or lifeline.may_recycle()):
             return "recycle"
-        if drain and _drained(worker):
-            return "drained"
-        now = time.monotonic()
-        if tell is not None and now >= told + 1.0:
-            told = now
+        with contextlib.suppress(BackendError):  # away for a while: the runners say so, and go on when it is back
+            if drain and worker.drained():
+                return "drained"
+        if time.monotonic() >= told + 1.0:
+            told = time.monotonic()
             tell(counts(worker))
     return "stop"
-
-
-def _drained(worker: Worker) -> bool:
-    try:
-        return worker.drained()
-    except BackendError:  # away for a while: the runners say so, and go on when it is back
-        return False
 
 
 def _tune() -> None:

@@ -1,6 +1,7 @@
 """`barnabas read`: what a topic holds, as text or as JSON lines."""
 
 import base64
+import sys
 from datetime import datetime
 from typing import Any
 
@@ -18,9 +19,7 @@ _decode = msgspec.json.Decoder().decode
 def _start(ctx: click.Context, param: click.Parameter, text: str | None) -> inspect.Start | None:
     if text is None or text in ("earliest", "latest"):
         return text
-    if text.isdecimal():
-        return int(text)
-    return as_time(ctx, param, text, "earliest, latest, an offset, or ")
+    return int(text) if text.isdecimal() else as_time(ctx, param, text, "earliest, latest, an offset, or ")
 
 
 def as_time(ctx: click.Context, param: click.Parameter, text: str | None, others: str = "") -> datetime | None:
@@ -57,7 +56,7 @@ def read(app: App, topic: str, start: inspect.Start | None, follow: bool, as_jso
             draw.line(as_line(message) if as_json else as_text(message))
             shown += 1
             if follow:
-                draw.flush()
+                sys.stdout.flush()
     except KeyboardInterrupt:  # how --follow ends
         return
     if not shown and not as_json:
@@ -68,7 +67,7 @@ def read(app: App, topic: str, start: inspect.Start | None, follow: bool, as_jso
 def as_line(message: inspect.Stored) -> bytes:
     """A message as JSON. `value` is the JSON that is stored; "encoding" says so where it is other text, or base64."""
     value, encoding = _shown(message.value)
-    key, key_encoding = (message.key, "") if not isinstance(message.key, bytes) else _text(message.key)
+    key, key_encoding = _text(message.key)
     fields = {
         "topic": message.topic,
         "partition": message.partition,
@@ -87,14 +86,13 @@ def as_line(message: inspect.Stored) -> bytes:
 
 def as_text(message: inspect.Stored) -> bytes:
     """A message as a line: address, time, key, value."""
-    key = message.key if not isinstance(message.key, bytes) else _text(message.key)[0]
+    key, _ = _text(message.key)
+    text, encoding = _text(message.value)
+    if encoding == "base64":
+        text = f"({len(message.value or b'')} bytes) {text}"
     where = f"{message.topic}[{message.partition}]@{message.offset}"
-    value = message.value
-    if value is None:
-        text = "(null)"
-    else:
-        text = value.decode() if _shown(value)[1] != "base64" else f"({len(value)} bytes) {_text(value)[0]}"
-    return f"{where} {draw.moment(message.timestamp or 0.0)} {'-' if key is None else key} {text}".encode()
+    time = datetime.fromtimestamp(message.timestamp or 0.0).isoformat(" ", "milliseconds")
+    return f"{where} {time} {'-' if key is None else key} {'(null)' if text is None else text}".encode()
 
 
 def _shown(data: bytes | None) -> tuple[Any, str]:
@@ -108,7 +106,9 @@ def _shown(data: bytes | None) -> tuple[Any, str]:
     return (value if b"\n" in data else msgspec.Raw(data)), ""
 
 
-def _text(data: bytes) -> tuple[str, str]:
+def _text(data: str | bytes | None) -> tuple[str | None, str]:
+    if not isinstance(data, bytes):
+        return data, ""
     try:
         return data.decode(), "text"
     except UnicodeDecodeError:

@@ -1,17 +1,19 @@
 """`barnabas run`: the app's consumers and jobs, in this process or in several under a supervisor."""
 
+import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from barnabas import inspect
 from barnabas.app import App
-from barnabas.cli import draw, logs, reload
+from barnabas.cli import draw, logs
 from barnabas.cli.loading import Wrong, app_options, load, override
 from barnabas.cli.process import Stopper, serve
 from barnabas.cli.status import Status
@@ -47,11 +49,10 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
         stopper.install()
     app = override(load(target or spec), events=options["events"], jobs=options["jobs"], processes=processes)
     logs.set_up(app, child)
-    several = child is None and (app.settings.processes > 1 or options["reloads"])
     if child is None:
         _announce(app, options["only"], options["skip"])
-    if several:
-        return supervise(app, target or spec, **options)
+        if app.settings.processes > 1 or options["reloads"]:
+            return supervise(app, target or spec, **options)
     stopper.install()
     try:
         return alone(app, stopper, lifeline, options["only"], options["skip"], options["drain"])
@@ -62,41 +63,35 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
 def alone(app: App, stopper: Stopper, lifeline: Lifeline | None, only: Any, skip: Any, drain: bool) -> int:
     """Run a worker in this process."""
     worker = Worker(app, only=only, skip=skip)
-    status = None if lifeline is not None else Status()
-    code = serve(worker, stopper, drain=drain, lifeline=lifeline, tell=status)
-    if status is not None:
-        _conclude(app, status, list(worker.queues) if drain and code == 0 else [])
+    if lifeline is not None:
+        return serve(worker, stopper, lambda counts: lifeline.say(json.dumps(counts)), drain, lifeline)
+    status = Status()
+    code = serve(worker, stopper, status, drain, None)
+    _conclude(app, status, list(worker.queues) if drain and code == 0 else [])
     return code
 
 
 def supervise(app: App, target: str | None, drain: bool, reloads: bool, **given: Any) -> int:
     """Run workers in processes of their own; `given`: what else the command line said, for each of them."""
     settings = app.settings
-    only, skip = given["only"], given["skip"]
-    queues = list(chosen(app, only, skip)[1])
+    queues = list(chosen(app, given["only"], given["skip"])[1])
     for kind in ("events", "jobs"):
         if getattr(settings, kind).startswith("memory:"):
-            what = "--reload" if reloads and settings.processes == 1 else f"processes={settings.processes}"
+            what = "--reload" if settings.processes == 1 else f"processes={settings.processes}"
             raise Wrong(f"{kind}=memory: lives in one process, so it cannot be used with {what}; use sqlite:///FILE.db")
     command = [sys.executable, "-m", "barnabas", "run", target or settings.app or "", "--processes", "1"]
-    pairs = [("--only", name) for name in only] + [("--except", name) for name in skip]
-    pairs += [(f"--{kind}", given[kind]) for kind in ("events", "jobs") if given[kind] is not None]
-    command += [word for pair in pairs for word in pair] + (["--drain"] if drain else [])
+    command += [word for name in given["only"] for word in ("--only", name)]
+    command += [word for name in given["skip"] for word in ("--except", name)]
+    command += [word for kind in ("events", "jobs") if given[kind] for word in (f"--{kind}", given[kind])]
+    command += ["--drain"] if drain else []
     status = Status()
+    patience = settings.stop_timeout + GRACE
     supervisor = Supervisor(
-        spawner(command),
-        settings.processes,
-        drain=drain,
-        reload=reloads,
-        patience=settings.stop_timeout + GRACE,
-        tell=status,
+        spawner(command), settings.processes, drain=drain, reload=reloads, patience=patience, tell=status
     )
-    end = reload.watch(supervisor.restart) if reloads else None
-    try:
-        code = supervisor.run()
-    finally:
-        if end is not None:
-            end()
+    if reloads:
+        _watch(supervisor.restart)
+    code = supervisor.run()
     status(supervisor.counts())
     try:
         _conclude(app, status, queues if drain and code == 0 else [])
@@ -105,16 +100,29 @@ def supervise(app: App, target: str | None, drain: bool, reloads: bool, **given:
     return code
 
 
+def _watch(changed: Callable[[], Any]) -> None:
+    """Call `changed` after each change of the working directory's Python and settings files, from a thread."""
+    try:
+        from watchfiles import PythonFilter, watch
+    except ImportError:
+        raise Wrong("--reload needs watchfiles, which is not installed", "pip install 'barnabas[reload]'") from None
+
+    def loop() -> None:
+        for changes in watch(".", watch_filter=PythonFilter(extra_extensions=(".toml",)), raise_interrupt=False):
+            log.info("changed: %s; starting again", ", ".join(sorted({os.path.relpath(path) for _, path in changes})))
+            changed()
+
+    threading.Thread(target=loop, name="barnabas-reload", daemon=True).start()
+
+
 def _conclude(app: App, status: Status, queues: list[str]) -> None:
     """Say what was done, and what of these queues waits for a later time."""
-    status.clear()
-    log.info("%s", status.summary())
-    if queues:
-        waiting = app.jobs.waiting(queues)
-        kinds = (("scheduled", "scheduled"), ("retry", "to be retried"))
-        remain = [f"{waiting[kind]:,} {name}" for kind, name in kinds if waiting.get(kind)]
-        if remain:
-            log.info("drained; of the jobs there remain %s", " and ".join(remain))
+    status.conclude()
+    waiting = app.jobs.waiting(queues) if queues else {}
+    kinds = (("scheduled", "scheduled"), ("retry", "to be retried"))
+    remain = [f"{waiting[kind]:,} {name}" for kind, name in kinds if waiting.get(kind)]
+    if remain:
+        log.info("drained; of the jobs there remain %s", " and ".join(remain))
 
 
 def _announce(app: App, only: Any, skip: Any) -> None:
@@ -129,23 +137,17 @@ def _announce(app: App, only: Any, skip: Any) -> None:
         for queue, weight in weights.items():
             log.info("runs queue %s", queue, extra={"runs": {"queue": queue, "weight": weight}, "url": settings.jobs})
     else:
-        rows: list[Sequence[Any]] = []
-        for i in infos:
-            how = f"{i.order} order, {i.kind}"
-            rows.append((f"consumer {i.name}", ", ".join(i.topics), i.group, i.concurrency, how))
+        rows: list[Sequence[Any]] = [
+            (f"consumer {i.name}", ", ".join(i.topics), i.group, i.concurrency, f"{i.order} order, {i.kind}") for i in infos
+        ]
         for queue, weight in weights.items():
-            how = f"{settings.threads} threads, {settings.coroutines} coroutines"
-            rows.append((f"queue {queue}", _jobs_of(app, queue), "", weight, how))
-        columns = ("runs", "topics or jobs", "group", "concurrency or weight#", "how")
+            jobs = ", ".join(name for name, job in app.job_handlers.items() if job.queue == queue)
+            rows.append((f"queue {queue}", jobs, "", weight, f"{settings.threads} threads, {settings.coroutines} coroutines"))
         several = f" in {settings.processes} processes" if settings.processes > 1 else ""
         same = settings.jobs == settings.events
         urls = settings.events if same else f"events {settings.events}, jobs {settings.jobs}"
-        draw.table(columns, rows)
+        draw.table(("runs", "topics or jobs", "group", "concurrency or weight#", "how"), rows)
         click.echo(f"{app.name}{several}: {urls}")
-        draw.flush()
+        sys.stdout.flush()
     for warning in settings.warnings:
         log.warning("%s", warning)
-
-
-def _jobs_of(app: App, queue: str) -> str:
-    return ", ".join(name for name, job in app.job_handlers.items() if job.queue == queue)

@@ -8,7 +8,7 @@ import msgspec
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import NoApp, Wrong, app_options, json_option, load, override, with_app
+from barnabas.cli.loading import Wrong, app_options, json_option, load, override, with_app
 from barnabas.errors import BarnabasError
 from barnabas.settings import Row
 from barnabas.topic import Retention
@@ -27,7 +27,7 @@ def topics(app: App, as_json: bool) -> None:
         for topic in found:
             kept = topic.retention
             limits = {"age": kept.age, "size": kept.size, "force": kept.force} if kept else None
-            draw.json_line(topic._replace(retention=None)._asdict() | {"retention": limits})
+            draw.json_line(topic._asdict() | {"retention": limits})
         return
     shown = [topic for topic in found if topic.messages or topic.declared in ("yes", "no")]
     rows = [(t.name, t.partitions, t.messages, draw.size(t.bytes), _kept(t.retention), t.declared) for t in shown]
@@ -53,18 +53,15 @@ def table(app: App, name: str, key: str | None, as_json: bool) -> None:
         hint = inspect.meant(name, app.tables, "tables")
         raise Wrong(f"app {app.name!r} declares no table {name!r}; {hint}", "barnabas check")
     with app.tables[name].open() as view:
-        if key is None:
-            cells = view.items()
-        elif key in view:
-            draw.line(msgspec.json.encode(view[key]))
-            return
+        if key is not None:
+            if key not in view:
+                raise Wrong(f"table {name!r} has nothing under {key!r}", f"barnabas table {name}")
+            draw.json_line(view[key])
+        elif as_json:
+            for cell, value in view.items():
+                draw.json_line({"key": _key(cell), "value": value})
         else:
-            raise Wrong(f"table {name!r} has nothing under {key!r}", f"barnabas table {name}")
-    if as_json:
-        for cell_key, value in cells:
-            draw.json_line({"key": _key(cell_key), "value": value})
-        return
-    draw.table(("key", "value"), [(_key(k), msgspec.json.encode(value).decode()) for k, value in cells])
+            draw.table(("key", "value"), [(_key(k), msgspec.json.encode(v).decode()) for k, v in view.items()])
 
 
 def _key(key: Any) -> str:
@@ -77,12 +74,12 @@ def _key(key: Any) -> str:
 @with_app
 def flow(app: App, form: str, as_json: bool) -> None:
     """Show what flows where: consumed topics and what they are answered on, or the whole graph as Mermaid or JSON."""
+    graph = inspect.flow(app)
     if as_json or form == "json":
-        graph = inspect.flow(app)
         edges = [e._asdict() | {"source": e.source._asdict(), "target": e.target._asdict()} for e in graph.edges]
         draw.json_line({"nodes": [node._asdict() for node in graph.nodes], "edges": edges})
     else:
-        click.echo(inspect.flow_mermaid(inspect.flow(app)) if form == "mermaid" else inspect.flow_text(app))
+        click.echo(inspect.flow_mermaid(graph) if form == "mermaid" else inspect.flow_text(app))
 
 
 @click.command()
@@ -92,50 +89,42 @@ def check(spec: str | None, events: str | None, jobs: str | None, as_json: bool)
     """Check the settings and what the app declares; show each setting's value and where it came from."""
     try:
         app = override(load(spec), events=events, jobs=jobs)
-    except NoApp:
-        raise
     except BarnabasError as error:
-        if not as_json:
+        if not as_json or getattr(error, "misuse", False):
             raise
         draw.json_line({"ok": False, "problems": [str(error)], "warnings": []})
         return 1
-    report = inspect.check(app)
+    problems, warnings = inspect.check(app)
     app.close()
-    (_check_json if as_json else _check_text)(app, report)
-    return 1 if report.problems else 0
-
-
-def _check_json(app: App, report: inspect.Report) -> None:
-    draw.json_line(
-        {
-            "ok": not report.problems,
-            "problems": report.problems,
-            "warnings": report.warnings,
-            "settings": [row._asdict() for row in app.settings.rows()],
-            "topics": list(app.topics),
-            "consumers": [inspect.consumer_info(consumer)._asdict() for consumer in app.consumers.values()],
-            "jobs": [inspect.job_info(job)._asdict() for job in app.job_handlers.values()],
-            "tables": list(app.tables),
-        }
-    )
-
-
-def _check_text(app: App, report: inspect.Report) -> None:
-    settings = [(row.name, _value(row), row.origin, row.doc) for row in app.settings.rows()]
-    draw.table(("setting", "value", "from", "what it is"), settings)
-    if app.topics:
-        topics = [(n, _type(t.type), t.partitions or "default", _kept(t.retention)) for n, t in app.topics.items()]
-        draw.table(("topic", "type", "partitions", "retention"), topics)
-    if app.consumers:
-        infos = [inspect.consumer_info(consumer) for consumer in app.consumers.values()]
-        draw.table(inspect.ConsumerInfo._fields, [(i.name, ", ".join(i.topics), *i[2:]) for i in infos])
-    if app.job_handlers:
-        draw.table(inspect.JobInfo._fields, [inspect.job_info(job) for job in app.job_handlers.values()])
-    for warning in report.warnings:
-        click.echo(f"Warning: {warning}", err=True)
-    for problem in report.problems:
-        click.echo(f"Error: {problem}", err=True)
-    click.echo(f"{app.name}: " + (f"{len(report.problems)} to mend" if report.problems else "all is well"))
+    consumers = [inspect.consumer_info(consumer) for consumer in app.consumers.values()]
+    handlers = [inspect.job_info(job) for job in app.job_handlers.values()]
+    if as_json:
+        draw.json_line(
+            {
+                "ok": not problems,
+                "problems": problems,
+                "warnings": warnings,
+                "settings": [row._asdict() for row in app.settings.rows()],
+                "topics": list(app.topics),
+                "consumers": [info._asdict() for info in consumers],
+                "jobs": [info._asdict() for info in handlers],
+                "tables": list(app.tables),
+            }
+        )
+        return 1 if problems else 0
+    draw.table(("setting", "value", "from", "what it is"), [(r.name, _value(r), r.origin, r.doc) for r in app.settings.rows()])
+    topics = [(n, _type(t.type), t.partitions or "default", _kept(t.retention)) for n, t in app.topics.items()]
+    for columns, rows in (
+        (("topic", "type", "partitions", "retention"), topics),
+        (inspect.ConsumerInfo._fields, [(i.name, ", ".join(i.topics), *i[2:]) for i in consumers]),
+        (inspect.JobInfo._fields, handlers),
+    ):
+        if rows:
+            draw.table(columns, rows)
+    for line in [f"Warning: {warning}" for warning in warnings] + [f"Error: {problem}" for problem in problems]:
+        click.echo(line, err=True)
+    click.echo(f"{app.name}: " + (f"{len(problems)} to mend" if problems else "all is well"))
+    return 1 if problems else 0
 
 
 def _type(of: Any) -> str:

@@ -4,8 +4,6 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from typing import TextIO
 
 from barnabas.worker import Worker
 
@@ -27,41 +25,32 @@ def counts(worker: Worker) -> dict[str, float]:
 class Status:
     """Shows counts as they come, about once a second."""
 
-    def __init__(self, stream: TextIO | None = None, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
-        self._monotonic = monotonic
-        self.began = self._at = self._logged_at = monotonic()
-        self._done = 0.0
-        self._logged: dict[str, float] = {}
-        self.last: dict[str, float] = {}
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._began = self._at = time.monotonic()
+        self._shown: dict[str, float] = {}
+        self._last: dict[str, float] = {}
 
     def __call__(self, found: dict[str, float]) -> None:
         """Show these."""
-        now = self._monotonic()
-        self.last = found
+        self._last = found
+        seconds = time.monotonic() - self._at
+        if not self._terminal and (seconds < SELDOM or found == self._shown):
+            return
+        text = line(found, (found.get("done", 0) - self._shown.get("done", 0)) / max(1e-3, seconds), self._at + seconds - self._began)
         if self._terminal:
-            text = line(found, (found.get("done", 0) - self._done) / max(1e-3, now - self._at), now - self.began)
             width = shutil.get_terminal_size().columns - 1
-            self._stream.write(f"\r\x1b[K{text[:width]}\r")
-            self._stream.flush()
-            self._done, self._at = found.get("done", 0), now
-        elif now - self._logged_at >= SELDOM:
-            if found != self._logged:
-                rate = (found.get("done", 0) - self._logged.get("done", 0)) / (now - self._logged_at)
-                log.info("%s", line(found, rate, now - self.began))
-            self._logged, self._logged_at = dict(found), now
+            print(f"\r\x1b[K{text[:width]}", end="\r", file=sys.stderr, flush=True)
+        else:
+            log.info("%s", text)
+        self._shown, self._at = dict(found), self._at + seconds
 
-    def clear(self) -> None:
-        """Leave the terminal's line empty."""
+    def conclude(self) -> None:
+        """Say what was done altogether, and leave the terminal's line empty."""
         if self._terminal:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-
-    def summary(self) -> str:
-        """What was done altogether."""
-        seconds = self._monotonic() - self.began
-        return line({**self.last, "work": 0}, self.last.get("done", 0) / max(1e-3, seconds), seconds)
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        seconds = time.monotonic() - self._began
+        log.info("%s", line(self._last | {"work": 0}, self._last.get("done", 0) / max(1e-3, seconds), seconds))
 
 
 def line(found: dict[str, float], rate: float, seconds: float) -> str:

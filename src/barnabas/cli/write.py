@@ -1,10 +1,9 @@
 """`barnabas send` and `barnabas enqueue`: the write side, for shells and scripts."""
 
-import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from time import monotonic
@@ -27,9 +26,6 @@ from barnabas.topic import Topic
 AHEAD = 5000  # messages on their way at a time
 
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
 def _headers(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> list[tuple[str, bytes]]:
     pairs = [text.partition("=") for text in given]
     for name, equals, _ in pairs:
@@ -41,7 +37,7 @@ def _headers(ctx: click.Context, param: click.Parameter, given: tuple[str, ...])
 @click.command()
 @click.argument("topic")
 @click.argument("value", required=False)
-@click.option("--file", type=_FILE, help="Send each line of this file.")
+@click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Send each line of this file.")
 @click.option("--key", metavar="K", help="The key, in place of the one that the topic takes from the value.")
 @click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", callback=_headers, help="Repeatable.")
 @json_option
@@ -53,36 +49,47 @@ def send(app: App, topic: str, value: str | None, file: Path | None, as_json: bo
     """
     if (value is None) == (file is None):
         raise click.UsageError("give a VALUE, or - for standard input, or --file FILE: one of them")
-    target = _topic(app, topic)
+    target = {each.name: each for each in app.all_topics()}.get(topic)
+    if target is None:
+        hint = inspect.meant(topic, app.topics, "topics")
+        raise UnknownTopic(f"app {app.name!r} declares no topic {topic!r}; {hint}")
     if value is not None and value != "-":
-        _print_message(next(_sent(target, [("the value", value.encode())], **fields)), as_json)
+        [message] = _sent(target, [("the value", value.encode())], **fields)
+        if as_json:
+            names = ("topic", "partition", "offset", "key", "timestamp")
+            draw.json_line({name: getattr(message, name) for name in names})
+        else:
+            click.echo(f"{message.topic}[{message.partition}]@{message.offset}")
         return
-    began, count = monotonic(), 0
     if file is not None:
-        for where, data in _lines(file.name, file.open("rb")):
-            _value(target, data, where, fields["key"])
-    name, stream = (file.name, file.open("rb")) if file is not None else ("line", sys.stdin.buffer)
-    with stream, _progress(f"Sending to {topic}", file, as_json) as advance:
-        for count, _ in enumerate(_sent(target, _lines(name, stream), **fields, moved=advance), 1):  # noqa: B007
-            pass
+        with file.open("rb") as stream:
+            for where, data in _lines(file.name, stream):
+                _value(target, data, where, fields["key"])
+    began = monotonic()
+    with _opened(file, f"Sending to {topic}", as_json) as stream:
+        count = sum(1 for _ in _sent(target, _lines(file.name if file is not None else "line", stream), **fields))
     if as_json:
         draw.json_line({"topic": topic, "sent": count})
     else:
         click.echo(f"sent {count:,} messages to {topic} ({count / max(1e-9, monotonic() - began):,.0f}/s)")
 
 
-def _topic(app: App, name: str) -> Topic[Any]:
-    known = {topic.name: topic for topic in app.all_topics()}
-    if name not in known:
-        raise UnknownTopic(f"app {app.name!r} declares no topic {name!r}; {inspect.meant(name, app.topics, 'topics')}")
-    return known[name]
+def _opened(file: Path | None, title: str, as_json: bool) -> AbstractContextManager[Iterable[bytes]]:
+    """The file or standard input; on a terminal with a bar over the file's bytes."""
+    if file is None:
+        return nullcontext(sys.stdin.buffer)
+    if as_json or not sys.stderr.isatty():
+        return file.open("rb")
+    from rich import progress
+    from rich.console import Console
+
+    return progress.open(file, "rb", description=title, console=Console(stderr=True), transient=True)
 
 
 def _lines(name: str, stream: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
     """The lines that are not empty, each with its name and number."""
     for number, line in enumerate(stream, 1):
-        line = line.rstrip(b"\r\n")
-        if line:
+        if line := line.rstrip(b"\r\n"):
             yield f"{name}:{number}", line
 
 
@@ -98,56 +105,23 @@ def _value(topic: Topic[Any], data: bytes, where: str, key: str | None) -> Any:
         raise SendError(f"{where} does not fit {shape} of topic {topic.name!r}: {error}") from None
 
 
-def _sent(
-    topic: Topic[Any],
-    lines: Iterable[tuple[str, bytes]],
-    key: str | None = None,
-    headers: Any = None,
-    moved: Callable[[int], Any] = lambda size: None,
-) -> Iterator[Message[Any]]:
+def _sent(topic: Topic[Any], lines: Iterable[tuple[str, bytes]], key: str | None, headers: Any) -> Iterator[Message[Any]]:
     """Send lines; yields the stored messages. A line that cannot be sent says how many before it are."""
-    pending: deque[tuple[Future[Message[Any]], int]] = deque()
+    pending: deque[Future[Message[Any]]] = deque()
     patience = topic.app.settings.send_timeout
-
-    def settled(most: int) -> Iterator[Message[Any]]:
-        while len(pending) > most:
-            future, size = pending.popleft()
-            yield future.result(patience)
-            moved(size)
-
     for count, (where, data) in enumerate(lines):
         try:
-            future = topic.send(_value(topic, data, where, key), key=key, headers=headers)
+            pending.append(topic.send(_value(topic, data, where, key), key=key, headers=headers))
         except SendError as error:
-            yield from settled(0)
+            for future in pending:
+                future.result(patience)
             before = f" ({count:,} messages before it were sent)" if count else ""
             text = str(error) if where in str(error) else f"{where}: {error}"
             raise type(error)(f"{text}{before}") from error
-        pending.append((future, len(data) + 1))
-        yield from settled(AHEAD)
-    yield from settled(0)
-
-
-def _print_message(message: Message[Any], as_json: bool) -> None:
-    if as_json:
-        fields = ("topic", "partition", "offset", "key", "timestamp")
-        draw.json_line({field: getattr(message, field) for field in fields})
-    else:
-        click.echo(f"{message.topic}[{message.partition}]@{message.offset}")
-
-
-@contextmanager
-def _progress(title: str, file: Path | None, as_json: bool) -> Iterator[Callable[[int], Any]]:
-    """A bar over a file's bytes, on a terminal; what is called moves it on."""
-    if file is None or as_json or not sys.stderr.isatty():
-        yield lambda size: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=os.path.getsize(file))
-        yield lambda size: bar.advance(task, size)
+        if len(pending) > AHEAD:
+            yield pending.popleft().result(patience)
+    for future in pending:
+        yield future.result(patience)
 
 
 @click.command()
@@ -159,13 +133,7 @@ def _progress(title: str, file: Path | None, as_json: bool) -> Iterator[Callable
 @json_option
 @with_app
 def enqueue(
-    app: App,
-    job: str,
-    args: tuple[str, ...],
-    delay: float | None,
-    at: datetime | None,
-    queue: str | None,
-    as_json: bool,
+    app: App, job: str, args: tuple[str, ...], delay: float | None, at: datetime | None, queue: str | None, as_json: bool
 ) -> int:
     """Enqueue a job. Each of ARGS is JSON, or else a text; put -- before negative numbers."""
     if delay is not None and at is not None:
@@ -176,18 +144,13 @@ def enqueue(
         raise Wrong(f"app {app.name!r} declares no job {job!r}; {hint}", "barnabas check")
     values = [_argument(text) for text in args]
     _check_arguments(found, values)
+    due = app.clock.now() + delay if delay is not None else at.timestamp() if at is not None else None
     with_options = found.options(queue=queue)
-    if delay is not None:
-        future = with_options.enqueue_in(delay, *values)
-    elif at is not None:
-        future = with_options.enqueue_at(at, *values)
-    else:
-        future = with_options.enqueue(*values)
+    future = with_options.enqueue(*values) if due is None else with_options.enqueue_at(due, *values)
     jid = future.result(app.settings.send_timeout)
     if jid is None:
         click.echo(f"Error: a before_enqueue hook of the app refused job {job!r}", err=True)
         return 1
-    due = app.clock.now() + delay if delay is not None else at.timestamp() if at is not None else None
     if as_json:
         draw.json_line({"job": job, "jid": jid, "queue": queue or found.queue, "at": due})
     else:
@@ -198,7 +161,7 @@ def enqueue(
 def _argument(text: str) -> Any:
     try:
         return msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
+    except (ValueError, RecursionError):  # not JSON
         return text
 
 

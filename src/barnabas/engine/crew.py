@@ -254,7 +254,9 @@ class Crew:
         self.late.discard((id(run), offset))
         for done, row in enumerate(run.rows):
             if row[0] == offset:
-                parked = self.failed(slot, run, row, TimedOut(f"did not return after twice its timeout of {self.handler.limit(run)} s"))
+                parked = self.failed(
+                    slot, run, row, TimedOut(f"did not return after twice its timeout of {self.handler.limit(run)} s")
+                )
                 self.end(slot, run, done + (parked is None), parked)
                 return
 
@@ -264,9 +266,7 @@ class Crew:
         if asyncio.iscoroutine(out):
             self.drive(out)
 
-    def decode_each(
-        self, run: Run, rows: Sequence[Row]
-    ) -> tuple[list[Any], list[Row], list[tuple[Row, BaseException]]]:
+    def decode_each(self, run: Run, rows: Sequence[Row]) -> tuple[list[Any], list[Row], list[tuple[Row, BaseException]]]:
         """Decode what can be decoded; the values and their rows, and the others with their errors."""
         decode = self.handler.decoder(run.part.topic)
         values: list[Any] = []

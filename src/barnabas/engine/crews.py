@@ -121,9 +121,7 @@ class LoopCrew(Crew):
 
     async def _begin(self) -> None:
         self.handler.enter()
-        self.tasks = [
-            asyncio.create_task(self.body(self, slot), name=f"{self.handler.name}-{slot}") for slot in range(self.size)
-        ]
+        self.tasks = [asyncio.create_task(self.body(self, slot), name=f"{self.handler.name}-{slot}") for slot in range(self.size)]
         for task in self.tasks:
             task.add_done_callback(self._ended)
 

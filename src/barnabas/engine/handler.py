@@ -152,9 +152,7 @@ class Handler:
         self.function = wrap(function, hooks, self.awaited, self.name) if hooks else function
         self.answer: Callable[[Any, Any], None] | None = None
         if consumer.responds:
-            check = make_answer(
-                self.name, consumer.responds, self.batch is not None, all(r.params.returns_none for r in routes)
-            )
+            check = make_answer(self.name, consumer.responds, self.batch is not None, all(r.params.returns_none for r in routes))
             self.answer = lambda hand, out: check(hand, out, hand.respond)
 
     def enter(self) -> None:
@@ -311,9 +309,7 @@ class Handler:
         topic = self.routes[part.topic].topic.retry_topic(self.group)
         return Outgoing(topic, None, row[1], row[2], headers, row[4], None)
 
-    def _dead_letter(
-        self, part: Any, row: Row, reason: str, error: BaseException | None, attempt: int, now: float
-    ) -> Outgoing:
+    def _dead_letter(self, part: Any, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> Outgoing:
         delivery = self.delivery(part, row, None)
         topic = self.routes[part.topic].topic
         trace = "".join(traceback.format_exception(error)) if error is not None else ""

@@ -15,6 +15,7 @@ from barnabas.ports import Part, Result, Source
 
 log = logging.getLogger("barnabas")
 
+
 class Runner:
     """A source, its crews (one; a queue with sync and async jobs has two), and the loop between them.
 
@@ -181,9 +182,9 @@ class Runner:
         if not self._unsettled:
             return False
         now = self.clock.monotonic()
-        if self._count < self.limit // 4 and now - self._settled_at < self._interval:
-            if any(crew.lanes.ready or crew.busy() for crew in self.crews):
-                return False
+        early = self._count < self.limit // 4 and now - self._settled_at < self._interval
+        if early and any(crew.lanes.ready or crew.busy() for crew in self.crews):
+            return False
         self.settle()
         return True
 

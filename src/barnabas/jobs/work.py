@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -126,15 +127,11 @@ class JobHandler:
     def bury(self, run: Run, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> None:
         """A job is dead whatever it says itself: it took its process with it too often."""
         data: bytes = row[2]  # type: ignore[assignment]
-        try:
+        with suppress(PayloadError):
             data = failed(data, error or BarnabasError(reason), now, final=True).payload
-        except PayloadError:
-            pass
         self._note(run, row, run.part.topic, attempt, Dead(reason, data), error)
 
-    def _note(
-        self, run: Run, row: Row, name: str, attempt: int, verdict: Again | Dead, error: BaseException | None
-    ) -> None:
+    def _note(self, run: Run, row: Row, name: str, attempt: int, verdict: Again | Dead, error: BaseException | None) -> None:
         run.others[row[0]] = verdict
         if isinstance(verdict, Again):
             outcome, reason = "again", f"{type(error).__name__}: {error}"
