@@ -6,11 +6,14 @@ Nothing beneath imports this file, and nothing in it writes a message.
 import difflib
 import heapq
 import inspect
+import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from operator import attrgetter
 from typing import Any, NamedTuple
+
+import msgspec
 
 from barnabas.app import App
 from barnabas.consumer import Consumer
@@ -29,7 +32,7 @@ Start = str | int | datetime  # "earliest", "latest", an offset, or a time
 # What is declared.
 
 
-class ConsumerInfo(NamedTuple):
+class ConsumerInfo(msgspec.Struct, frozen=True):
     """A consumer as it is declared; `kind` is "sync" or "async", with " batch" for a batch handler."""
 
     name: str
@@ -40,7 +43,7 @@ class ConsumerInfo(NamedTuple):
     kind: str
 
 
-class JobInfo(NamedTuple):
+class JobInfo(msgspec.Struct, frozen=True):
     """A job as it is declared."""
 
     name: str
@@ -65,12 +68,6 @@ def job_info(job: Job) -> JobInfo:
     return JobInfo(job.name, job.queue, job.retry, kind, str(inspect.signature(job.function)))
 
 
-def queues_of(app: App) -> list[str]:
-    """The queues a worker takes jobs from: those of the setting, else those of the declared jobs."""
-    queues = app.settings.queues
-    return list(queues if queues is not None else dict.fromkeys(job.queue for job in app.job_handlers.values()))
-
-
 def meant(name: str, known: Iterable[str], what: str) -> str:
     """Half a sentence that helps who mistyped a name: the close ones, else all (or that there are none)."""
     names = list(known)
@@ -80,35 +77,31 @@ def meant(name: str, known: Iterable[str], what: str) -> str:
     return f"there are {', '.join(sorted(names))}" if names else f"there are no {what}"
 
 
-class Report(NamedTuple):
-    """What `check` found: `problems` keep the app from working, `warnings` are worth a look."""
+def check(app: App) -> tuple[list[str], list[str]]:
+    """Look at settings and declarations, and whether the backends can be opened and agree with them.
 
-    problems: list[str]
-    warnings: list[str]
-
-
-def check(app: App) -> Report:
-    """Look at settings and declarations, and whether the backends can be opened and agree with them."""
-    problems: list[str] = []
+    Returns problems, which keep the app from working, and warnings, which are worth a look.
+    """
+    problems: dict[str, None] = {}
     for kind in ("events", "jobs"):
         try:
             getattr(app, kind)
         except BarnabasError as error:
-            problems.append(str(error))
+            problems[str(error)] = None
     warnings = list(app.settings.warnings)
     for name in app.settings.topics:
         if name not in app.topics:
             warnings.append(f"[topics.{name}] in the settings has no effect: {meant(name, app.topics, 'topics')}")
-    queues = queues_of(app)
+    queues = app.settings.queues
     for job in app.job_handlers.values():
-        if job.queue not in queues:
+        if queues is not None and job.queue not in queues:
             warnings.append(f"nothing here runs job {job.name!r}: its queue {job.queue!r} is not in the setting queues")
     used = {table.name for consumer in app.consumers.values() for table in consumer.tables}
     idle = [name for name in app.tables if name not in used]
     warnings += [f"no consumer names table {name!r}: add it to a consumer's tables=[...]" for name in idle]
     if not app.consumers and not app.job_handlers:
         warnings.append("there is nothing to run: the app has no consumer and no job")
-    return Report(list(dict.fromkeys(problems)), warnings)
+    return list(problems), warnings
 
 
 # What is stored.
@@ -138,19 +131,9 @@ def topics(app: App) -> list[TopicInfo]:
 
 
 def _relation(topic: Topic[Any] | None) -> str:
-    if topic is None:
-        return "no"
-    if topic.parent is None:
-        return "yes"
+    if topic is None or topic.parent is None:
+        return "no" if topic is None else "yes"
     return f"{'dead letters' if topic.name == topic.parent.dead_topic.name else 'retries'} of {topic.parent.name}"
-
-
-def stored(app: App, name: str) -> TopicState:
-    """A topic's state. Raises UnknownTopic with the names it might have been."""
-    states = {state.name: state for state in app.events.topics()}
-    if name not in states:
-        raise UnknownTopic(f"no topic {name!r} is stored in {app.settings.events}; {meant(name, states, 'topics')}")
-    return states[name]
 
 
 def read(
@@ -169,30 +152,29 @@ def read(
     older. key: only messages with this key. follow: go on with what comes, for good. Raises UnknownTopic; no topic is
     changed, no position is moved.
     """
-    state = stored(app, name)
-    if partition is not None and not 0 <= partition < len(state.partitions):
-        raise UnknownTopic(f"topic {name!r} has no partition {partition}; it has {len(state.partitions)}, from 0")
+    events = app.events
+    states = {state.name: state for state in events.topics()}
+    if name not in states:
+        raise UnknownTopic(f"no topic {name!r} is stored in {app.settings.events}; {meant(name, states, 'topics')}")
+    partitions = states[name].partitions
+    if partition is not None and not 0 <= partition < len(partitions):
+        raise UnknownTopic(f"topic {name!r} has no partition {partition}; it has {len(partitions)}, from 0")
     if isinstance(start, int) and partition is None:
         raise DeclarationError(f"an offset ({start}) belongs to one partition; say which (--partition), or give a time")
-    numbers = range(len(state.partitions)) if partition is None else [partition]
-    events = app.events
-    ends = {number: state.partitions[number][1] for number in numbers}
-    begins = {number: _begin(events, state, number, start) for number in numbers}
-    streams = [_partition(events, name, number, begins[number], ends[number]) for number in numbers]
+    numbers = range(len(partitions)) if partition is None else [partition]
+    spans = {n: (_begin(events, states[name], n, start), partitions[n][1]) for n in numbers}
+    streams = [_partition(events, name, n, *span) for n, span in spans.items()]
     found: Iterator[Stored] = heapq.merge(*streams, key=attrgetter("timestamp"))
     if follow:
-        found = _chained(found, _follow(events, name, {n: max(begins[n], ends[n]) for n in numbers}))
+        found = itertools.chain(found, _follow(events, name, {n: max(span) for n, span in spans.items()}))
     if key is not None:
-        found = (message for message in found if _text(message.key) == key)
-    return _first(found, limit)
+        keys = (key, key.encode())
+        found = (message for message in found if message.key in keys)
+    return itertools.islice(found, limit)
 
 
 def _begin(events: Backend, state: TopicState, number: int, start: Start) -> int:
     first, end, _ = state.partitions[number]
-    if start == "earliest":
-        return first
-    if start == "latest":
-        return end
     if isinstance(start, int):
         return max(start, first)
     if isinstance(start, datetime):
@@ -200,7 +182,7 @@ def _begin(events: Backend, state: TopicState, number: int, start: Start) -> int
         since = start.timestamp()
         rows = _partition(events, state.name, number, first, end)
         return next((m.offset for m in rows if m.timestamp is not None and m.timestamp >= since), end)
-    raise DeclarationError(f'start={start!r}: give "earliest", "latest", an offset or a datetime')
+    return end if start == "latest" else first
 
 
 def _partition(events: Backend, topic: str, number: int, offset: int, end: int) -> Iterator[Stored]:
@@ -211,9 +193,7 @@ def _partition(events: Backend, topic: str, number: int, offset: int, end: int) 
         for at, key, value, headers, time in rows:
             if at >= end:
                 return
-            yield Message(
-                topic=topic, partition=number, offset=at, key=key, value=value, headers=headers or (), timestamp=time
-            )
+            yield Message(topic=topic, partition=number, offset=at, key=key, value=value, headers=headers or (), timestamp=time)
         offset = rows[-1][0] + 1
 
 
@@ -236,36 +216,17 @@ def _follow(events: Backend, topic: str, at: dict[int, int]) -> Iterator[Stored]
         unwatch()
 
 
-def _chained(first: Iterator[Stored], then: Iterator[Stored]) -> Iterator[Stored]:
-    yield from first
-    yield from then
-
-
-def _first(found: Iterator[Stored], limit: int | None) -> Iterator[Stored]:
-    """The first `limit`: ends with the last of them, and does not wait for one more."""
-    if limit == 0:
-        return
-    for count, message in enumerate(found, 1):
-        yield message
-        if count == limit:
-            return
-
-
-def _text(key: Any) -> Any:
-    return key.decode(errors="replace") if isinstance(key, bytes) else key
-
-
 # What flows where.
 
 
-class Node(NamedTuple):
+class Node(msgspec.Struct, frozen=True):
     """A part of the graph; `kind` is "topic", "consumer", "job" or "table"."""
 
     kind: str
     name: str
 
 
-class Edge(NamedTuple):
+class Edge(msgspec.Struct, frozen=True):
     """What goes from one node to another.
 
     kind: "reads" (topic to consumer), "answers" (a declared response), "keeps" (consumer to table), or "sends": the
@@ -279,7 +240,7 @@ class Edge(NamedTuple):
     multiple: bool = False
 
 
-class Graph(NamedTuple):
+class Graph(msgspec.Struct, frozen=True):
     """Topics, consumers, jobs and tables of an app, and what goes between them."""
 
     nodes: list[Node]
@@ -288,10 +249,9 @@ class Graph(NamedTuple):
 
 def flow(app: App) -> Graph:
     """The graph of an app. Sends outside of responders are found where the code names a topic or job of the app."""
-    nodes = [Node("topic", name) for name in app.topics]
-    nodes += [Node("consumer", name) for name in app.consumers]
-    nodes += [Node("job", name) for name in app.job_handlers]
-    nodes += [Node("table", name) for name in app.tables]
+    kinds: dict[str, Iterable[str]]
+    kinds = {"topic": app.topics, "consumer": app.consumers, "job": app.job_handlers, "table": app.tables}
+    nodes = [Node(kind, name) for kind, names in kinds.items() for name in names]
     edges = [edge for consumer in app.consumers.values() for edge in _edges(consumer)]
     for job in app.job_handlers.values():
         own = Node("job", job.name)
@@ -323,21 +283,19 @@ def responses(consumer: Consumer) -> list[tuple[str, bool, bool]]:
 
 def _named(target: Any, app: App) -> list[Node]:
     """The app's topics and jobs that this function's (or this class's methods') code names."""
-    functions = [target] if not inspect.isclass(target) else [f for f in vars(target).values() if inspect.isfunction(f)]
+    known: dict[int, Node] = {id(topic): Node("topic", topic.name) for topic in app.topics.values()}
+    known |= {id(job): Node("job", job.name) for job in app.job_handlers.values()}
+    functions = [target] if not inspect.isclass(target) else vars(target).values()
     found: dict[Node, None] = {}
-    for function in functions:
-        function = inspect.unwrap(function)
+    for function in [inspect.unwrap(each) for each in functions if callable(each)]:
         code = getattr(function, "__code__", None)
         if code is None:
             continue
-        closure = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         for name in _names(code):
-            cell = closure.get(name)
-            value = cell.cell_contents if cell is not None else function.__globals__.get(name)
-            if isinstance(value, Topic) and app.topics.get(value.name) is value:
-                found[Node("topic", value.name)] = None
-            elif isinstance(value, Job) and app.job_handlers.get(value.name) is value:
-                found[Node("job", value.name)] = None
+            value = cells[name].cell_contents if name in cells else function.__globals__.get(name)
+            if id(value) in known:
+                found[known[id(value)]] = None
     return list(found)
 
 
@@ -364,19 +322,14 @@ def flow_text(app: App) -> str:
     return "\n".join(lines)
 
 
-_SHAPES: dict[str, Callable[[str], str]] = {
-    "topic": lambda text: f'[/"{text}"/]',
-    "consumer": lambda text: f'("{text}")',
-    "job": lambda text: f'[["{text}"]]',
-    "table": lambda text: f'[("{text}")]',
-}
+_SHAPES = {"topic": '[/"{}"/]', "consumer": '("{}")', "job": '[["{}"]]', "table": '[("{}")]'}  # of Mermaid
 
 
 def flow_mermaid(graph: Graph) -> str:
     """The graph as a Mermaid flowchart: what happens always is solid, what may happen is dotted."""
     ids = {node: f"n{number}" for number, node in enumerate(graph.nodes)}
     lines = ["flowchart LR"]
-    lines += [f"    {ids[node]}{_SHAPES[node.kind](node.name)}" for node in graph.nodes]
+    lines += [f"    {ids[node]}{_SHAPES[node.kind].format(node.name)}" for node in graph.nodes]
     for edge in graph.edges:
         sure = edge.kind in ("reads", "keeps") or edge.required
         label = "|one or more|" if edge.multiple else ""

@@ -22,7 +22,6 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 QUEUE_NAME = re.compile(r"[A-Za-z0-9_:.-]+")  # Sidekiq's web page answers 404 for any other (facts/sidekiq.md 1.0)
 _SECRET = re.compile(r"passw|passphrase|secret|token|jaas|\.pem$", re.IGNORECASE)
 _PASSWORD = re.compile(r"(://[^:@/\s]*:)\S+(?=@)|([?&]password=)[^&\s]+")
-_LIST = "`barnabas check` lists all settings"
 
 
 class Row(NamedTuple):
@@ -188,10 +187,7 @@ class Settings:
 
         Entries of tables have origins of their own: `origin("topics.orders.partitions")`, `origin("kafka.linger.ms")`.
         """
-        rows = self._read()
-        if name not in rows:
-            raise SettingError(f"{name} is not a setting{_meant(name, rows)}; {_LIST}")
-        return rows[name].origin
+        return self._read()[name].origin
 
     def rows(self) -> list[Row]:
         """Every setting in the order of declaration, tables entry by entry; passwords are masked."""
@@ -253,7 +249,7 @@ def _rows(name: str, known: Mapping[str, Option], value: Any, origin: str, *path
     """Check a value; give its place and row, or those of a table's entries. Raises SettingError."""
     option, what = known.get(name), f"{name} = {_masked(name, value)!r} (from {origin})"
     if option is None:
-        raise SettingError(f"{what} is not a setting{_meant(name, known)}; {_LIST}")
+        raise SettingError(f"{what} is not a setting{_meant(name, known)}; `barnabas check` lists all settings")
     try:
         value = option.read(option, value)
     except ValueError as wrong:

@@ -407,10 +407,6 @@ def test_unknown_names_are_refused_with_what_was_meant() -> None:
     ]:
         write(text)
         assert refusal() == f"{name} = {value!r} (from barnabas.toml:{file}) {unknown} {meant}?){lists}"
-    with pytest.raises(
-        SettingError, match=r"^thread is not a setting \(did you mean threads\?\); `barnabas check` lists"
-    ):
-        Settings(environ={}, ignore_file=True).origin("thread")
 
 
 @pytest.mark.parametrize(

@@ -181,13 +181,14 @@ def test_children_make_way_one_at_a_time(house):
     assert second.recv(100) == b"recycle\n"
 
 
-def test_a_turn_ends_also_with_a_crash(house):
-    h = house(2)
+@pytest.mark.parametrize("code", [KILLED, 0])
+def test_a_turn_ends_also_otherwise(house, code):
+    h = house(2, drain=True)
     for index in range(2):
         h.say("ready", index)
         h.say("recycle", index)
     h.step()
-    h.end(KILLED, 0)
+    h.end(code, 0)
     h.step()
     assert h.lines[1].recv(100) == b"recycle\n"
 

@@ -39,7 +39,6 @@ class Failed(click.ClickException):
 
     def __init__(self, error: BarnabasError, command: str) -> None:
         super().__init__("\n".join([str(error), *getattr(error, "__notes__", ())]))
-        self.exit_code = 2 if getattr(error, "misuse", False) else 1
         usual = f"barnabas {command} --help"
         if isinstance(error, DeclarationError | BackendError):
             usual = "barnabas check"
@@ -53,6 +52,12 @@ class Failed(click.ClickException):
         super().show(file)
         if self.next_command:
             click.echo(f"Next, try: {self.next_command}", err=True)
+
+
+class Misused(Failed):
+    """The same for a command that was called wrongly."""
+
+    exit_code = 2
 
 
 class Commands(click.Group):
@@ -88,7 +93,8 @@ class Commands(click.Group):
         try:
             status = super().invoke(ctx)
         except BarnabasError as error:
-            raise Failed(error, ctx.invoked_subcommand or "") from error
+            kind = Misused if getattr(error, "misuse", False) else Failed
+            raise kind(error, ctx.invoked_subcommand or "") from error
         ctx.exit(status or 0)
 
 

@@ -28,7 +28,8 @@ class Wrong(BarnabasError):
 
 def load(spec: str | None) -> App:
     """Import an app by its MODULE:NAME; None: the one that the setting `app` names. Raises Wrong, which says what is there."""
-    sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     spec = spec or Settings().app
     if spec is None:
         there = 'give --app MODULE:NAME (such as --app shop:app), put app = "MODULE:NAME" into barnabas.toml, or set BARNABAS_APP'

@@ -18,6 +18,7 @@ from barnabas.supervisor import STOPS, Lifeline
 from barnabas.worker import RECYCLE, Worker
 
 log = logging.getLogger("barnabas")
+Tell = Callable[[dict[str, float]], None]  # gets the counts, about once a second
 TICK = 0.05  # seconds between looks at the worker
 HURRY = 2.0  # seconds a process that hangs gives to what does not
 
@@ -47,7 +48,7 @@ class Stopper:
                 signal.signal(number, self.asked)
 
 
-def serve(worker: Worker, stopper: Stopper, tell: Callable[[dict[str, float]], None], drain: bool, lifeline: Lifeline | None) -> int:
+def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: Lifeline | None) -> int:
     """Run a worker until it is asked to stop, drained, failed or hanging; returns the exit status of its process."""
     worker.start()
     _tune()
@@ -74,9 +75,7 @@ def serve(worker: Worker, stopper: Stopper, tell: Callable[[dict[str, float]], N
     return status
 
 
-def _wait(
-    worker: Worker, stopper: Stopper, tell: Callable[[dict[str, float]], None], drain: bool, lifeline: Lifeline | None
-) -> str:
+def _wait(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: Lifeline | None) -> str:
     """Why the worker is to end: "stop", "failed", "recycle" or "drained"."""
     told = time.monotonic()
     while not stopper.event.wait(TICK):

@@ -86,9 +86,7 @@ def supervise(app: App, target: str | None, drain: bool, reloads: bool, **given:
     command += ["--drain"] if drain else []
     status = Status()
     patience = settings.stop_timeout + GRACE
-    supervisor = Supervisor(
-        spawner(command), settings.processes, drain=drain, reload=reloads, patience=patience, tell=status
-    )
+    supervisor = Supervisor(spawner(command), settings.processes, drain=drain, reload=reloads, patience=patience, tell=status)
     if reloads:
         _watch(supervisor.restart)
     code = supervisor.run()
@@ -133,7 +131,7 @@ def _announce(app: App, only: Any, skip: Any) -> None:
     settings = app.settings
     if settings.log_format == "json":
         for info in infos:
-            log.info("runs consumer %s", info.name, extra={"runs": info._asdict(), "url": settings.events})
+            log.info("runs consumer %s", info.name, extra={"runs": info, "url": settings.events})
         for queue, weight in weights.items():
             log.info("runs queue %s", queue, extra={"runs": {"queue": queue, "weight": weight}, "url": settings.jobs})
     else:

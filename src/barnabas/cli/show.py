@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 import msgspec
+from msgspec.structs import astuple
 
 from barnabas import inspect
 from barnabas.app import App
@@ -76,8 +77,7 @@ def flow(app: App, form: str, as_json: bool) -> None:
     """Show what flows where: consumed topics and what they are answered on, or the whole graph as Mermaid or JSON."""
     graph = inspect.flow(app)
     if as_json or form == "json":
-        edges = [e._asdict() | {"source": e.source._asdict(), "target": e.target._asdict()} for e in graph.edges]
-        draw.json_line({"nodes": [node._asdict() for node in graph.nodes], "edges": edges})
+        draw.json_line(graph)
     else:
         click.echo(inspect.flow_mermaid(graph) if form == "mermaid" else inspect.flow_text(app))
 
@@ -106,8 +106,8 @@ def check(spec: str | None, events: str | None, jobs: str | None, as_json: bool)
                 "warnings": warnings,
                 "settings": [row._asdict() for row in app.settings.rows()],
                 "topics": list(app.topics),
-                "consumers": [info._asdict() for info in consumers],
-                "jobs": [info._asdict() for info in handlers],
+                "consumers": consumers,
+                "jobs": handlers,
                 "tables": list(app.tables),
             }
         )
@@ -116,8 +116,8 @@ def check(spec: str | None, events: str | None, jobs: str | None, as_json: bool)
     topics = [(n, _type(t.type), t.partitions or "default", _kept(t.retention)) for n, t in app.topics.items()]
     for columns, rows in (
         (("topic", "type", "partitions", "retention"), topics),
-        (inspect.ConsumerInfo._fields, [(i.name, ", ".join(i.topics), *i[2:]) for i in consumers]),
-        (inspect.JobInfo._fields, handlers),
+        (inspect.ConsumerInfo.__struct_fields__, [(i.name, ", ".join(i.topics), *astuple(i)[2:]) for i in consumers]),
+        (inspect.JobInfo.__struct_fields__, [astuple(info) for info in handlers]),
     ):
         if rows:
             draw.table(columns, rows)

@@ -37,7 +37,8 @@ class Status:
         seconds = time.monotonic() - self._at
         if not self._terminal and (seconds < SELDOM or found == self._shown):
             return
-        text = line(found, (found.get("done", 0) - self._shown.get("done", 0)) / max(1e-3, seconds), self._at + seconds - self._began)
+        done = found.get("done", 0) - self._shown.get("done", 0)
+        text = line(found, done / max(1e-3, seconds), self._at + seconds - self._began)
         if self._terminal:
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[K{text[:width]}", end="\r", file=sys.stderr, flush=True)

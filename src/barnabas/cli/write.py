@@ -26,23 +26,14 @@ from barnabas.topic import Topic
 AHEAD = 5000  # messages on their way at a time
 
 
-def _headers(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> list[tuple[str, bytes]]:
-    pairs = [text.partition("=") for text in given]
-    for name, equals, _ in pairs:
-        if not name or not equals:
-            raise click.BadParameter(f"{name!r} is not NAME=VALUE", ctx, param)
-    return [(name, value.encode()) for name, _, value in pairs]
-
-
 @click.command()
 @click.argument("topic")
 @click.argument("value", required=False)
 @click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Send each line of this file.")
 @click.option("--key", metavar="K", help="The key, in place of the one that the topic takes from the value.")
-@click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", callback=_headers, help="Repeatable.")
 @json_option
 @with_app
-def send(app: App, topic: str, value: str | None, file: Path | None, as_json: bool, **fields: Any) -> None:
+def send(app: App, topic: str, value: str | None, file: Path | None, key: str | None, as_json: bool) -> None:
     """Send VALUE (JSON) to a topic; "-" sends each line of standard input, --file each line of a file.
 
     Values are checked against the topic's type. A file is checked as a whole before its first line is sent.
@@ -54,7 +45,7 @@ def send(app: App, topic: str, value: str | None, file: Path | None, as_json: bo
         hint = inspect.meant(topic, app.topics, "topics")
         raise UnknownTopic(f"app {app.name!r} declares no topic {topic!r}; {hint}")
     if value is not None and value != "-":
-        [message] = _sent(target, [("the value", value.encode())], **fields)
+        [message] = _sent(target, [("the value", value.encode())], key)
         if as_json:
             names = ("topic", "partition", "offset", "key", "timestamp")
             draw.json_line({name: getattr(message, name) for name in names})
@@ -64,10 +55,10 @@ def send(app: App, topic: str, value: str | None, file: Path | None, as_json: bo
     if file is not None:
         with file.open("rb") as stream:
             for where, data in _lines(file.name, stream):
-                _value(target, data, where, fields["key"])
+                _value(target, data, where, key)
     began = monotonic()
     with _opened(file, f"Sending to {topic}", as_json) as stream:
-        count = sum(1 for _ in _sent(target, _lines(file.name if file is not None else "line", stream), **fields))
+        count = sum(1 for _ in _sent(target, _lines(file.name if file is not None else "line", stream), key))
     if as_json:
         draw.json_line({"topic": topic, "sent": count})
     else:
@@ -105,13 +96,13 @@ def _value(topic: Topic[Any], data: bytes, where: str, key: str | None) -> Any:
         raise SendError(f"{where} does not fit {shape} of topic {topic.name!r}: {error}") from None
 
 
-def _sent(topic: Topic[Any], lines: Iterable[tuple[str, bytes]], key: str | None, headers: Any) -> Iterator[Message[Any]]:
+def _sent(topic: Topic[Any], lines: Iterable[tuple[str, bytes]], key: str | None) -> Iterator[Message[Any]]:
     """Send lines; yields the stored messages. A line that cannot be sent says how many before it are."""
     pending: deque[Future[Message[Any]]] = deque()
     patience = topic.app.settings.send_timeout
     for count, (where, data) in enumerate(lines):
         try:
-            pending.append(topic.send(_value(topic, data, where, key), key=key, headers=headers))
+            pending.append(topic.send(_value(topic, data, where, key), key=key))
         except SendError as error:
             for future in pending:
                 future.result(patience)

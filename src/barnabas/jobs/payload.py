@@ -66,8 +66,8 @@ def build(
     100 in all, and types without a JSON form: what Ruby could not read must not be stored.
     """
     now = float(now)  # an integer would be read as milliseconds by Sidekiq 8
-    job: dict[str, Any]
-    job = {"retry": retry, "queue": queue, **(extra or {}), "class": name, "args": args, "jid": jid or new_jid(), "created_at": now}
+    jid = jid or new_jid()
+    job = {"retry": retry, "queue": queue, **(extra or {}), "class": name, "args": args, "jid": jid, "created_at": now}
     if not at:
         job["enqueued_at"] = now
     try:
@@ -216,13 +216,14 @@ def failed(
 
     The next run is after count**4 + 15 seconds, or after `delay(count, error)` where that is a positive number, plus
     a jitter of 0 to 9 seconds times count + 1; count is 0 for the first retry. default_retry: for jobs that leave
-    `retry` out or say true (True means 25). queue: the one it was taken from, where a retry goes back to unless the
-    job names a `retry_queue`. final: no retry whatever the job says (rejected; arguments that do not fit).
-    `retry_for` (seconds since the first failure) replaces the count, as in Sidekiq 8.1. Every value not set here keeps
-    its bytes. Raises PayloadError for what is not a job; an error of `delay` passes through.
+    `retry` out or say true. queue: where a retry goes back to unless the job names a `retry_queue`. final: no retry
+    whatever the job says. `retry_for` (seconds since the first failure) replaces the count, as in Sidekiq 8.1. Every value
+    not set here keeps its bytes. Raises PayloadError for what is not a job; an error of `delay` passes through.
     """
     if rand is None:
-        from random import random as rand  # 3 ms to import
+        import random  # takes 3 ms
+
+        rand = random.random
     job, now = parse(data), float(now)
     fields: dict[str, Any] = _raws(data)
     if "retry_queue" in fields or queue is not None:
