@@ -31,7 +31,8 @@ def connect(path: str) -> apsw.Connection:
     try:
         db = apsw.Connection(path)
         db.set_busy_timeout(10_000)  # against outside tools only: our own writers take turns
-        db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL")
+        db.execute("PRAGMA journal_mode=WAL").fetchall()  # a statement that is not read to its end stops the next one
+        db.execute("PRAGMA synchronous=FULL").fetchall()
         return db
     except apsw.Error as error:
         raise explain(path, error) from error

@@ -33,9 +33,18 @@ class PayloadError(BarnabasError):
     """A job that cannot be written as Sidekiq's JSON, or bytes that are not such a job; the text says why."""
 
 
+_jids: list[str] = []
+os.register_at_fork(after_in_child=_jids.clear)  # or parent and child would hand out the same ids
+
+
 def new_jid() -> str:
-    """A fresh job id: 96 random bits as 24 lower-case hex digits."""
-    return os.urandom(12).hex()
+    """A fresh job id: 96 random bits as 24 lower-case hex digits, cut from blocks: one system call for 256 of them."""
+    try:
+        return _jids.pop()  # as atomic as `extend`: any thread may call
+    except IndexError:
+        block = os.urandom(12 * 256).hex()
+        _jids.extend([block[at : at + 24] for at in range(24, len(block), 24)])
+        return block[:24]
 
 
 def derived_jid(cause: str, index: int) -> str:
@@ -46,6 +55,18 @@ def derived_jid(cause: str, index: int) -> str:
 
 
 # Writing.
+
+
+class _Job(msgspec.Struct, gc=False):
+    """Twice as fast to make and to encode as a dict."""
+
+    retry: bool | int
+    queue: str
+    name: str = msgspec.field(name="class")
+    args: Sequence[Any]
+    jid: str
+    created_at: float
+    enqueued_at: float | msgspec.UnsetType = msgspec.UNSET
 
 
 def build(
@@ -67,9 +88,11 @@ def build(
     """
     now = float(now)  # an integer would be read as milliseconds by Sidekiq 8
     jid = jid or new_jid()
-    job = {"retry": retry, "queue": queue, **(extra or {}), "class": name, "args": args, "jid": jid, "created_at": now}
-    if not at:
-        job["enqueued_at"] = now
+    job: _Job | dict[str, Any] = _Job(retry, queue, name, args, jid, now, msgspec.UNSET if at else now)
+    if extra:
+        fields = msgspec.structs.asdict(job)
+        head = {"retry": retry, "queue": queue, **extra, "class": fields.pop("name")}
+        job = {key: value for key, value in {**head, **fields, **head}.items() if value is not msgspec.UNSET}
     try:
         data = _encode(job)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
