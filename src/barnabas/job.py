@@ -20,6 +20,8 @@ from barnabas.jobs.payload import PayloadError, build, derived_jid, new_jid
 from barnabas.message import OutgoingJob
 
 OPTIONS = ("queue", "retry", "name", "timeout", "dead", "hooks")
+_NONE: dict[str, Any] = {}
+_new: Any = tuple.__new__  # a third of the price of OutgoingJob(...)
 _NEEDED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -116,37 +118,37 @@ class Job:
         bound.apply_defaults() if kwargs else None
         return bound.args
 
-    def _outgoing(self, args: tuple[Any, ...], at: float | None, queue: str | None, retry: Any, now: bool) -> OutgoingJob | None:
+    def _new_id(self, now: bool) -> tuple[str, Future[str] | None]:
+        """An id: derived from its cause inside a handler (with the future that is held back there), else at random."""
         hand = CURRENT.get()
-        held = hand is not None and hand.open and not now
-        if held:
-            future: Future[str] = hand.future(derived_jid)  # type: ignore[union-attr]
-            jid: str = future.id  # type: ignore[assignment]
-        else:
-            jid = new_jid()
-            future = Future(jid)
-        hooks = self.app.enqueue_hooks
-        extra = None if self.dead else {"dead": False}
+        if hand is not None and hand.open and not now:
+            future: Future[str] = hand.future(derived_jid)
+            return future.id, future  # type: ignore[return-value]
+        return new_jid(), None
+
+    def _outgoing(
+        self, args: tuple[Any, ...], at: float | None, queue: str | None, retry: Any, jid: str, future: Any
+    ) -> OutgoingJob | None:
+        target = queue or self.queue
         try:
             payload = build(
                 self.name,
                 args,
-                queue=queue or self.queue,
+                queue=target,
                 retry=self.retry if retry is None else retry,
                 jid=jid,
                 now=self.app.clock.now(),
                 at=at is not None,
-                extra=extra,
+                extra=None if self.dead else {"dead": False},
             )
         except PayloadError as error:
             raise SendError(f"{self.owner} cannot be enqueued: {error}") from error
-        target = queue or self.queue
-        if hooks:
-            changed = _apply(hooks, payload)
+        if self.app.enqueue_hooks:
+            changed = _apply(self.app.enqueue_hooks, payload)
             if changed is None:
                 return None
             payload, target = changed
-        return OutgoingJob(target, payload, at, jid, future)
+        return _new(OutgoingJob, (target, payload, at, jid, future))  # type: ignore[no-any-return]
 
     def _enqueue(
         self,
@@ -157,15 +159,16 @@ class Job:
         retry: Any = None,
         now: bool = False,
     ) -> Future[str]:
-        out = self._outgoing(self._positions(args, kwargs), at, queue, retry, now)
+        jid, held = self._new_id(now)
+        future = held if held is not None else Future(jid)
+        out = self._outgoing(self._positions(args, kwargs), at, queue, retry, jid, future)
         if out is None:
             return resolved(None)
-        hand = CURRENT.get()
-        if hand is not None and hand.open and not now:
-            hand.add(out)
+        if held is not None:
+            CURRENT.get().add(out)  # type: ignore[union-attr]
         else:
             self.app.jobs.send((out,))
-        return out.future  # type: ignore[no-any-return]
+        return future
 
     def _after(self, delay: float | timedelta) -> float:
         seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
@@ -223,19 +226,20 @@ class Options:
 
     def enqueue_many(self, arguments: Iterable[tuple[Any, ...]]) -> Future[list[str]]:
         """As Job.enqueue_many."""
-        job = self._job
+        job, (queue, retry, now) = self._job, self._with
         hand = CURRENT.get()
-        held = hand is not None and hand.open and not self._with[2]
-        out = []
+        held = hand is not None and hand.open and not now
+        out, jids = [], []
         for args in arguments:
-            made = job._outgoing(job._positions(tuple(args), {}), None, *self._with)
+            jid = job._new_id(now)[0] if held else new_jid()
+            made = job._outgoing(job._positions(tuple(args), _NONE), None, queue, retry, jid, None)
             if made is not None:
                 out.append(made)
-        jids = [o.jid for o in out]
+                jids.append(jid)
         if not out:
             return resolved(jids)
-        last = out[-1]
-        out = [o._replace(future=None) for o in out[:-1]] + [last]
+        last: Future[str] = Future()
+        out[-1] = out[-1]._replace(future=last)
         many: Future[list[str]] = Future(None, hand if held else None)
 
         def done(last: Future[str]) -> None:
@@ -245,7 +249,7 @@ class Options:
             else:  # None: the handler failed, and none of them left
                 many.resolve(None if last.result() is None else jids)
 
-        last.future.add_done_callback(done)
+        last.add_done_callback(done)
         if held:
             for o in out:
                 hand.add(o)  # type: ignore[union-attr]

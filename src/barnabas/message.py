@@ -43,16 +43,9 @@ class Delivery(msgspec.Struct, Generic[T], frozen=True, gc=False):
     group: str
 
 
-class Outgoing(NamedTuple):
-    """A message on its way into a topic: what a sink needs to store it, and the future to resolve (if any)."""
-
-    topic: Any  # the Topic handle
-    partition: int | None
-    key: Key
-    value: bytes | None
-    headers: Headers | None
-    timestamp: float
-    future: Any
+# A message on its way into a topic, again a plain tuple (40 ns where a NamedTuple costs 180): the Topic handle,
+# partition (None: by key), key, value, headers, timestamp, and the future to resolve (if any).
+Outgoing: TypeAlias = tuple[Any, int | None, Key, bytes | None, Headers | None, float, Any]
 
 
 class OutgoingJob(NamedTuple):

@@ -27,13 +27,14 @@ from barnabas.engine.runner import Runner
 from barnabas.errors import BarnabasError
 from barnabas.job import Job
 from barnabas.jobs.payload import PayloadError, parse
+from barnabas.killing import kill
 from barnabas.message import Message, Outgoing
 from barnabas.settings import Settings
 from barnabas.state.table import Table
 from barnabas.topic import Topic
 from barnabas.worker import Worker
 
-__all__ = ["FakeClock", "Trial", "run"]
+__all__ = ["FakeClock", "Trial", "kill", "run"]
 ROUNDS = 10_000  # turns of one drain; whoever needs more goes round in circles
 NO_WAIT = 1e-9  # seconds a batch waits: none, yet it is still a batch
 
@@ -83,7 +84,7 @@ class _Memory(MemoryBackend):
     def _append(self, out: Outgoing) -> tuple[int, int] | None:
         at = super()._append(out)
         if at is not None:
-            self.came.setdefault(out.topic.name, []).append(at)
+            self.came.setdefault(out[0].name, []).append(at)
         return at
 
 

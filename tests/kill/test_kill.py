@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from barnabas.killing import kill
+from barnabas.testing import kill
 
 HERE = Path(__file__).parent
 SEED = int(os.environ["BARNABAS_SEED"]) if "BARNABAS_SEED" in os.environ else None

@@ -58,10 +58,10 @@ BUGS = [
     Bug("a failure keeps the cells", Hand, "forget", "self.cells = {}", "pass"),
     Bug("what a failure sent and wrote is kept", crew, "work", "hand.drop()", "hand.keep()"),
     Bug("so in a batch", work, "_call", "hand.drop()", "hand.keep()"),
-    Bug("a lane does not see its predecessor's writes", Hand, "keep", "self.tables.keep(run.part, self.cells)", "pass"),
-    Bug("cells are not settled", Hand, "keep", "run.cells.update(self.cells)", "pass"),
+    Bug("a lane does not see its predecessor's writes", Crew, "_give", "self.handler.tables.give(run.part, run.cells)", "pass"),
+    Bug("cells are not settled", Hand, "keep", "written[cell] = data", "pass"),
     Bug("a settlement hides newer cells", Cells, "settled", "if unsettled.get(cell, _ABSENT) is data:", "if cell in unsettled:"),
-    Bug("a dropped send is pending for ever", Hand, "forget", "output.future.resolve(None)", "pass"),
+    Bug("a dropped send is pending for ever", Hand, "forget", "output[-1].resolve(None)", "pass"),
     # Decisions.
     Bug("attempts count double", Handler, "failed", "part.attempts.get(failed[0], 0) + 1", "part.attempts.get(failed[0], 0) + 2"),
     Bug("the attempt is told wrong", Handler, "delivery", "part.attempts.get(offset, 0) + 1", "part.attempts.get(offset, 0)"),

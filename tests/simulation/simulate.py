@@ -667,7 +667,7 @@ class Elsewhere:
             raise Away("send")
         for out in outgoing:
             if self.sim.chance(0.05):
-                out.future.fail(Away("not stored"))
+                out[6].fail(Away("not stored"))
             else:
                 self.sim.elsewhere[self.sim.store(out)] += 1
 
@@ -1102,7 +1102,7 @@ class Sim:
         return "again", *origin, attempts
 
     def sink_of(self, out: Any) -> Any:
-        return self.sink if out.topic.name == "out" else self.home
+        return self.sink if out[0].name == "out" else self.home
 
     def home_of(self, at: Any, offset: int) -> Msg:
         return next(m for m in self.home.logs[at] if m.row[0] == offset)

@@ -191,15 +191,14 @@ class SqliteBackend(SqliteReader):
                 batch = batch[: max(1, len(batch) * BATCH_BYTES // len(data))]
                 data = self._pack(batch)
             rows = rows[len(batch) :]
-            times = [out[5] for out in batch]
+            _, _, _, _, _, times, futures = zip(*batch, strict=True)
             db.execute("INSERT INTO records VALUES (?, ?, ?, ?)", (gid << SHIFT | base, len(batch), max(times), data))
             size += len(data)
-            partition = None
-            for offset, out in enumerate(batch, base):
-                if out[6] is not None:
-                    if partition is None:
-                        partition = self.parts[out[0].name].index(gid)
-                    stored.append((out[6], (out[0], partition, offset, out[2], out[3], out[4], out[5])))
+            if any(futures):  # (a Future is always true)
+                partition = self.parts[batch[0][0].name].index(gid)
+                for offset, out in enumerate(batch, base):
+                    if out[6] is not None:
+                        stored.append((out[6], (out[0], partition, offset, out[2], out[3], out[4], out[5])))
             base += len(batch)
         db.execute("UPDATE heads SET next = ?, bytes = bytes + ? WHERE gid = ?", (base, size, gid))
         self._moved[gid] = base

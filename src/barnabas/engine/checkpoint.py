@@ -48,7 +48,7 @@ def _flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> None:
     tries = []
     for output in outputs:
         future: Future[Any] = Future()
-        tries.append((output._replace(future=future), output.future, future))
+        tries.append(((*output[:-1], future), output[-1], future))
     sink.send([output for output, _, _ in tries])
     for output, _, future in tries:
         try:

@@ -22,6 +22,9 @@ def id_of(derive: Any, part: Part, row: Row, index: int) -> str:
     return derive(cause_of(part, row), index)  # type: ignore[no-any-return]
 
 
+_NO_NAMES: frozenset[str] = frozenset()
+
+
 class Hand:
     """The sends and table writes of the delivery a worker has in hand. `used` says that there are any."""
 
@@ -38,6 +41,7 @@ class Hand:
         self.outputs: list[Outgoing | OutgoingJob] = []
         self.cells: Cells = {}
         self.tables = tables
+        self.names: frozenset[str] = tables.names if tables is not None else _NO_NAMES
 
     def is_current(self) -> bool:
         """Whether the caller is the handler (or a task it started) whose sends are held back here."""
@@ -66,18 +70,20 @@ class Hand:
         if self.outputs:
             run.outputs += self.outputs
             self.outputs.clear()
-        if self.cells:
-            self.tables.keep(run.part, self.cells)
-            run.cells.update(self.cells)
-            self.cells = {}
+        cells = self.cells
+        if cells:
+            written = run.cells
+            while cells:  # emptied, not replaced: a new dict costs more
+                cell, data = cells.popitem()
+                written[cell] = data
         self.used = False
         self.sent = 0
 
     def forget(self) -> None:
         """The handler failed: nothing of it leaves. Ids go on, for what a hook may still send."""
         for output in self.outputs:
-            if output.future is not None:
-                output.future.resolve(None)
+            if output[-1] is not None:
+                output[-1].resolve(None)
         self.outputs = []
         self.cells = {}
 

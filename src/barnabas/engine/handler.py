@@ -307,7 +307,7 @@ class Handler:
             (RETRIED + "at", repr(at).encode()),
         ]
         topic = self.routes[part.topic].topic.retry_topic(self.group)
-        return Outgoing(topic, None, row[1], row[2], headers, row[4], None)
+        return (topic, None, row[1], row[2], headers, row[4], None)
 
     def _dead_letter(self, part: Any, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> Outgoing:
         delivery = self.delivery(part, row, None)
@@ -329,7 +329,7 @@ class Handler:
         if value is not None and len(value) > topic.dead_topic.limit:
             headers.append(("barnabas-value-left-out", str(len(value)).encode()))
             value = None
-        return Outgoing(topic.dead_topic, None, row[1], value, headers, now, None)
+        return (topic.dead_topic, None, row[1], value, headers, now, None)
 
 
 def _origin(headers: Headers) -> tuple[dict[str, bytes], list[tuple[str, bytes]]]:

@@ -90,9 +90,9 @@ def build(
     jid = jid or new_jid()
     job: _Job | dict[str, Any] = _Job(retry, queue, name, args, jid, now, msgspec.UNSET if at else now)
     if extra:
-        fields = msgspec.structs.asdict(job)
-        head = {"retry": retry, "queue": queue, **extra, "class": fields.pop("name")}
-        job = {key: value for key, value in {**head, **fields, **head}.items() if value is not msgspec.UNSET}
+        job = {"retry": retry, "queue": queue, **extra, "class": name, "args": args, "jid": jid, "created_at": now}
+        if not at:
+            job["enqueued_at"] = now
     try:
         data = _encode(job)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -31,21 +31,24 @@ class Cells:
         self._load = load
         self._lock = threading.Lock()
 
-    def read(self, hand: Hand, table: str, key: Key) -> bytes | None:
+    def read(self, hand: Hand, cell: tuple[str, Key]) -> bytes | None:
         """A cell as the delivery in hand sees it."""
-        cell = (table, key)
-        data = hand.cells.get(cell, _ABSENT)
+        data = hand.cells.get(cell, _ABSENT) if hand.cells else _ABSENT
+        if data is not _ABSENT:
+            return data  # type: ignore[no-any-return]
+        run = hand.run
+        data = run.cells.get(cell, _ABSENT)
         if data is _ABSENT:
-            unsettled, settled = hand.run.part.cells
+            unsettled, settled = run.part.cells
             data = unsettled.get(cell, _ABSENT)
             if data is _ABSENT:
                 data = settled.get(cell, _ABSENT)
                 if data is _ABSENT:
-                    data = settled[cell] = self._load(table, key)
+                    data = settled[cell] = self._load(*cell)
         return data  # type: ignore[no-any-return]
 
-    def keep(self, part: Part, cells: dict[Any, bytes | None]) -> None:
-        """A delivery succeeded: who comes after it sees its writes."""
+    def give(self, part: Part, cells: dict[Any, bytes | None]) -> None:
+        """A stretch of a run is done: who comes after it sees its writes. (Within the run they are in `run.cells`.)"""
         with self._lock:
             part.cells[0].update(cells)
 
@@ -78,49 +81,59 @@ class Table(Generic[T]):
                 "TypedDict or a plain type"
             ) from None
 
-    def _hand(self, key: Any) -> tuple[Hand, Key]:
+    def _cell(self, key: Any) -> tuple[Hand, tuple[str, Key]]:
         hand = CURRENT.get()
         if hand is None or not hand.open or hand.tables is None or self.name not in hand.tables.names:
             raise TableError(
                 f"the table {self.name!r} is used outside of a handler that owns it; name it in the consumer's "
                 f"tables=[...], or read it from outside: with {self.name}.open() as view"
             )
-        stored = as_key(key)
-        if not hand.tables.rekeyed and hand.row[1] != stored and not hand.has_key(stored):
+        stored = key if type(key) is str else as_key(key)
+        if hand.row[1] != stored and not hand.tables.rekeyed and not hand.has_key(stored):
             raise TableError(
                 f"the table {self.name!r} is used under the key {key!r} while the message's key is {hand.row[1]!r}: another "
                 "partition, so another process, may own that key; send the messages under that key, or declare the "
                 "topic rekeyed=True if all messages of one table key share a partition"
             )
-        return hand, stored
+        return hand, (self.name, stored)
 
     def __getitem__(self, key: Any) -> T:
-        hand, stored = self._hand(key)
-        data = hand.tables.read(hand, self.name, stored)
+        hand, cell = self._cell(key)
+        data = hand.tables.read(hand, cell)
         if data is None:
             raise KeyError(key)
         return self._decode(data)  # type: ignore[no-any-return]
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value under `key`, or `default`."""
-        hand, stored = self._hand(key)
-        data = hand.tables.read(hand, self.name, stored)
+        hand = CURRENT.get()
+        if hand is not None and hand.open and hand.row[1] == key and self.name in hand.names:  # most: no call for it
+            cell = (self.name, key)
+        else:
+            hand, cell = self._cell(key)
+        data = hand.run.cells.get(cell, _ABSENT) if not hand.cells else _ABSENT
+        if data is _ABSENT:
+            data = hand.tables.read(hand, cell)
         return default if data is None else self._decode(data)
 
     def __contains__(self, key: Any) -> bool:
-        hand, stored = self._hand(key)
-        return hand.tables.read(hand, self.name, stored) is not None
+        hand, cell = self._cell(key)
+        return hand.tables.read(hand, cell) is not None
 
     def __setitem__(self, key: Any, value: T) -> None:
-        hand, stored = self._hand(key)
-        hand.cells[self.name, stored] = _encode(value)
+        hand = CURRENT.get()
+        if hand is not None and hand.open and hand.row[1] == key and self.name in hand.names:
+            hand.cells[self.name, key] = _encode(value)
+        else:
+            hand, cell = self._cell(key)
+            hand.cells[cell] = _encode(value)
         hand.used = True
 
     def __delitem__(self, key: Any) -> None:
         if key not in self:
             raise KeyError(key)
-        hand, stored = self._hand(key)
-        hand.cells[self.name, stored] = None
+        hand, cell = self._cell(key)
+        hand.cells[cell] = None
         hand.used = True
 
     def open(self) -> "View[T]":
