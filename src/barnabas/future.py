@@ -4,9 +4,9 @@ Lean on purpose: a send makes one, and most are never waited for. `concurrent.fu
 condition each (four times the price of everything else in a send); here they are made when somebody waits.
 """
 
-import logging
 import threading
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -16,24 +16,26 @@ from barnabas.errors import WaitInHandler
 T = TypeVar("T")
 _PENDING: Any = object()
 _LOCK = threading.Lock()  # guards the registration of waiters, of all futures: a rare and short act
-log = logging.getLogger("barnabas.send")
 unseen_failures = 0
 
 
 class _Failure:
     """A failed outcome. Dropped without anybody having looked, it says so: nothing is lost in silence."""
 
-    __slots__ = ("error", "seen")
+    __slots__ = ("error", "log", "seen")
 
     def __init__(self, error: BaseException) -> None:
+        import logging  # 3 ms that a process without failures need not pay
+
         self.error = error
         self.seen = False
+        self.log = logging.getLogger("barnabas.send")
 
     def __del__(self) -> None:
         if not self.seen:
             global unseen_failures
             unseen_failures += 1
-            log.error("a send failed and nobody looked at its future: %s: %s", type(self.error).__name__, self.error)
+            self.log.error("a send failed and nobody looked at its future: %s: %s", type(self.error).__name__, self.error)
 
 
 class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
@@ -91,10 +93,8 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
                     waiter.set_result(None)
 
             def resolved() -> None:
-                try:
+                with suppress(RuntimeError):  # that loop has ended, and with it whoever waited
                     loop.call_soon_threadsafe(wake)
-                except RuntimeError:  # that loop has ended, and with it whoever waited
-                    log.debug("the event loop that awaited a send is closed")
 
             if self._watch(resolved):
                 yield from waiter

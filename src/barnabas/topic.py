@@ -170,10 +170,9 @@ class Topic(Generic[T]):
         """
         hand = CURRENT.get()
         if hand is not None and hand.open and not now:
-            hand.sent = index = hand.sent + 1  # what hand.future and hand.add do, without the calls
+            hand.sent = index = hand.sent + 1  # what hand.future does, without the call
             held: Future[Message[T]] = Future((id_of, _message_id, hand.run.part, hand.row, index), hand)
-            hand.outputs.append(self.outgoing(value, key, headers, timestamp, partition, held))
-            hand.used = True
+            hand.add(self.outgoing(value, key, headers, timestamp, partition, held))
             return held
         future: Future[Message[T]] = Future()
         self.app.events.send((self.outgoing(value, key, headers, timestamp, partition, future),))
@@ -190,7 +189,7 @@ class Topic(Generic[T]):
                 count += 1
             future = hand.future(_message_id)
             if count:
-                last = hand.outputs.pop()
+                last = hand.outputs.pop()  # type: ignore[attr-defined]
                 hand.add((*last[:6], _Counted(future, count)))
             else:
                 future.resolve(0)

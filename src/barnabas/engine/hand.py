@@ -1,5 +1,6 @@
 """What a handler has sent and written so far: held back until it returns, thrown away if it fails."""
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,9 +23,6 @@ def id_of(derive: Any, part: Part, row: Row, index: int) -> str:
     return derive(cause_of(part, row), index)  # type: ignore[no-any-return]
 
 
-_NO_NAMES: frozenset[str] = frozenset()
-
-
 class Hand:
     """The sends and table writes of the delivery a worker has in hand. `used` says that there are any."""
 
@@ -36,12 +34,14 @@ class Hand:
     row: Any = None
     respond: Any = None
     keys: set[Key] | None = set()  # noqa: RUF012 - never changed; None where one call has a whole batch in hand
+    outputs: Sequence[Outgoing | OutgoingJob] = ()  # a list from the first send on
+    cells: Cells = {}  # noqa: RUF012 - with tables each hand has its own
+    tables: Any = None
+    names: frozenset[str] = frozenset()
 
     def __init__(self, tables: Any = None) -> None:
-        self.outputs: list[Outgoing | OutgoingJob] = []
-        self.cells: Cells = {}
-        self.tables = tables
-        self.names: frozenset[str] = tables.names if tables is not None else _NO_NAMES
+        if tables is not None:
+            self.tables, self.names, self.cells = tables, tables.names, {}
 
     def is_current(self) -> bool:
         """Whether the caller is the handler (or a task it started) whose sends are held back here."""
@@ -49,7 +49,10 @@ class Hand:
 
     def add(self, output: Outgoing | OutgoingJob) -> None:
         """Hold this back until the handler returns."""
-        self.outputs.append(output)
+        if self.outputs:
+            self.outputs.append(output)  # type: ignore[attr-defined]
+        else:
+            self.outputs = [output]
         self.used = True
 
     def future(self, derive: Any) -> Future[Any]:
@@ -69,7 +72,7 @@ class Hand:
         run = self.run
         if self.outputs:
             run.outputs += self.outputs
-            self.outputs.clear()
+            self.outputs = ()
         cells = self.cells
         if cells:
             written = run.cells
@@ -84,7 +87,7 @@ class Hand:
         for output in self.outputs:
             if output[-1] is not None:
                 output[-1].resolve(None)
-        self.outputs = []
+        self.outputs = ()
         self.cells = {}
 
     def drop(self) -> None:

@@ -1,7 +1,6 @@
 """A user's function or class, compiled once at start: how its parameters are bound, and what a failure becomes."""
 
 import inspect
-import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -149,6 +148,9 @@ class Handler:
         self._wants_delivery = self._hooked or any("delivery" in r.params.kinds for r in routes)
         # The two commonest shapes have a way of their own: hooks around f(value), and f(value, delivery).
         self._plain = same and kinds == (["value"] if self._hooked else ["value", "delivery"])
+        if self._plain and not self.optional and len(routes) == 1:
+            self._decode = first.decode
+            self.bind = self._bind_plain  # type: ignore[method-assign]
         self.function = wrap(function, hooks, self.awaited, self.name) if hooks else function
         self.answer: Callable[[Any, Any], None] | None = None
         if consumer.responds:
@@ -211,6 +213,14 @@ class Handler:
         for kind in route.params.kinds:
             args.append(value if kind == "value" else delivery if kind == "delivery" else self._respond())
         return tuple(args)
+
+    def _bind_plain(self, run: Run, row: Row) -> tuple[Any, ...]:
+        part = run.part
+        if part.attempts or row[3]:
+            return Handler.bind(self, run, row)
+        value = self._decode(row[2])  # type: ignore[arg-type]
+        delivery = Delivery(part.topic, part.partition, row[0], row[1], value, [], row[4], 1, self.group)
+        return (delivery, value) if self._hooked else (value, delivery)
 
     def _respond(self) -> Respond:
         hand = CURRENT.get()
@@ -312,6 +322,8 @@ class Handler:
     def _dead_letter(self, part: Any, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> Outgoing:
         delivery = self.delivery(part, row, None)
         topic = self.routes[part.topic].topic
+        import traceback
+
         trace = "".join(traceback.format_exception(error)) if error is not None else ""
         headers = [
             *delivery.headers,

@@ -1,12 +1,9 @@
 """What watchers get: frozen records, one per settled batch and one per failure. They may look, never change."""
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
-
-log = logging.getLogger("barnabas")
 
 
 class Settled(msgspec.Struct, frozen=True):
@@ -54,11 +51,16 @@ class Observers:
             except Exception:
                 if id(watcher) not in self._blamed:
                     self._blamed.add(id(watcher))
-                    log.exception("the observer %r failed (said once; it goes on being called)", watcher)
+                    import logging
+
+                    logging.getLogger("barnabas").exception("the observer %r failed (said once)", watcher)
 
     def failed(self, record: Failed) -> None:
         """Count a failure, log it, tell the watchers."""
         self.count(record.name, record.outcome)
+        import logging  # 3 ms that `import barnabas` need not pay
+
+        log = logging.getLogger("barnabas")
         level = logging.WARNING if record.outcome in ("again", "retry topic") else logging.ERROR
         if log.isEnabledFor(level):
             log.log(
