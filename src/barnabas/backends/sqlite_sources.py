@@ -218,37 +218,44 @@ class SqliteLog(_Fetcher):
     # Deliveries.
 
     def look(self) -> None:
-        heads = self.home.heads
-        if heads[self._signal] != self._generation or self._lapsed:
+        if self._stale() or any(self._room(gid, part) > 0 for gid, part in self._parts.items()):
             self.wake()
-            return
-        for gid, part in self._parts.items():
-            if part.held.next < heads[gid] and len(part.held) < self._limit:
-                self.wake()
-                return
 
     _limit = 1
 
+    def _stale(self) -> bool:
+        """Whether it is to be looked at anew who owns what."""
+        return self._lapsed or self.home.heads[self._signal] != self._generation
+
+    def _room(self, gid: int, part: Part) -> int:
+        """How many more messages of a partition may come into flight: 0 where nothing new is stored.
+
+        What is in flight is bounded in messages and, by the weight of the last ones, in bytes.
+        """
+        account = part.held
+        if account.next >= self.home.heads[gid] or not part.until:
+            return 0
+        return min(self._limit, int(FLIGHT_BYTES / self._weight.get(gid, 1.0)) + 1) - len(account)
+
     def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
         self._limit = limit
-        if self._lapsed or self.home.heads[self._signal] != self._generation:
+        if self._stale():
             self._balance()
-        found = self._read(limit)
+        found = self._read()
         if not found and timeout > 0:
             self._wait(timeout)
-            if self._lapsed or self.home.heads[self._signal] != self._generation:
+            if self._stale():
                 self._balance()
-            found = self._read(limit)
+            found = self._read()
         return found
 
-    def _read(self, limit: int) -> list[tuple[Part, Sequence[Row]]]:
+    def _read(self) -> list[tuple[Part, Sequence[Row]]]:
         found: list[tuple[Part, Sequence[Row]]] = []
         heads, home = self.home.heads, self.home
         for gid, part in self._parts.items():
             account, head = part.held, heads[gid]
-            # What is in flight is bounded in messages and, by the weight of the last ones, in bytes.
-            room = min(limit, int(FLIGHT_BYTES / self._weight.get(gid, 1.0)) + 1) - len(account)
-            if room <= 0 or account.next >= head or not part.until:
+            room = self._room(gid, part)
+            if room <= 0:
                 continue
             rows: list[Row] = []
             size = 0

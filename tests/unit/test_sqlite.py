@@ -1,0 +1,32 @@
+"""What only the SQLite backend has to prove."""
+
+import time
+from pathlib import Path
+
+from barnabas import App
+
+
+class Nobody:
+    """A listener that lets partitions come and go."""
+
+    def assigned(self, parts: list) -> None: ...
+
+    def revoked(self, parts: list) -> None: ...
+
+
+def test_a_partition_whose_bytes_in_flight_are_at_their_bound_lets_its_fetch_wait(tmp_path: Path) -> None:
+    app = App("heavy", events=f"sqlite:///{tmp_path}/heavy.db", jobs=f"sqlite:///{tmp_path}/heavy.db")
+    topic = app.topic("blobs", codec="raw", partitions=1)
+    topic.send_many(bytes(500_000) for _ in range(60)).result(30)
+    source = app.events.log("g", [topic], start="earliest", ordered=True, listener=Nobody())
+    try:
+        taken = 0
+        while found := source.fetch(2000, 0.0):
+            taken += sum(len(rows) for _, rows in found)
+        assert 8 < taken < 40  # bounded in bytes long before it is in messages
+        began = time.monotonic()
+        assert source.fetch(2000, 0.3) == []
+        assert time.monotonic() - began >= 0.25  # it slept: there is more, but no room for it
+    finally:
+        source.close()
+        app.close()
