@@ -49,6 +49,10 @@ class TimedOut(BarnabasError):
     """A handler ran longer than its `timeout`."""
 
 
+class Fenced(BackendError):
+    """The partition or job belongs to another process by now; what was done for it is discarded."""
+
+
 class Reject(Exception):
     """Raised by a handler: this message or job is dead now, with this reason; no further attempts."""
 

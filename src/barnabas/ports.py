@@ -73,7 +73,7 @@ class Source(Protocol):
 class Sink(Protocol):
     """Where messages and jobs leave. Safe in any thread."""
 
-    def send(self, outgoing: Sequence[Outgoing | OutgoingJob]) -> None:
+    def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
         """Take these; each one's future resolves when it is durable. Waits for room, or raises BufferFull."""
 
     def flush(self, timeout: float) -> int:

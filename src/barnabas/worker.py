@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -76,6 +77,7 @@ class Worker:
         self._begun: set[Runner] = set()  # those whose set_up ran
         self._fetching: set[Runner] = set()  # those that have their fetch thread
         self._stopping = threading.Event()
+        self._close: list[Callable[[], Any]] = []
 
     # Building.
 
@@ -331,3 +333,9 @@ class Worker:
                 where = f"{run.part.topic}[{run.part.partition}]@{offset}"
                 self.recycling = f"{crew.handler.name} hangs at {where}, twice its timeout of {limit} s"
                 log.error("%s: this process ends and lets another go on", self.recycling)
+
+    def exit_now(self) -> None:
+        """End at once; a hanging thread cannot be ended otherwise. What is unsettled will be delivered again."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(RECYCLE)

@@ -78,7 +78,7 @@ class MemoryBackend:
                     )
                 self.retention[topic.name] = topic.retention
 
-    def send(self, outgoing: Sequence[Outgoing | OutgoingJob]) -> None:
+    def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
         with self.lock:
             self._store(outgoing)
             self._unswept += len(outgoing)

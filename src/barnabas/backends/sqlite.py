@@ -272,7 +272,7 @@ class SqliteBackend(SqliteReader):
 
     # The sink.
 
-    def send(self, outgoing: Sequence[Outgoing | OutgoingJob]) -> None:
+    def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
         if self.closed:
             raise SendError(f"{self.path} was closed; the app opens it again at its next use")
         count = len(outgoing)

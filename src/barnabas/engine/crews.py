@@ -49,6 +49,7 @@ class ThreadCrew(Crew):
             raise TimeoutError(f"no thread of {self.handler.name!r} was free for it within {timeout} s") from None
 
     def _drive(self, slot: int) -> None:
+        self.handler.enter()
         try:
             self.body(self, slot).send(None)
         except StopIteration:
@@ -56,6 +57,8 @@ class ThreadCrew(Crew):
         except BaseException as error:  # SystemExit and the like: the run in hand is settled by nobody
             self.died(slot, error)
             self.take(slot)  # nothing but calls
+        finally:
+            self.handler.leave()
 
     def take(self, slot: int) -> Run | None:
         haul = self.hauls[slot]
@@ -117,6 +120,7 @@ class LoopCrew(Crew):
         asyncio.run_coroutine_threadsafe(self._begin(), self.loop).result()
 
     async def _begin(self) -> None:
+        self.handler.enter()
         self.tasks = [asyncio.create_task(self.body(self, slot), name=f"{self.handler.name}-{slot}") for slot in range(self.size)]
         for task in self.tasks:
             task.add_done_callback(self._ended)

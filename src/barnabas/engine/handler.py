@@ -157,6 +157,12 @@ class Handler:
             check = make_answer(self.name, consumer.responds, self.batch is not None, all(r.params.returns_none for r in routes))
             self.answer = lambda hand, out: check(hand, out, hand.respond)
 
+    def enter(self) -> None:
+        """A worker begins."""
+
+    def leave(self) -> None:
+        """A worker ends."""
+
     def limit(self, run: Run) -> float | None:
         """Seconds the delivery in hand may take."""
         return self.timeout

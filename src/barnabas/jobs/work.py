@@ -61,6 +61,12 @@ class JobHandler:
         self.timed = any(e.job.timeout for e in entries.values())
         self.function: Callable[..., Any] = _call_async if awaited else _call
 
+    def enter(self) -> None:
+        """A worker begins."""
+
+    def leave(self) -> None:
+        """A worker ends."""
+
     def limit(self, run: Run) -> float | None:
         """Seconds the delivery in hand may take."""
         return run.limit
