@@ -74,6 +74,7 @@ class SqliteLog(_Fetcher):
         self._generation = -1
         self._lapsed = False
         self._lease = 0.0
+        self._limit = 1
         home.write(self._enter)
         home.sources.append(self)
 
@@ -221,17 +222,12 @@ class SqliteLog(_Fetcher):
         if self._stale() or any(self._room(gid, part) > 0 for gid, part in self._parts.items()):
             self.wake()
 
-    _limit = 1
-
     def _stale(self) -> bool:
         """Whether it is to be looked at anew who owns what."""
         return self._lapsed or self.home.heads[self._signal] != self._generation
 
     def _room(self, gid: int, part: Part) -> int:
-        """How many more messages of a partition may come into flight: 0 where nothing new is stored.
-
-        What is in flight is bounded in messages and, by the weight of the last ones, in bytes.
-        """
+        """How many more messages may come into flight: bounded in messages and, by the weight of the last, in bytes."""
         account = part.held
         if account.next >= self.home.heads[gid] or not part.until:
             return 0
@@ -239,28 +235,24 @@ class SqliteLog(_Fetcher):
 
     def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
         self._limit = limit
-        if self._stale():
-            self._balance()
         found = self._read()
         if not found and timeout > 0:
             self._wait(timeout)
-            if self._stale():
-                self._balance()
             found = self._read()
         return found
 
     def _read(self) -> list[tuple[Part, Sequence[Row]]]:
+        if self._stale():
+            self._balance()
         found: list[tuple[Part, Sequence[Row]]] = []
-        heads, home = self.home.heads, self.home
         for gid, part in self._parts.items():
-            account, head = part.held, heads[gid]
-            room = self._room(gid, part)
-            if room <= 0:
+            account, head = part.held, self.home.heads[gid]
+            if (room := self._room(gid, part)) <= 0:
                 continue
             rows: list[Row] = []
             size = 0
             try:
-                for record, data in home.records(gid, account.next, room, FETCH_BYTES):
+                for record, data in self.home.records(gid, account.next, room, FETCH_BYTES):
                     rows += unpack(record, data)
                     size += len(data)
             except BackendError:
