@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -103,7 +104,23 @@ def test_lengths():
                 if lines > 60:
                     long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {lines} lines (60)")
     assert not long, "\n".join(long)
-    assert sum(code.values()) < 10_000
+    assert sum(map(lines_of_code, FILES)) < 10_000
+
+
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines that hold code: neither blank, nor comment, nor docstring (every public thing is to have one)."""
+    text = path.read_text()
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(iter(text.splitlines(keepends=True)).__next__):
+        if token.type not in LAYOUT:
+            code.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            code -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(code)
 
 
 def test_public_surface():

@@ -49,8 +49,8 @@ class TimedOut(BarnabasError):
     """A handler ran longer than its `timeout`."""
 
 
-class Fenced(BackendError):
-    """The partition or job belongs to another process by now; what was done for it is discarded."""
+class Refused(BarnabasError):
+    """An operator's command that must not be done now; the message says what is in its way."""
 
 
 class Reject(Exception):
