@@ -1,5 +1,7 @@
 """What only the SQLite backend has to prove."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -30,3 +32,23 @@ def test_a_partition_whose_bytes_in_flight_are_at_their_bound_lets_its_fetch_wai
     finally:
         source.close()
         app.close()
+
+
+OPEN = """
+import sys, time
+from barnabas import App
+from barnabas.backends.sqlite import open_backend
+from barnabas.clock import Clock
+settings = App("new").settings
+folder, at = sys.argv[1], float(sys.argv[2])
+for n in range(40):
+    while time.time() < at + n * 0.02: pass
+    open_backend(f"sqlite:///{folder}/{n}.db", settings, Clock()).close()
+"""
+
+
+def test_many_may_open_a_new_file_at_the_same_instant(tmp_path: Path) -> None:
+    """SQLite answers BUSY, without waiting, to one of two that turn a new file to WAL at once."""
+    command = [sys.executable, "-c", OPEN, str(tmp_path), str(time.time() + 1.0)]
+    team = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate(timeout=60)[1] for process in team] == ["", "", ""]

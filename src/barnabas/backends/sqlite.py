@@ -59,8 +59,9 @@ class SqliteBackend(SqliteReader):
         self._mutex = threading.RLock()  # the writing connection
         self._turn = Turn(path)
         self._bell = Bell(path)
-        self._db = connect(path)
-        self._migrate(path)
+        with self._turn.take():  # SQLite lets two that make a new file a WAL file at once meet SQLITE_BUSY without waiting
+            self._db = connect(path)
+            self._migrate(path)
         super().__init__(path)
         self._names: dict[tuple[str, str], int] = {}
         self.retention: dict[str, Any] = {}
@@ -79,15 +80,14 @@ class SqliteBackend(SqliteReader):
         self.refresh()
 
     def _migrate(self, path: str) -> None:
-        with self._turn.take():
-            version = self._db.pragma("user_version")
-            if version == 0:
-                with self._db:
-                    self._db.execute(files("barnabas.backends").joinpath("sqlite.sql").read_text())
-            elif version > SCHEMA:
-                raise BackendError(
-                    f"{path} has schema {version}, this Barnabas knows {SCHEMA}: upgrade Barnabas, or use another file"
-                )
+        version = self._db.pragma("user_version")
+        if version == 0:
+            with self._db:
+                self._db.execute(files("barnabas.backends").joinpath("sqlite.sql").read_text())
+        elif version > SCHEMA:
+            raise BackendError(
+                f"{path} has schema {version}, this Barnabas knows {SCHEMA}: upgrade Barnabas, or use another file"
+            )
 
     # Writing.
 
