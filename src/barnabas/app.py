@@ -159,8 +159,8 @@ class App:
 
     def table(self, name: str, type: Any = None) -> Table[Any]:
         """Declare a table: keyed values of `type`, settled together with the position of the consumer that owns it."""
-        if not isinstance(name, str) or not name:
-            raise DeclarationError(f"table {name!r}: give it a name, a text")
+        if not isinstance(name, str) or not name or name.startswith("barnabas."):
+            raise DeclarationError(f"table {name!r}: give it a name, a text that does not begin with 'barnabas.'")
         if name in self.tables:
             raise DeclarationError(f"table {name!r} is declared twice; declare it once and import it")
         table: Table[Any] = Table(self, name, type)

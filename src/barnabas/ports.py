@@ -1,6 +1,6 @@
 """The doors between the engine and the backends: what one needs of the other, and nothing more."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from barnabas.message import Outgoing, OutgoingJob, Row
@@ -87,11 +87,66 @@ class TopicState(NamedTuple):
     partitions: list[tuple[int, int, int]]  # first offset, next offset, bytes
 
 
+class Position(NamedTuple):
+    """How far a group is in one partition: all before `offset` is finished (None: it has not begun), and so is `done`."""
+
+    group: str
+    topic: str
+    partition: int
+    first: int  # the oldest offset that is stored
+    end: int  # the offset after the newest
+    offset: int | None
+    done: list[tuple[int, int]]  # finished intervals beyond `offset`: from, to (not included)
+    attempts: dict[int, int]  # failed runs of offsets that are open
+    crashes: dict[int, int]
+    owner: str | None  # the name of the process that has it
+
+
+class QueueState(NamedTuple):
+    """A queue: how many jobs are in which state, and since when (epoch seconds) the first of the ready ones waits.
+
+    A backend that keeps waiting or dead jobs of all queues in one place may count them under the name "".
+    """
+
+    name: str
+    ready: int
+    work: int
+    scheduled: int
+    retry: int
+    dead: int
+    since: float | None
+
+
+class StoredJob(NamedTuple):
+    """A job as it is stored. `ref` is the backend's own handle on it, for `move_jobs`."""
+
+    ref: Any
+    jid: str
+    queue: str
+    state: str  # "ready", "work", "scheduled", "retry" or "dead"
+    at: float | None  # epoch seconds: when it is due, or when it died
+    crashes: int
+    owner: str | None
+    payload: bytes
+
+
+class Process(NamedTuple):
+    """A worker process. `info` is what it last reported of itself (see `Worker.report`)."""
+
+    name: str  # host:pid:number
+    pid: int
+    host: str
+    started: float  # epoch seconds
+    silent: float  # seconds since its last sign of life
+    info: dict[str, Any]
+
+
 class Backend(Sink, Protocol):
     """What a URL opens: a place for topics, for jobs, or for both."""
 
     url: str
     closed: bool
+    name: str  # of this worker process among `processes`; "" before it is one
 
     def declare(self, topics: Iterable[Any]) -> None:
         """Create the topics that are missing; refuse a partition count that differs from the stored one."""
@@ -130,3 +185,35 @@ class Backend(Sink, Protocol):
 
     def close(self) -> None:
         """Flush and leave."""
+
+    # What operators see and do.
+
+    def positions(self) -> list[Position]:
+        """How far each group is in each partition it has ever had; in order of group, topic and partition."""
+
+    def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
+        """Set the `offset` and `done` of these, forget their attempts and crashes, and empty the tables in `clear`, in one
+        step. Raises Refused where a group has members."""
+
+    def queue_states(self) -> list[QueueState]:
+        """All queues, by name."""
+
+    def find_jobs(self, state: str | None = None, queue: str | None = None) -> Iterator[StoredJob]:
+        """The jobs of a state and queue (None: of all), first to run first; streamed, so that a million do no harm."""
+
+    def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
+        """Make jobs "ready" now (their payloads as they are), or "dead"; None drops them. Those in work are left alone.
+        Returns how many were moved."""
+
+    def processes(self) -> list[Process]:
+        """The worker processes that live (or have not been buried yet)."""
+
+    def report(self, info: Mapping[str, Any]) -> None:
+        """Say what this worker process does; called about once a second, stored when it changed, at most every 2 s."""
+
+    def control(self) -> dict[str, str]:
+        """What operators have asked for and not taken back, in all processes: {"pause group:NAME": "", "pause queue:NAME": "",
+        "pause key:NAME": a JSON list of keys, "process:NAME": "quiet" or "stop"}."""
+
+    def set_control(self, name: str, value: str | None) -> None:
+        """Ask for it, durably; None takes it back. Processes obey within a second or two."""

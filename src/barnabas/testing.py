@@ -140,7 +140,7 @@ class Trial:
         bytes), or the dead jobs of a job, as dicts with `args`, `error_class`, `error_message` and so on."""
         if isinstance(source, Job):
             decode = make_codec("a dead job", dict, "json")[1]
-            found = [(_parsed(out.payload), out.payload) for out in self._memory.buried]
+            found = [(_parsed(out.payload), out.payload) for out in self._memory.buried.values()]
             return [decode(data) for p, data in found if p is not None and p.name == source.name]
         name = source.dead_topic.name
         return [self._message(source.dead_topic, _softly(source.decode), *at) for at in self._memory.came.get(name, ())]

@@ -126,6 +126,12 @@ def failures(app: App, outcome: str | None = None) -> list[Failed]:
     return [r for r in records if outcome in (None, r.outcome)]
 
 
+def waiting(app: App, queue: str = "default") -> dict[str, int]:
+    """How many jobs of a queue wait for a time to come, or are dead."""
+    state = {state.name: state for state in app.jobs.queue_states()}.get(queue)
+    return {kind: getattr(state, kind, 0) for kind in ("scheduled", "retry", "dead")}
+
+
 def settled(app: App, name: str) -> int:
     """How many deliveries of this consumer observers saw settled."""
     return sum(r.count for r in app.records if isinstance(r, Settled) and r.name == name)  # type: ignore[attr-defined]

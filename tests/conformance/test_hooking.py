@@ -4,7 +4,7 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from conftest import failures
+from conftest import failures, waiting
 
 from barnabas import Batch, Delivery, Done, Reject, Respond, Retry
 
@@ -406,7 +406,7 @@ def test_a_hook_can_fail_and_forgive_a_job(place, app):
     mail.enqueue(1).result(5)
     place.drain(app)
     assert sorted(runs) == [0, 1]
-    assert app.jobs.waiting(["default"]) == {"scheduled": 0, "retry": 1, "dead": 0}
+    assert waiting(app) == {"scheduled": 0, "retry": 1, "dead": 0}
 
 
 def test_hooks_run_once_a_call_of_a_batch_handler(place, app, numbers):

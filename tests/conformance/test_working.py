@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import msgspec
 import pytest
-from conftest import failures, settled, wait_for
+from conftest import failures, settled, wait_for, waiting
 
 from barnabas import Batch, Delivery, Done, Message, Retry
 from barnabas.engine.observe import Failed, Settled
@@ -610,7 +610,7 @@ def test_a_retry_in_order_holds_a_drain_and_a_waiting_job_does_not(place, app, t
         assert not worker.drained()
         fail = False
         wait_for(worker.drained, worker=worker)
-    assert app.jobs.waiting(["default"]) == {"scheduled": 1, "retry": 1, "dead": 0}
+    assert waiting(app) == {"scheduled": 1, "retry": 1, "dead": 0}
 
 
 def test_jobs_that_are_due_hold_a_drain(place, app):

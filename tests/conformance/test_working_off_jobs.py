@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
-from conftest import failures, settled, wait_for
+from conftest import failures, settled, wait_for, waiting
 
 from barnabas import Reject, RetryAfter
 from barnabas.backends.queues import QueueOrder
@@ -23,10 +23,6 @@ class Order(msgspec.Struct):
 @pytest.fixture
 def app(place):
     return place.app()
-
-
-def waiting(app, *queues):
-    return app.jobs.waiting(queues or ["default"])
 
 
 def test_a_job_runs_once_with_its_arguments(place, app):

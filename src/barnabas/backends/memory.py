@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
+from barnabas.backends.memory_admin import MemoryAdmin
 from barnabas.backends.queues import QueueOrder
 from barnabas.backends.shares import close_books, fair, open_account
 from barnabas.errors import DeclarationError, UnknownTopic
@@ -41,7 +42,7 @@ class _Partition:
         return self.first + len(self.rows)
 
 
-class MemoryBackend:
+class MemoryBackend(MemoryAdmin):
     """A place for topics, queues and tables that ends with the process."""
 
     def __init__(self, url: str, clock: Any) -> None:
@@ -51,18 +52,19 @@ class MemoryBackend:
         self.lock = threading.RLock()
         self.logs: dict[str, list[_Partition]] = {}
         self.retention: dict[str, Any] = {}
-        self.positions: dict[tuple[str, str, int], tuple[int, list[tuple[int, int]], dict[int, int]]] = {}
+        self.marks: dict[tuple[str, str, int], tuple[int, list[tuple[int, int]], dict[int, int]]] = {}
         self.owners: dict[str, dict[tuple[str, int], MemoryLog]] = {}
         self.members: dict[str, list[MemoryLog]] = {}
         self.tables: dict[str, dict[Any, bytes]] = {}
         self.ready: dict[str, deque[tuple[int, OutgoingJob]]] = {}
         self.later: list[tuple[float, int, str, OutgoingJob]] = []  # due at, number, "scheduled" or "retry"
-        self.buried: list[OutgoingJob] = []
-        self.taken = 0  # jobs in work
+        self.buried: dict[int, OutgoingJob] = {}
+        self.workers: list[MemoryQueues] = []
         self._number = 0
         self._spin = 0
         self._unswept = 0
         self._watchers: list[Callable[[], None]] = []
+        super().__init__()
 
     # Topics and sends.
 
@@ -154,7 +156,7 @@ class MemoryBackend:
             for name, parts in self.logs.items():
                 keep = self.retention[name]
                 for number, log in enumerate(parts):
-                    groups = [p[0] for (g, t, n), p in self.positions.items() if (t, n) == (name, number)]
+                    groups = [p[0] for (g, t, n), p in self.marks.items() if (t, n) == (name, number)]
                     slowest = log.next if keep.force or not groups else min(groups)
                     count = 0
                     while count < len(log.rows) and log.first + count < slowest:
@@ -171,9 +173,11 @@ class MemoryBackend:
 
     def log(self, group: str, topics: Sequence[Any], *, start: Any, ordered: bool, listener: Listener) -> "MemoryLog":
         self.declare(topics)
+        self.join()
         return MemoryLog(self, group, [t.name for t in topics], start, ordered, listener)
 
     def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> "MemoryQueues":
+        self.join()
         return MemoryQueues(self, queues, listener)
 
     def settle(self, results: Iterable[Result]) -> None:
@@ -195,23 +199,15 @@ class MemoryBackend:
 
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
         with self.lock:
-            count = self.taken + sum(len(self.ready.get(q, ())) for q in queues)
+            count = sum(len(worker.work) for worker in self.workers) + sum(len(self.ready.get(q, ())) for q in queues)
             now = self.clock.now()
             count += sum(1 for at, _, _, job in self.later if at <= now and job.queue in queues)
             for group, topics in groups.items():
                 for topic in topics:
                     for number, log in enumerate(self.logs.get(topic, ())):
-                        at, done, _ = self.positions.get((group, topic, number), (log.first, [], {}))
+                        at, done, _ = self.marks.get((group, topic, number), (log.first, [], {}))
                         count += max(0, log.next - max(at, log.first)) - sum(b - a for a, b in done)
             return count
-
-    def waiting(self, queues: Sequence[str]) -> dict[str, int]:
-        with self.lock:
-            counts = {"scheduled": 0, "retry": 0, "dead": len(self.buried)}
-            for _, _, kind, job in self.later:
-                if job.queue in queues:
-                    counts[kind] += 1
-            return counts
 
     def topics(self) -> list[TopicState]:
         with self.lock:
@@ -303,7 +299,7 @@ class MemoryLog:
         owners[at] = self
         log = self.home.logs[at[0]][at[1]]
         first = log.next if self._start == "latest" else log.first
-        position, done, attempts = self.home.positions.setdefault((self.group, *at), (first, [], {}))
+        position, done, attempts = self.home.marks.setdefault((self.group, *at), (first, [], {}))
         part = Part(at[0], at[1], len(self._parts), self.group)
         open_account(part, self._ordered, max(position, log.first), done, attempts)
         self._parts[at] = part
@@ -338,7 +334,7 @@ class MemoryLog:
         home = self.home
         with home.lock:
             for part in close_books(results):
-                home.positions[self.group, part.topic, part.partition] = (*part.held.position(), dict(part.attempts))
+                home.marks[self.group, part.topic, part.partition] = (*part.held.position(), dict(part.attempts))
             home.settle(results)
         if any(result.outputs for result in results):
             home.ring()
@@ -354,6 +350,7 @@ class MemoryLog:
             self.home.members[self.group].remove(self)
             if self.home.members[self.group]:
                 self._nudge()
+            self.home.left()
 
 
 class MemoryQueues:
@@ -363,12 +360,13 @@ class MemoryQueues:
         self.atomic = home
         self.home = home
         self._order = QueueOrder(queues)
-        self._parts = {name: Part(name, -1, i) for i, name in enumerate(self._order.names)}
-        self._work: dict[int, OutgoingJob] = {}
+        self.parts = {name: Part(name, -1, i) for i, name in enumerate(self._order.names)}
+        self.work: dict[int, OutgoingJob] = {}
         self._waiter = _Waiter()
         self.wake = self._waiter.wake
         self._unwatch = home.watch(self.wake)
-        listener.assigned(list(self._parts.values()))
+        home.workers.append(self)
+        listener.assigned(list(self.parts.values()))
 
     def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
         found = self._claim(limit)
@@ -384,19 +382,18 @@ class MemoryQueues:
         found: list[tuple[Part, Sequence[Row]]] = []
         home = self.home
         home.move_due(home.clock.now())
-        room = limit - len(self._work)
+        room = limit - len(self.work)
         with home.lock:
             for name in self._order.next():
                 ready = home.ready.get(name)
                 rows: list[Row] = []
                 while ready and room > 0:
                     number, job = ready.popleft()
-                    self._work[number] = job
+                    self.work[number] = job
                     rows.append((number, job.jid, job.payload, None, home.clock.now()))
                     room -= 1
                 if rows:
-                    home.taken += len(rows)
-                    found.append((self._parts[name], rows))
+                    found.append((self.parts[name], rows))
         return found
 
     def settle(self, results: Sequence[Result]) -> None:
@@ -404,24 +401,24 @@ class MemoryQueues:
         with home.lock:
             for result in results:
                 for row in result.rows:
-                    job = self._work.pop(row[0], None)
+                    job = self.work.pop(row[0], None)
                     if job is None:
                         continue
-                    home.taken -= 1
                     verdict = result.others.get(row[0])
                     if isinstance(verdict, Again):
                         again = job._replace(payload=verdict.payload or job.payload, at=verdict.at, future=None)
                         heapq.heappush(home.later, (verdict.at, row[0], "retry", again))
                     elif isinstance(verdict, Dead) and verdict.payload is not None:
-                        home.buried.append(job._replace(payload=verdict.payload, at=home.clock.now(), future=None))
+                        home.buried[row[0]] = job._replace(payload=verdict.payload, at=home.clock.now(), future=None)
             home.settle(results)
         home.ring()
 
     def close(self) -> None:
         self._unwatch()
         with self.home.lock:
-            for number, job in reversed(self._work.items()):
+            for number, job in reversed(self.work.items()):
                 self.home.ready.setdefault(job.queue, deque()).appendleft((number, job))
-                self.home.taken -= 1
-            self._work = {}
+            self.work = {}
+            self.home.workers.remove(self)
+            self.home.left()
         self.home.ring()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import apsw
 
 from barnabas.backends.host import Life, forget, look
+from barnabas.backends.shares import HOST
 from barnabas.backends.sqlite_expire import EVERY, expire
 from barnabas.errors import BackendError
 
@@ -39,7 +40,8 @@ class Neighbours:
             self._thread.start()
 
     def _register(self, db: apsw.Connection) -> None:
-        db.execute("INSERT INTO processes (pid, started) VALUES (?, ?)", (os.getpid(), self.home.clock.now()))
+        info = json.dumps({"host": HOST})
+        db.execute("INSERT INTO processes (pid, started, info) VALUES (?, ?, ?)", (os.getpid(), self.home.clock.now(), info))
         self.number = db.last_insert_rowid()
         self.life = Life(self.home.path, self.number)
 
@@ -71,14 +73,15 @@ class Neighbours:
             for source in list(self.home.sources):
                 source.extend(now + self.session * 0.7)
             try:
-                self._look_around()
+                self.look_around()
                 if now - swept > EVERY:
                     swept = now
                     expire(self.home, self.home.clock.now())
             except (BackendError, OSError) as error:
                 log.debug("looking at other processes failed: %s", error)
 
-    def _look_around(self) -> None:
+    def look_around(self) -> None:
+        """Bury who is dead, take the partitions of who is silent."""
         for (number,) in self.home.query("SELECT id FROM processes WHERE id <> ?", (self.number,)):
             dead, silent, work = look(self.home.path, number)
             if dead:
@@ -120,6 +123,7 @@ class Neighbours:
             self.home.stir(db, "partition = -1")
         self._expel(db, number)
         db.execute("DELETE FROM processes WHERE id = ?", (number,))
+        self.home.forget_control(db, number)
 
     def _expel(self, db: apsw.Connection, number: int) -> None:
         """Take a process's partitions: it is dead, or was silent for a session."""

@@ -1,13 +1,22 @@
 """What every log backend does alike: fair shares of a group's partitions, and the account of a partition in hand."""
 
+import socket
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from barnabas.engine.ledger import Intervals, Ledger, Straight
 from barnabas.ports import Part, Result
 
+HOST = socket.gethostname()
+CONTROL = "barnabas.control"  # the table that keeps what operators have asked for
+STATES = ("ready", "work", "scheduled", "retry", "dead")
 M = TypeVar("M", bound=Hashable)
 P = TypeVar("P", bound=Hashable)
+
+
+def numbers(counts: Mapping[str, int]) -> dict[int, int]:
+    """Counts by offset, as JSON keeps them."""
+    return {int(offset): n for offset, n in counts.items()}
 
 
 def fair(members: Sequence[M], partitions: Sequence[P], owners: Mapping[P, M]) -> dict[P, M]:

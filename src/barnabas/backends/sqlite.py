@@ -22,7 +22,8 @@ import msgspec
 from barnabas.backends.host import Bell, Turn
 from barnabas.backends.neighbours import Neighbours
 from barnabas.backends.shares import by_target
-from barnabas.backends.sqlite_read import SHIFT, SqliteReader, connect, explain, one
+from barnabas.backends.sqlite_admin import SqliteAdmin
+from barnabas.backends.sqlite_read import SHIFT, connect, explain, one
 from barnabas.errors import BackendError, BufferFull, DeclarationError, SendError, UnknownTopic
 from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Listener, Source
@@ -44,7 +45,7 @@ def open_backend(url: str, settings: Any, clock: Any) -> "SqliteBackend":
     return backend
 
 
-class SqliteBackend(SqliteReader):
+class SqliteBackend(SqliteAdmin):
     """One file, as this process sees it."""
 
     def __init__(self, url: str, settings: Any, clock: Any) -> None:

@@ -72,7 +72,7 @@ class SqliteReader:
         self.queue_ids: dict[str, int] = {}
         self._known: frozenset[int] = frozenset()
 
-    def query(self, sql: str, args: Sequence[Any] = ()) -> list[Any]:
+    def query(self, sql: str, args: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         """Rows of a read, from the reading connection."""
         try:
             with self._reading:
@@ -134,17 +134,6 @@ class SqliteReader:
                     found = one(self._reader, f"SELECT 1 FROM jobs WHERE queue = ? AND {where} LIMIT 1", (gid, *args))
                     count += found is not None
         return count
-
-    def waiting(self, queues: Sequence[str]) -> dict[str, int]:
-        counts = {"scheduled": 0, "retry": 0, "dead": 0}
-        names = {2: "scheduled", 3: "retry", 4: "dead"}
-        for queue, state, n in self.query(
-            "SELECT h.topic, j.state, count(*) FROM jobs j JOIN heads h ON h.gid = j.queue "
-            "WHERE j.at IS NOT NULL OR j.died IS NOT NULL GROUP BY 1, 2"
-        ):
-            if queue in queues:
-                counts[names[state]] += n
-        return counts
 
     def topics(self) -> list[TopicState]:
         found: dict[str, list[tuple[int, int, int]]] = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import apsw
 
 from barnabas.backends.queues import QueueOrder
-from barnabas.backends.shares import close_books, fair, open_account
+from barnabas.backends.shares import close_books, fair, numbers, open_account
 from barnabas.backends.sqlite_read import one, unpack
 from barnabas.errors import BackendError
 from barnabas.jobs.payload import PayloadError, enqueued
@@ -205,9 +205,9 @@ class SqliteLog(_Fetcher):
             part = Part(topic, number, id_, self._group_name)
             part.until = self._lease or self.home.clock.monotonic() + self.home.neighbours.session * 0.7
             open_account(
-                part, self._ordered, offset, [(a, b) for a, b in state.get("done", ())], _numbers(state.get("attempts", {}))
+                part, self._ordered, offset, [(a, b) for a, b in state.get("done", ())], numbers(state.get("attempts", {}))
             )
-            part.crashes.update(_numbers(state.get("crashes", {})))
+            part.crashes.update(numbers(state.get("crashes", {})))
             self._parts[gid] = part
             self._epochs[gid] = epoch
             came.append(part)
@@ -311,10 +311,6 @@ class SqliteLog(_Fetcher):
     def _leave(self, db: apsw.Connection) -> None:
         db.execute("DELETE FROM members WHERE id = ?", (self._member,))
         self.home.stir(db, "gid = ?", (self._signal,))
-
-
-def _numbers(counts: Mapping[str, int]) -> dict[int, int]:
-    return {int(offset): n for offset, n in counts.items()}
 
 
 def _state(part: Part, done: list[tuple[int, int]]) -> str | None:

@@ -116,9 +116,11 @@ def _watch(changed: Callable[[], Any]) -> None:
 def _conclude(app: App, status: Status, queues: list[str]) -> None:
     """Say what was done, and what of these queues waits for a later time."""
     status.conclude()
-    waiting = app.jobs.waiting(queues) if queues else {}
+    # (A backend that keeps the waiting jobs of all queues in one place says so under the name "".)
+    states = [state for state in app.jobs.queue_states() if state.name in (*queues, "")] if queues else []
     kinds = (("scheduled", "scheduled"), ("retry", "to be retried"))
-    remain = [f"{waiting[kind]:,} {name}" for kind, name in kinds if waiting.get(kind)]
+    counts = [(sum(getattr(state, kind) for state in states), name) for kind, name in kinds]
+    remain = [f"{count:,} {name}" for count, name in counts if count]
     if remain:
         log.info("drained; of the jobs there remain %s", " and ".join(remain))
 

@@ -176,7 +176,12 @@ class Payload(
         return seconds(self.raw_failed_at)
 
 
+class _Stamp(msgspec.Struct):
+    enqueued_at: Any = None
+
+
 _payload = msgspec.json.Decoder(Payload).decode
+_stamp = msgspec.json.Decoder(_Stamp).decode
 
 
 def seconds(stamp: object) -> float | None:
@@ -195,6 +200,14 @@ def parse(data: bytes) -> Payload:
     if memoryview(payload.args)[0] != 91:  # "["
         raise PayloadError(f"not a Sidekiq job: `args` must be a list, not {bytes(payload.args)[:40]!r}")
     return payload
+
+
+def enqueued_at(data: bytes) -> float | None:
+    """Since when a job is in its queue (epoch seconds); None where it does not say."""
+    try:
+        return seconds(_stamp(data).enqueued_at)
+    except _BROKEN:
+        return None
 
 
 def enqueued(data: bytes, now: float) -> bytes:

@@ -1,0 +1,143 @@
+"""What operators see and do of `memory:`: the doors of the port that no message passes."""
+
+import heapq
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from barnabas.backends.shares import HOST, STATES
+from barnabas.errors import Refused, UnknownTopic
+from barnabas.jobs.payload import enqueued_at
+from barnabas.message import OutgoingJob
+from barnabas.ports import Position, Process, QueueState, StoredJob
+
+
+class MemoryAdmin:
+    """The operators' half of a MemoryBackend."""
+
+    name = ""
+    clock: Any
+    lock: "threading.RLock"
+    logs: dict[str, Any]
+    marks: dict[tuple[str, str, int], tuple[int, list[tuple[int, int]], dict[int, int]]]
+    owners: dict[str, dict[tuple[str, int], Any]]
+    members: dict[str, list[Any]]
+    tables: dict[str, dict[Any, bytes]]
+    ready: dict[str, deque[tuple[int, OutgoingJob]]]
+    later: list[tuple[float, int, str, OutgoingJob]]
+    buried: dict[int, OutgoingJob]
+    workers: list[Any]
+
+    def __init__(self) -> None:
+        self._asked: dict[str, str] = {}
+        self._info: dict[str, Any] = {}
+        self._started = self._beat = 0.0
+
+    def join(self) -> None:
+        """Be a worker process."""
+        if not self.name:
+            self.name = f"{HOST}:{os.getpid()}:1"
+            self._started, self._beat = self.clock.now(), time.monotonic()
+
+    def _works(self) -> bool:
+        return bool(self.workers or any(self.members.values()))
+
+    def left(self) -> None:
+        """A source was closed: with the last one, what was asked of this process is past."""
+        if not self._works():
+            self._asked.pop(f"process:{self.name}", None)
+
+    def ring(self) -> None:
+        """Something was stored: wake whoever waits."""
+        raise NotImplementedError
+
+    def positions(self) -> list[Position]:
+        with self.lock:
+            found = []
+            for (group, topic, number), (offset, done, attempts) in sorted(self.marks.items()):
+                log = self.logs[topic][number]
+                owner = self.name if (topic, number) in self.owners.get(group, ()) else None
+                found.append(Position(group, topic, number, log.first, log.next, offset, list(done), dict(attempts), {}, owner))
+            return found
+
+    def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
+        with self.lock:
+            wanted = list(positions)
+            for at in wanted:
+                if self.members.get(at.group):
+                    raise Refused(f"group {at.group!r} has members: {self.name}; stop them first")
+                if at.partition >= len(self.logs.get(at.topic, ())):
+                    raise UnknownTopic(f"there is no partition {at.partition} of a topic {at.topic!r}")
+            for at in wanted:
+                if at.offset is None:
+                    self.marks.pop((at.group, at.topic, at.partition), None)
+                else:
+                    self.marks[at.group, at.topic, at.partition] = (at.offset, list(at.done), {})
+            for table in clear:
+                self.tables.pop(table, None)
+
+    def queue_states(self) -> list[QueueState]:
+        with self.lock:
+            names = {*self.ready, *(name for worker in self.workers for name in worker.parts)}
+            names |= {job.queue for _, _, _, job in self.later} | {job.queue for job in self.buried.values()}
+            counts = {name: dict.fromkeys(STATES, 0) for name in names}
+            for job in self.find_jobs():
+                counts[job.queue][job.state] += 1
+            first = {name: enqueued_at(ready[0][1].payload) for name, ready in self.ready.items() if ready}
+            return [QueueState(name, **n, since=first.get(name)) for name, n in sorted(counts.items())]
+
+    def find_jobs(self, state: str | None = None, queue: str | None = None) -> Iterator[StoredJob]:
+        with self.lock:
+            found: list[tuple[int, str, float | None, OutgoingJob]]
+            found = [(n, "work", None, job) for worker in self.workers for n, job in sorted(worker.work.items())]
+            found += [(n, "ready", None, job) for _, ready in sorted(self.ready.items()) for n, job in ready]
+            found += [(n, kind, at, job) for at, n, kind, job in sorted(self.later, key=lambda each: each[:2])]
+            found += [(n, "dead", job.at, job) for n, job in self.buried.items()]
+        for number, kind, at, job in found:
+            if state in (None, kind) and queue in (None, job.queue):
+                owner = self.name if kind == "work" else None
+                yield StoredJob(number, job.jid, job.queue, kind, at, 0, owner, job.payload)
+
+    def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
+        with self.lock:
+            wanted: set[int] = set(refs)
+            moved: dict[int, OutgoingJob] = {}
+            if to != "ready":
+                for name, ready in self.ready.items():
+                    moved.update((n, job) for n, job in ready if n in wanted)
+                    self.ready[name] = deque((n, job) for n, job in ready if n not in wanted)
+            moved.update((n, job) for _, n, _, job in self.later if n in wanted)
+            self.later = [entry for entry in self.later if entry[1] not in wanted]
+            heapq.heapify(self.later)
+            if to != "dead":
+                moved.update({n: self.buried.pop(n) for n in wanted & self.buried.keys()})
+            for number, job in sorted(moved.items()):
+                if to == "ready":
+                    self.ready.setdefault(job.queue, deque()).append((number, job._replace(at=None)))
+                elif to == "dead":
+                    self.buried[number] = job._replace(at=self.clock.now())
+        self.ring()
+        return len(moved)
+
+    def processes(self) -> list[Process]:
+        if not self._works():
+            return []
+        return [Process(self.name, os.getpid(), HOST, self._started, time.monotonic() - self._beat, dict(self._info))]
+
+    def report(self, info: Mapping[str, Any]) -> None:
+        self._info, self._beat = dict(info), time.monotonic()
+
+    def control(self) -> dict[str, str]:
+        return dict(self._asked)
+
+    def set_control(self, name: str, value: str | None) -> None:
+        with self.lock:
+            if name.startswith("process:") and value is not None and not (self._works() and name == f"process:{self.name}"):
+                raise Refused(f"there is no worker process {name.removeprefix('process:')!r}")
+            if value is None:
+                self._asked.pop(name, None)
+            else:
+                self._asked[name] = value

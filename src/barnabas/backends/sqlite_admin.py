@@ -1,0 +1,193 @@
+"""What operators see and do of a SQLite file: the doors of the port that no message passes."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import apsw
+
+from barnabas.backends.host import look
+from barnabas.backends.shares import CONTROL, HOST, STATES, numbers
+from barnabas.backends.sqlite_read import SqliteReader, one
+from barnabas.errors import Refused, UnknownTopic
+from barnabas.jobs.payload import enqueued_at
+from barnabas.ports import Position, Process, QueueState, StoredJob
+
+PAGE = 200  # jobs read at once
+MOVED = 1000  # jobs moved in one transaction
+REPORTS = 2.0  # seconds between two reports that are stored
+# How the jobs of a state are found (each has its index), and in which order they run.
+_FOUND = {
+    "work": ("j.owner IS NOT NULL", "id"),
+    "ready": ("j.state = 0", "id"),
+    "retry": ("j.at IS NOT NULL AND j.state = 3", "at"),
+    "scheduled": ("j.at IS NOT NULL AND j.state = 2", "at"),
+    "dead": ("j.died IS NOT NULL", "died"),
+}
+# Those in work are never touched, and what is there already does not move.
+_MOVES = {
+    "ready": "UPDATE jobs SET state = 0, at = NULL, died = NULL, note = NULL, crashes = 0 WHERE state > 1",
+    "dead": "UPDATE jobs SET state = 4, at = NULL, died = :now, note = 'buried by an operator' WHERE state NOT IN (1, 4)",
+    None: "DELETE FROM jobs WHERE state <> 1",
+}
+_PROCESS = "r.id, r.pid, r.info"
+
+
+def _name(number: Any, pid: Any, info: Any) -> str | None:
+    """A process's name, from the columns of _PROCESS; None for none."""
+    return None if number is None else f"{json.loads(info or '{}').get('host', HOST)}:{pid}:{number}"
+
+
+class SqliteAdmin(SqliteReader):
+    """The operators' half of a SqliteBackend."""
+
+    neighbours: Any
+    write: Callable[[Callable[[apsw.Connection], Any]], Any]
+    stir: Callable[..., None]
+    name_id: Callable[[apsw.Connection, str, str], int]
+    store: Callable[..., Any]
+    _reported: tuple[float, Mapping[str, Any]] = (0.0, {})
+
+    @property
+    def name(self) -> str:
+        """Of this process among those that own things in the file; "" before it is one."""
+        number: int = self.neighbours.number
+        return f"{HOST}:{os.getpid()}:{number}" if number else ""
+
+    def positions(self) -> list[Position]:
+        found = []
+        for group, topic, number, first, end, offset, open_, *process in self.query(
+            f"SELECT n.name, h.topic, h.partition, h.first, h.next, p.offset, p.open, {_PROCESS} "
+            "FROM positions p JOIN names n ON n.id = p.grp JOIN heads h ON h.gid = p.gid "
+            "LEFT JOIN members m ON m.id = p.member LEFT JOIN processes r ON r.id = m.process ORDER BY 1, 2, 3"
+        ):
+            state = json.loads(open_ or "{}")
+            done = [(a, b) for a, b in state.get("done", ())]
+            attempts, crashes = numbers(state.get("attempts", {})), numbers(state.get("crashes", {}))
+            found.append(Position(group, topic, number, first, end, offset, done, attempts, crashes, _name(*process)))
+        return found
+
+    def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
+        wanted = list(positions)
+        self.neighbours.look_around()  # the dead are no members
+        self.write(lambda db: self._place(db, wanted, clear))
+
+    def _place(self, db: apsw.Connection, positions: list[Position], clear: Sequence[str]) -> None:
+        for group in {at.group for at in positions}:
+            rows = db.execute(
+                f"SELECT DISTINCT {_PROCESS} FROM members m JOIN names n ON n.id = m.grp AND n.kind = 'group' "
+                "JOIN processes r ON r.id = m.process WHERE n.name = ? ORDER BY 1",
+                (group,),
+            ).fetchall()
+            if rows:
+                raise Refused(f"group {group!r} has members: {', '.join(str(_name(*row)) for row in rows)}; stop them first")
+        for at in positions:
+            head = one(db, "SELECT gid FROM heads WHERE topic = ? AND partition = ? AND partition >= 0", (at.topic, at.partition))
+            if head is None:
+                raise UnknownTopic(f"there is no partition {at.partition} of a topic {at.topic!r} in {self.path}")
+            where = (self.name_id(db, "group", at.group), head[0])
+            if at.offset is None:
+                db.execute("DELETE FROM positions WHERE grp = ? AND gid = ?", where)
+                continue
+            db.execute(
+                "INSERT INTO positions (grp, gid, offset, open) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET offset = excluded.offset, open = excluded.open",
+                (*where, at.offset, json.dumps({"done": at.done}) if at.done else None),
+            )
+        for table in clear:
+            db.execute("DELETE FROM cells WHERE tbl = (SELECT id FROM names WHERE kind = 'table' AND name = ?)", (table,))
+
+    def queue_states(self) -> list[QueueState]:
+        counts = {
+            (gid, state): n
+            for gid, state, n in self.query(
+                "SELECT queue, 0, count(*) FROM jobs WHERE state = 0 GROUP BY 1 UNION ALL "
+                "SELECT queue, 1, count(*) FROM jobs WHERE owner IS NOT NULL GROUP BY 1 UNION ALL "
+                "SELECT queue, state, count(*) FROM jobs WHERE at IS NOT NULL GROUP BY 1, 2 UNION ALL "
+                "SELECT queue, 4, count(*) FROM jobs WHERE died IS NOT NULL GROUP BY 1"
+            )
+        }
+        heads = self.query(
+            "SELECT gid, topic, (SELECT payload FROM jobs WHERE state = 0 AND queue = gid ORDER BY id LIMIT 1) "
+            "FROM heads WHERE partition = -1 ORDER BY topic"
+        )
+        return [
+            QueueState(name, *[counts.get((gid, n), 0) for n in range(5)], enqueued_at(first) if first else None)  # type: ignore[call-arg]
+            for gid, name, first in heads
+        ]
+
+    def find_jobs(self, state: str | None = None, queue: str | None = None) -> Iterator[StoredJob]:
+        queues = [r[0] for r in self.query("SELECT gid FROM heads WHERE partition = -1 AND topic = coalesce(?, topic)", (queue,))]
+        for kind in _FOUND if state is None else (state,):
+            for gid in queues if kind == "ready" or queue is not None else (None,):
+                for id_, at, died, jid, name, number, crashes, payload, *process in self._pages(kind, gid):
+                    when = died if at is None else at
+                    yield StoredJob((id_, jid), jid, name, STATES[number], when, crashes, _name(*process), payload)
+
+    def _pages(self, kind: str, gid: int | None) -> Iterator[Any]:
+        """The jobs of a state (and queue), a page at a time: the file is not held meanwhile."""
+        where, by = _FOUND[kind]
+        sql = (
+            f"SELECT j.id, j.at, j.died, j.jid, h.topic, j.state, j.crashes, j.payload, {_PROCESS} FROM jobs j "
+            "CROSS JOIN heads h ON h.gid = j.queue LEFT JOIN processes r ON r.id = j.owner "  # CROSS: jobs are the outer loop
+            f"WHERE {where} {'' if gid is None else 'AND j.queue = :queue'} "
+            f"AND j.{by} >= :from AND (j.{by}, j.id) > (:from, :id) ORDER BY j.{by}, j.id LIMIT {PAGE}"
+        )
+        last = {"queue": gid, "from": -1e18, "id": -1}
+        while rows := self.query(sql, last):
+            yield from rows
+            last |= {"from": rows[-1][("id", "at", "died").index(by)], "id": rows[-1][0]}
+
+    def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
+        moved = 0
+        for start in range(0, len(refs), MOVED):
+            moved += self.write(partial(self._move, refs=refs[start : start + MOVED], to=to))
+        return moved
+
+    def _move(self, db: apsw.Connection, refs: Sequence[Any], to: str | None) -> int:
+        before = db.total_changes()
+        rows = [{"id": id_, "jid": jid, "now": self.clock.now()} for id_, jid in refs]  # (numbers of dropped jobs come again)
+        db.executemany(f"{_MOVES[to]} AND id = :id AND jid = :jid", rows)
+        moved = db.total_changes() - before
+        if moved:
+            self.stir(db, "partition = -1")
+        return moved
+
+    def processes(self) -> list[Process]:
+        found = []
+        for number, pid, started, info in self.query("SELECT id, pid, started, info FROM processes ORDER BY id"):
+            dead, silent, _ = look(self.path, number)
+            if not dead:
+                said = json.loads(info or "{}")
+                found.append(Process(str(_name(number, pid, info)), pid, said.pop("host", HOST), started, silent, said))
+        return found
+
+    def report(self, info: Mapping[str, Any]) -> None:
+        number, now = self.neighbours.number, time.monotonic()
+        if number and info != self._reported[1] and now >= self._reported[0] + REPORTS:
+            data = json.dumps({**info, "host": HOST})
+            self.write(lambda db: db.execute("UPDATE processes SET info = ? WHERE id = ?", (data, number)).fetchall())
+            self._reported = (now, dict(info))
+
+    def control(self) -> dict[str, str]:
+        return {str(name): value.decode() for name, value in self.cells(CONTROL)}
+
+    def set_control(self, name: str, value: str | None) -> None:
+        def act(db: apsw.Connection) -> None:
+            if name.startswith("process:") and value is not None:
+                rows = db.execute(f"SELECT {_PROCESS} FROM processes r").fetchall()
+                if name.removeprefix("process:") not in [_name(*row) for row in rows]:
+                    raise Refused(f"there is no worker process {name.removeprefix('process:')!r} (any more)")
+            self.store(db, (), {(CONTROL, name): None if value is None else value.encode()})
+
+        self.write(act)
+
+    def forget_control(self, db: apsw.Connection, number: int) -> None:
+        """Inside a write: this process is gone, and with it what was asked of it."""
+        db.execute(
+            "DELETE FROM cells WHERE tbl = (SELECT id FROM names WHERE kind = 'table' AND name = ?) AND key GLOB ?",
+            (CONTROL, f"process:*:{number}"),
+        )

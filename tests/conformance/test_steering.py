@@ -1,0 +1,250 @@
+"""What operators see and do: positions, queues, stored jobs, processes, and what is asked of them."""
+
+import json
+import threading
+
+import pytest
+from conftest import settled, wait_for
+
+from barnabas import Reject, Retry
+from barnabas.errors import Refused, UnknownTopic
+from barnabas.ports import Position
+
+
+@pytest.fixture
+def app(place):
+    return place.app()
+
+
+def at(topic, group, partition, offset, done=(), **more):
+    return Position(group, topic.name, partition, 0, 0, offset, list(done), {}, {}, None)._replace(**more)
+
+
+# Positions.
+
+
+def test_positions_tell_how_far_each_group_is_and_who_has_what(place, app):
+    topic = app.topic("steps", int, partitions=2)
+    bad, go = threading.Event(), threading.Event()
+
+    @app.consumer(topic, group="readers", retry=Retry(5, backoff=lambda n: 60.0), order="key", concurrency=2)
+    def read(n: int):
+        if n == 3:
+            bad.set()
+            raise ValueError("not yet")
+
+    for n in range(6):
+        topic.send(n, key=str(n), partition=n % 2).result(5)
+    assert app.events.positions() == []
+    with place.running(app) as worker:
+        wait_for(lambda: bad.is_set() and settled(app, "read") == 5, worker=worker)
+        wait_for(lambda: app.events.positions()[1].attempts, worker=worker)
+        first, second = app.events.positions()
+        name = app.events.name
+        assert (first.group, first.topic, first.partition, first.first, first.end) == ("readers", "steps", 0, 0, 3)
+        assert (first.offset, first.done, first.attempts, first.owner) == (3, [], {}, name)
+        assert (second.offset, second.done, second.attempts, second.owner) == (1, [(2, 3)], {1: 1}, name)
+    assert [p.owner for p in app.events.positions()] == [None, None] and not go.is_set()
+
+
+def test_a_placed_group_goes_on_from_there(place, app):
+    topic, totals, seen = app.topic("steps", int, partitions=1), app.table("totals", int), []
+
+    @app.consumer(topic, group="readers", tables=[totals])
+    def read(n: int):
+        seen.append(n)
+        totals["a"] = totals.get("a", 0) + 1
+
+    for n in range(8):
+        topic.send(n, key="a").result(5)
+    place.drain(app)
+    assert seen == list(range(8)) and app.events.cell("totals", "a") is not None
+    events = app.events
+    events.place([at(topic, "readers", 0, 2, [(4, 6)], attempts={2: 3})], clear=["totals", "none such"])
+    assert events.cell("totals", "a") is None
+    assert events.positions()[0][5:9] == (2, [(4, 6)], {}, {})
+    del seen[:]
+    place.drain(app)
+    assert seen == [2, 3, 6, 7] and dict(events.cells("totals")) == {"a": b"\x04"}
+
+
+def test_a_group_without_position_can_be_placed_and_made_to_forget(place, app):
+    topic, seen = app.topic("steps", int, partitions=2), []
+    app.consumer(topic, group="readers", start="latest")(seen.append)
+    for n in range(4):
+        topic.send(n, partition=n % 2).result(5)
+    app.events.place([at(topic, "readers", n, 1) for n in (0, 1)])
+    assert [p[:6] for p in app.events.positions()] == [("readers", "steps", n, 0, 2, 1) for n in (0, 1)]
+    place.drain(app)
+    assert sorted(seen) == [2, 3]
+    app.events.place([at(topic, "readers", 0, None)])
+    assert [p.partition for p in app.events.positions()] == [1]
+
+
+def test_a_group_with_members_is_not_placed_and_nothing_of_the_step_is_done(place, app):
+    topic, free = app.topic("steps", int, partitions=1), app.topic("free", int, partitions=1)
+    table = app.table("totals", int)
+
+    @app.consumer(topic, group="readers", tables=[table])
+    def read(n: int):
+        table["a"] = n
+
+    app.events.declare([free])
+    topic.send(7, key="a").result(5)
+    with place.running(app) as worker:
+        wait_for(worker.drained, worker=worker)
+        with pytest.raises(Refused, match=f"'readers' has members: {app.events.name};"):
+            app.events.place([at(free, "others", 0, 0), at(topic, "readers", 0, 0)], clear=["totals"])
+    assert app.events.cell("totals", "a") == b"\x07"
+    assert [(p.group, p.offset) for p in app.events.positions()] == [("readers", 1)]
+    with pytest.raises(UnknownTopic, match="partition 1 of a topic 'steps'"):
+        app.events.place([at(topic, "readers", 0, 0), at(topic, "readers", 1, 0)])
+    assert app.events.positions()[0].offset == 1
+
+
+# Jobs.
+
+
+@pytest.fixture
+def stocked(place):
+    """Jobs in every state but "work", of two queues."""
+    app = place.app()
+
+    @app.job(queue="mail", retry=0)
+    def mail(n: int):
+        raise Reject("no")
+
+    @app.job(queue="slow", retry=3)
+    def slow(n: int):
+        raise ValueError("again")
+
+    mail.enqueue(1)
+    slow.enqueue(2).result(5)
+    place.drain(app)
+    mail.enqueue_in(60, 3)
+    mail.enqueue_in(30, 4).result(5)
+    app.before_enqueue = app.clock.now()
+    for n in (5, 6):
+        slow.enqueue(n).result(5)
+    app.runs = []
+    app.job(queue="mail", name="after")(app.runs.append)
+    return app
+
+
+def args(jobs):
+    return [json.loads(job.payload)["args"][0] for job in jobs]
+
+
+def test_queues_and_jobs_are_told_by_state(stocked):
+    mail, slow = stocked.jobs.queue_states()
+    assert mail == ("mail", 0, 0, 2, 0, 1, None)
+    assert slow[:6] == ("slow", 2, 0, 0, 1, 0) and 0 <= slow.since - stocked.before_enqueue < 5
+    find = stocked.jobs.find_jobs
+    assert sorted(args(find())) == [1, 2, 3, 4, 5, 6]
+    assert args(find("ready")) == [5, 6] and args(find("scheduled")) == [4, 3] and args(find("retry")) == [2]
+    assert args(find("dead")) == [1] and args(find(queue="mail", state="ready")) == [] == list(find("work"))
+    assert sorted(args(find(queue="mail"))) == [1, 3, 4]
+    first = next(find("scheduled"))
+    assert (first.queue, first.state, first.crashes, first.owner) == ("mail", "scheduled", 0, None)
+    assert 20 < first.at - stocked.clock.now() < 31 and first.jid == json.loads(first.payload)["jid"]
+    assert abs(next(find("dead")).at - stocked.clock.now()) < 20 and next(find("ready")).at is None
+
+
+@pytest.mark.parametrize(
+    ("to", "moved", "left"),
+    [("ready", 4, {"ready": 6}), ("dead", 5, {"dead": 6}), (None, 6, {})],
+)
+def test_jobs_are_moved_by_their_refs(stocked, to, moved, left):
+    jobs = list(stocked.jobs.find_jobs())
+    assert stocked.jobs.move_jobs([job.ref for job in jobs], to) == moved
+    assert stocked.jobs.move_jobs([job.ref for job in jobs], to) == 0
+    found = list(stocked.jobs.find_jobs())
+    assert {job.state for job in found} == left.keys() and len(found) == sum(left.values())
+    assert {job.jid: job.payload for job in found} == ({job.jid: job.payload for job in jobs} if left else {})
+    assert all((job.at is None) == (to == "ready") for job in found)
+
+
+def test_more_jobs_than_a_page_are_streamed_in_their_order(place, app):
+    mail = app.job(lambda n: None, name="mail")
+    mail.enqueue_many([(n,) for n in range(450)]).result(10)
+    assert args(app.jobs.find_jobs("ready")) == list(range(450))
+    refs = [job.ref for job in app.jobs.find_jobs("ready")]
+    assert app.jobs.move_jobs(refs, "dead") == 450
+    assert sorted(args(app.jobs.find_jobs("dead"))) == list(range(450))
+
+
+def test_a_job_in_work_is_left_alone_and_told_with_its_owner(place, app):
+    began, go = threading.Event(), threading.Event()
+
+    @app.job
+    def mail(n: int):
+        began.set()
+        assert go.wait(10)
+
+    mail.enqueue(1).result(5)
+    with place.running(app) as worker:
+        wait_for(began.is_set, worker=worker)
+        (job,) = app.jobs.find_jobs("work")
+        assert (job.state, job.owner) == ("work", app.jobs.name) and job.owner
+        assert app.jobs.queue_states()[0][:4] == ("default", 0, 1, 0)
+        assert [app.jobs.move_jobs([job.ref], to) for to in ("ready", "dead", None)] == [0, 0, 0]
+        go.set()
+        wait_for(worker.drained, worker=worker)
+    assert list(app.jobs.find_jobs()) == []
+
+
+def test_a_job_that_is_made_ready_wakes_a_waiting_worker(place, app):
+    seen = threading.Event()
+
+    @app.job
+    def mail(n: int):
+        seen.set()
+
+    mail.enqueue_in(600, 1).result(5)
+    with place.running(app) as worker:
+        assert not seen.wait(0.2)  # it has looked, and waits
+        (job,) = app.jobs.find_jobs("scheduled")
+        assert app.jobs.move_jobs([job.ref], "ready") == 1
+        assert seen.wait(0.9)  # before the safety poll of a second
+        wait_for(worker.drained, worker=worker)
+
+
+# Processes, and what is asked of them.
+
+
+def test_processes_are_those_with_a_worker_and_say_what_they_report(place, app):
+    topic = app.topic("steps", int)
+    app.consumer(topic)(lambda n: None)
+    assert app.events.processes() == [] and app.events.name == ""
+    app.events.report({"work": []})  # nobody to report of
+    with place.running(app):
+        app.events.report({"work": [1]})
+        (process,) = app.events.processes()
+        assert process.name == app.events.name == f"{process.host}:{process.pid}:{process.name.rpartition(':')[2]}"
+        assert process.info == {"work": [1]} and process.silent < 5 and abs(process.started - app.clock.now()) < 10
+    assert place.name == "sqlite" or app.events.processes() == []
+
+
+def test_what_operators_ask_for_is_kept_until_it_is_taken_back(place, app):
+    events = app.events
+    assert events.control() == {}
+    events.set_control("pause group:shop-read", "")
+    events.set_control("pause key:shop-read", '["é"]')
+    place.again(app)
+    assert app.events.control() == {"pause group:shop-read": "", "pause key:shop-read": '["é"]'}
+    app.events.set_control("pause key:shop-read", '["a", "b"]')
+    app.events.set_control("pause group:shop-read", None)
+    app.events.set_control("pause queue:none", None)
+    assert app.events.control() == {"pause key:shop-read": '["a", "b"]'}
+
+
+def test_what_is_asked_of_a_process_goes_with_it(place, app):
+    app.consumer(app.topic("steps", int))(lambda n: None)
+    with pytest.raises(Refused, match="no worker process 'a:1:1'"):
+        app.events.set_control("process:a:1:1", "stop")
+    with place.running(app):
+        name = f"process:{app.events.name}"
+        app.events.set_control(name, "quiet")
+        assert app.events.control() == {name: "quiet"}
+    place.again(app)
+    assert app.events.control() == {}
