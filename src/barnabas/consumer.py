@@ -182,6 +182,7 @@ class Consumer:
 
     @property
     def subscriptions(self) -> list[Topic[Any]]:
-        """The topics it reads: its own, and the retry topics of its group where retries give up order."""
+        """The topics it reads: its own, and the retry topics of its group (of `barnabas dead retry`, and of retries that
+        give up order). Not with tables: what is out of order must not write them."""
         own = list(self.topics)
-        return own if self.retry.ordered else own + [t.retry_topic(self.group) for t in own]
+        return own if self.tables else own + [t.retry_topic(self.group) for t in own]

@@ -16,13 +16,16 @@ class Part:
     and `crashes` count failed runs and lost processes of offsets that are still open.
     """
 
-    __slots__ = ("attempts", "cells", "closed", "crashes", "group", "held", "id", "lanes", "partition", "topic", "until")
+    __slots__ = (
+        "attempts", "cells", "closed", "crashes", "group", "held", "id", "lanes", "partition", "retries", "topic", "until",
+    )  # fmt: skip
 
     def __init__(self, topic: str, partition: int, id: int, group: str = "") -> None:
         self.topic = topic
         self.partition = partition
         self.id = id
         self.group = group
+        self.retries = topic.endswith(f".retry.{group}")  # of the group's retry topic: without order, each when it is due
         self.until = FOREVER
         self.closed = False
         self.attempts: dict[int, int] = {}
@@ -153,7 +156,7 @@ class Backend(Sink, Protocol):
 
     def log(self, group: str, topics: Sequence[Any], *, start: str, ordered: bool, listener: Listener) -> Source:
         """A source of these topics for this consumer group, from `start` where the group has no position. `ordered`: each
-        partition's rows are finished in the order they come."""
+        partition's rows are finished in the order they come, but for those of the group's retry topics."""
 
     def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> Source:
         """A source of jobs: the queues in strict order, or by weight."""

@@ -134,17 +134,17 @@ class Worker:
 
         def on_parts(what: str, parts: list[Part]) -> None:
             method = getattr(instance, what, None)
-            if method is not None:
+            own = [(p.topic, p.partition) for p in parts if not p.retries]
+            if method is not None and own:
                 try:
-                    crew.call(method, [(p.topic, p.partition) for p in parts], timeout=5.0)
+                    crew.call(method, own, timeout=5.0)
                 except Exception as error:
                     log.error("%s: its %s() failed: %r", consumer.name, what, error)
 
         runner = self._runner(consumer.name, [crew], on_parts=on_parts if instance is not None else None)
         runner.ends = getattr(instance, "tear_down", None)
         runner.begins = getattr(instance, "set_up", None)
-        # What comes through a retry topic is finished as it gets due, whatever the order of the consumer.
-        ordered = consumer.order == "partition" and consumer.retry.ordered
+        ordered = consumer.order == "partition"
         runner.attach(events.log(consumer.group, consumer.subscriptions, start=consumer.start, ordered=ordered, listener=runner))
 
     def _jobs(self) -> None:

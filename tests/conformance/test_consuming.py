@@ -120,7 +120,7 @@ def test_from_latest_a_new_group_gets_what_is_sent_after_its_first_start(place, 
         seen.append(step.n)
 
     with place.running(app) as worker:
-        wait_for(lambda: len(worker.runners[0].parts) == 3, "assignment", worker)
+        wait_for(lambda: len(worker.runners[0].parts) == 6, "assignment", worker)
         topic.send(Step("k", 1)).result(5)
         wait_for(lambda: seen, worker=worker)
     topic.send(Step("k", 2)).result(5)

@@ -33,7 +33,7 @@ def topic(app):
 
 
 def parts(worker: Worker) -> int:
-    return sum(len(runner.parts) for runner in worker.runners)
+    return sum(not part.retries for runner in worker.runners for part in runner.parts)
 
 
 # Timeouts.

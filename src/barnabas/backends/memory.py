@@ -13,7 +13,7 @@ from zlib import crc32
 
 from barnabas.backends.memory_admin import MemoryAdmin
 from barnabas.backends.queues import QueueOrder
-from barnabas.backends.shares import close_books, fair, open_account
+from barnabas.backends.shares import close_books, open_account, spread
 from barnabas.errors import DeclarationError, UnknownTopic
 from barnabas.message import Outgoing, OutgoingJob, Row
 from barnabas.ports import Listener, Part, Result, TopicState
@@ -276,7 +276,7 @@ class MemoryLog:
         self._stale = False
         owners = self.home.owners.setdefault(self.group, {})
         with self.home.lock:
-            target = fair(self.home.members[self.group], self._all, owners)
+            target = spread(self.group, self.home.members[self.group], {at: at[0] for at in self._all}, owners)
         gone = [part for at, part in self._parts.items() if target[at] is not self]
         if gone:
             self._listener.revoked(gone)

@@ -44,9 +44,18 @@ def fair(members: Sequence[M], partitions: Sequence[P], owners: Mapping[P, M]) -
     return target
 
 
+def spread(group: str, members: Sequence[M], topics: Mapping[P, str], owners: Mapping[P, M]) -> dict[P, M]:
+    """Fair shares of a group's partitions (of which topic each), those of its retry topics apart: nobody is to get only
+    what is idle most of the time."""
+    kinds: tuple[list[P], list[P]] = ([], [])
+    for p, topic in topics.items():
+        kinds[topic.endswith(f".retry.{group}")].append(p)
+    return fair(members, kinds[0], owners) | fair(members, kinds[1], owners)
+
+
 def open_account(part: Part, ordered: bool, position: int, done: Intervals, attempts: Mapping[int, int]) -> None:
     """Begin the account of a partition that was assigned, where its last owner left off."""
-    part.held = Straight(position, done) if ordered else Ledger(position, done)
+    part.held = Straight(position, done) if ordered and not part.retries else Ledger(position, done)
     part.attempts.update(attempts)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import apsw
 
 from barnabas.backends.queues import QueueOrder
-from barnabas.backends.shares import close_books, fair, numbers, open_account
+from barnabas.backends.shares import close_books, numbers, open_account, spread
 from barnabas.backends.sqlite_read import one, unpack
 from barnabas.errors import BackendError
 from barnabas.jobs.payload import PayloadError, enqueued
@@ -155,7 +155,7 @@ class SqliteLog(_Fetcher):
 
     def _target(self, members: list[int], owners: dict[int, tuple[int, int]]) -> dict[int, int]:
         held = {gid: owners[gid][0] for gid, _, _ in self._all if owners[gid][0] is not None}
-        return fair(members, [gid for gid, _, _ in self._all], held)
+        return spread(self._group_name, members, {gid: topic for gid, topic, _ in self._all}, held)
 
     def _plan(self) -> tuple[list[int], list[int]]:
         members, owners = self._rows(self.home.query)

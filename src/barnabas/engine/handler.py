@@ -177,7 +177,7 @@ class Handler:
         """The Delivery of a row, made when somebody asks for it; of a retried message, with its first address."""
         offset, key, _, headers, timestamp = row
         attempt = part.attempts.get(offset, 0) + 1
-        if headers and part.topic.endswith(f".retry.{self.group}"):
+        if headers and part.retries:
             origin, headers = _origin(headers)
             return Delivery(
                 origin["topic"].decode(),

@@ -146,7 +146,7 @@ class Runner:
         for part, rows in batches:
             if part.crashes:
                 rows = self._alone.sift(part, rows)
-            if part.topic.endswith(f".retry.{part.group}"):
+            if part.retries:
                 self._park_until_due(part, rows)
             elif rows:
                 ready.append((part, rows))
