@@ -1,6 +1,8 @@
-"""The app that the kill tests run: every way a message can take."""
+"""The app that the kill tests run, every way a message can take; as a script, a sender that is killed as well."""
 
 import asyncio
+import os
+import sys
 
 import msgspec
 
@@ -57,3 +59,19 @@ def note(id: int) -> None:
 def load(app: App, n: int) -> object:
     """A thousand items before each kill."""
     return items.send_many(Item(i, f"k{i % KEYS}") for i in range(n * 1000, n * 1000 + 1000))
+
+
+def send(url: str, number: int, acks: str) -> None:
+    """Send what is this sender's, one by one, and write down what is durable: "i" an item, "j" a job, and its id."""
+    fd = os.open(acks, os.O_WRONLY | os.O_APPEND)
+    app.settings = app.settings.override(events=url, jobs=url)
+    for i in range(number * 20_000, number * 20_000 + 20_000):
+        future = items.send(Item(i, f"k{i % KEYS}"))
+        future.add_done_callback(lambda future, i=i: future.result() and os.write(fd, b"i%d\n" % i))
+        if i % 10 == 0:
+            note.enqueue(i).add_done_callback(lambda future: os.write(fd, f"j{future.result()}\n".encode()))
+            future.result(60)
+
+
+if __name__ == "__main__":
+    send(sys.argv[1], int(sys.argv[2]), sys.argv[3])
