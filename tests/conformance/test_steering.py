@@ -23,6 +23,11 @@ def at(topic, group, partition, offset, done=(), **more):
 # Positions.
 
 
+def positions(app):
+    """Without those of retry topics."""
+    return [position for position in app.events.positions() if position.topic == "steps"]
+
+
 def test_positions_tell_how_far_each_group_is_and_who_has_what(place, app):
     topic = app.topic("steps", int, partitions=2)
     bad, go = threading.Event(), threading.Event()
@@ -35,16 +40,16 @@ def test_positions_tell_how_far_each_group_is_and_who_has_what(place, app):
 
     for n in range(6):
         topic.send(n, key=str(n), partition=n % 2).result(5)
-    assert app.events.positions() == []
+    assert positions(app) == []
     with place.running(app) as worker:
         wait_for(lambda: bad.is_set() and settled(app, "read") == 5, worker=worker)
-        wait_for(lambda: app.events.positions()[1].attempts, worker=worker)
-        first, second = app.events.positions()
+        wait_for(lambda: positions(app)[1].attempts, worker=worker)
+        first, second = positions(app)
         name = app.events.name
         assert (first.group, first.topic, first.partition, first.first, first.end) == ("readers", "steps", 0, 0, 3)
         assert (first.offset, first.done, first.attempts, first.owner) == (3, [], {}, name)
         assert (second.offset, second.done, second.attempts, second.owner) == (1, [(2, 3)], {1: 1}, name)
-    assert [p.owner for p in app.events.positions()] == [None, None] and not go.is_set()
+    assert [p.owner for p in positions(app)] == [None, None] and not go.is_set()
 
 
 def test_a_placed_group_goes_on_from_there(place, app):
@@ -62,7 +67,7 @@ def test_a_placed_group_goes_on_from_there(place, app):
     events = app.events
     events.place([at(topic, "readers", 0, 2, [(4, 6)], attempts={2: 3})], clear=["totals", "none such"])
     assert events.cell("totals", "a") is None
-    assert events.positions()[0][5:9] == (2, [(4, 6)], {}, {})
+    assert positions(app)[0][5:9] == (2, [(4, 6)], {}, {})
     del seen[:]
     place.drain(app)
     assert seen == [2, 3, 6, 7] and dict(events.cells("totals")) == {"a": b"\x04"}
@@ -74,11 +79,11 @@ def test_a_group_without_position_can_be_placed_and_made_to_forget(place, app):
     for n in range(4):
         topic.send(n, partition=n % 2).result(5)
     app.events.place([at(topic, "readers", n, 1) for n in (0, 1)])
-    assert [p[:6] for p in app.events.positions()] == [("readers", "steps", n, 0, 2, 1) for n in (0, 1)]
+    assert [p[:6] for p in positions(app)] == [("readers", "steps", n, 0, 2, 1) for n in (0, 1)]
     place.drain(app)
     assert sorted(seen) == [2, 3]
     app.events.place([at(topic, "readers", 0, None)])
-    assert [p.partition for p in app.events.positions()] == [1]
+    assert [p.partition for p in positions(app)] == [1]
 
 
 def test_a_group_with_members_is_not_placed_and_nothing_of_the_step_is_done(place, app):
@@ -96,10 +101,10 @@ def test_a_group_with_members_is_not_placed_and_nothing_of_the_step_is_done(plac
         with pytest.raises(Refused, match=f"'readers' has members: {app.events.name};"):
             app.events.place([at(free, "others", 0, 0), at(topic, "readers", 0, 0)], clear=["totals"])
     assert app.events.cell("totals", "a") == b"\x07"
-    assert [(p.group, p.offset) for p in app.events.positions()] == [("readers", 1)]
+    assert [(p.group, p.offset) for p in positions(app)] == [("readers", 1)]
     with pytest.raises(UnknownTopic, match="partition 1 of a topic 'steps'"):
         app.events.place([at(topic, "readers", 0, 0), at(topic, "readers", 1, 0)])
-    assert app.events.positions()[0].offset == 1
+    assert positions(app)[0].offset == 1
 
 
 # Jobs.
