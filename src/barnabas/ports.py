@@ -198,6 +198,11 @@ class Backend(Sink, Protocol):
         """Set the `offset` and `done` of these, forget their attempts and crashes, and empty the tables in `clear`, in one
         step. Raises Refused where a group has members."""
 
+    def finish(self, group: str, letters: Sequence[tuple[str, int, int, Outgoing | None]]) -> int:
+        """Enter offsets (topic, partition, offset) as finished by a group that nobody runs, and send the message that comes
+        with each, in one step. Those that are finished already are left alone, so nothing goes twice. Returns the number
+        of the others. Raises UnknownTopic."""
+
     def queue_states(self) -> list[QueueState]:
         """All queues, by name."""
 
@@ -205,8 +210,8 @@ class Backend(Sink, Protocol):
         """The jobs of a state and queue (None: of all), first to run first; streamed, so that a million do no harm."""
 
     def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
-        """Make jobs "ready" now (their payloads as they are), or "dead"; None drops them. Those in work are left alone.
-        Returns how many were moved."""
+        """Make jobs "ready" now (as `payload.recalled` writes them), or "dead"; None drops them. Those in work are left
+        alone. Returns how many were moved."""
 
     def processes(self) -> list[Process]:
         """The worker processes that live (or have not been buried yet)."""

@@ -6,7 +6,7 @@ import threading
 import pytest
 from conftest import settled, wait_for
 
-from barnabas import Reject, Retry
+from barnabas import Message, Reject, Retry
 from barnabas.errors import Refused, UnknownTopic
 from barnabas.ports import Position
 
@@ -165,8 +165,50 @@ def test_jobs_are_moved_by_their_refs(stocked, to, moved, left):
     assert stocked.jobs.move_jobs([job.ref for job in jobs], to) == 0
     found = list(stocked.jobs.find_jobs())
     assert {job.state for job in found} == left.keys() and len(found) == sum(left.values())
-    assert {job.jid: job.payload for job in found} == ({job.jid: job.payload for job in jobs} if left else {})
+    if to == "dead":
+        assert {job.jid: job.payload for job in found} == {job.jid: job.payload for job in jobs}
     assert all((job.at is None) == (to == "ready") for job in found)
+
+
+def test_a_retried_job_has_a_run_left_and_one_that_was_moved_by_another_is_left_alone(stocked):
+    (job,) = stocked.jobs.find_jobs("retry")
+    before = json.loads(job.payload)
+    assert stocked.jobs.move_jobs([job.ref], "dead") == 1
+    assert stocked.jobs.move_jobs([job.ref], "ready") == 0 == stocked.jobs.move_jobs([job.ref], None)
+    (dead,) = [each for each in stocked.jobs.find_jobs("dead") if each.jid == job.jid]
+    assert stocked.jobs.move_jobs([dead.ref], "ready") == 1
+    after = json.loads(next(each.payload for each in stocked.jobs.find_jobs("ready") if each.jid == job.jid))
+    assert after["retry_count"] == before["retry_count"] - 1
+    assert abs(after["enqueued_at"] - stocked.clock.now()) < 20
+    changed = {"retry_count": 0, "enqueued_at": 0}
+    assert after | changed == before | changed
+
+
+def test_offsets_are_finished_once_and_what_comes_with_them_is_sent_once(place, app):
+    topic, other = app.topic("letters", int, partitions=2), app.topic("again", int, partitions=1)
+    topic.send_many([Message(value=n, partition=n % 2) for n in range(12)]).result(5)
+
+    def finish(*offsets, partition=0):
+        return app.events.finish("ops", [("letters", partition, at, other.outgoing(at)) for at in offsets])
+
+    def position(partition=0):
+        return next((p.offset, p.done) for p in app.events.positions() if (p.group, p.partition) == ("ops", partition))
+
+    assert finish(4, 2) == 2 and position() == (0, [(2, 3), (4, 5)])
+    place.again(app)
+    assert finish(3, 2, 3) == 1 and position() == (0, [(2, 5)])
+    assert finish(0, partition=1) == 1 and position(1) == (1, [])
+    assert finish(0, 1) == 2 and position() == (5, []) and finish(1, 4) == 0
+    assert finish(5) == 1 and position() == (6, [])
+    assert place.values(other) == [4, 2, 3, 0, 0, 1, 5]
+    with pytest.raises(UnknownTopic, match="no partition 2 of a topic 'letters'"):
+        finish(0, partition=2)
+    threads = [threading.Thread(target=finish, args=range(n, 6), kwargs={"partition": 1}) for n in (1, 2, 3, 4) for _ in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert position(1) == (6, []) and sorted(place.values(other)[7:]) == [1, 2, 3, 4, 5]
 
 
 def test_more_jobs_than_a_page_are_streamed_in_their_order(place, app):

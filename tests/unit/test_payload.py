@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from barnabas.errors import BarnabasError
-from barnabas.jobs.payload import Failed, PayloadError, build, derived_jid, enqueued, failed, new_jid, parse, seconds
+from barnabas.jobs.payload import Failed, PayloadError, build, derived_jid, enqueued, failed, new_jid, parse, recalled, seconds
 
 JID = "0123456789abcdef01234567"
 NOW = 1_700_000_000.25
@@ -330,6 +330,21 @@ def test_a_due_job_enters_with_one_enqueued_at_and_its_other_bytes_untouched() -
     assert enqueued(foreign, 1700000009) == once
     assert enqueued(once, 1700000009.0) == once
     assert enqueued(job(1, at=True), NOW) == job(1)
+
+
+@pytest.mark.parametrize(
+    ("count", "after"),
+    [(b"25", b"24"), (b"0", b"-1"), (b"null", b"null"), (b'"x"', b'"x"'), (b"true", b"true")],
+)
+def test_a_job_that_an_operator_calls_back_has_one_failure_less(count: bytes, after: bytes) -> None:
+    dead = b'{"class":"A","args":[ 1.0e+16 ],"retry_count":%b,"enqueued_at":5}'
+    assert recalled(dead % count, 1700000009) == dead.replace(b":5}", b":1700000009.0}") % after
+    assert recalled(job(1, at=True), NOW) == job(1)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"3", b"{", b'{"a":\xff}', b'{"\xff":1}'])
+def test_rubbish_is_called_back_as_it_is(data: bytes) -> None:
+    assert recalled(data, NOW) is data
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"3", b"{", b'{"a":\xff}', b'{"\xff":1}'])

@@ -82,14 +82,15 @@ class MemoryBackend(MemoryAdmin):
 
     def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
         with self.lock:
-            self._store(outgoing)
+            self.store(outgoing)
             self._unswept += len(outgoing)
             if self._unswept > SWEEP:
                 self._unswept = 0
                 self.expire(self.clock.now())
         self.ring()
 
-    def _store(self, outgoing: Iterable[Outgoing | OutgoingJob]) -> None:
+    def store(self, outgoing: Iterable[Outgoing | OutgoingJob]) -> None:
+        """Take messages and jobs. Hold the lock."""
         for out in outgoing:
             if len(out) == 7:
                 self._append(out)
@@ -183,7 +184,7 @@ class MemoryBackend(MemoryAdmin):
     def settle(self, results: Iterable[Result]) -> None:
         """Store outputs and cells of results."""
         for result in results:
-            self._store(result.outputs)
+            self.store(result.outputs)
             for (table, key), data in result.cells.items():
                 if data is None:
                     self.tables.setdefault(table, {}).pop(key, None)

@@ -5,13 +5,13 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from barnabas.backends.shares import HOST, STATES
+from barnabas.backends.shares import HOST, STATES, by_partition, finished
 from barnabas.errors import Refused, UnknownTopic
-from barnabas.jobs.payload import enqueued_at
-from barnabas.message import OutgoingJob
+from barnabas.jobs.payload import enqueued_at, recalled
+from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Position, Process, QueueState, StoredJob
 
 
@@ -30,6 +30,7 @@ class MemoryAdmin:
     later: list[tuple[float, int, str, OutgoingJob]]
     buried: dict[int, OutgoingJob]
     workers: list[Any]
+    store: Callable[[Iterable[Any]], None]
 
     def __init__(self) -> None:
         self._asked: dict[str, str] = {}
@@ -79,6 +80,21 @@ class MemoryAdmin:
             for table in clear:
                 self.tables.pop(table, None)
 
+    def finish(self, group: str, letters: Sequence[tuple[str, int, int, Outgoing | None]]) -> int:
+        count = 0
+        with self.lock:
+            for (topic, number), some in by_partition(letters).items():
+                if number >= len(self.logs.get(topic, ())):
+                    raise UnknownTopic(f"there is no partition {number} of a topic {topic!r}")
+                log = self.logs[topic][number]
+                offset, done, attempts = self.marks.get((group, topic, number), (log.first, [], {}))
+                fresh, offset, done = finished(max(offset, log.first), done, some)
+                self.store([out for out in map(some.get, fresh) if out is not None])
+                self.marks[group, topic, number] = (offset, done, attempts)
+                count += len(fresh)
+        self.ring()
+        return count
+
     def queue_states(self) -> list[QueueState]:
         with self.lock:
             names = {*self.ready, *(name for worker in self.workers for name in worker.parts)}
@@ -99,26 +115,25 @@ class MemoryAdmin:
         for number, kind, at, job in found:
             if state in (None, kind) and queue in (None, job.queue):
                 owner = self.name if kind == "work" else None
-                yield StoredJob(number, job.jid, job.queue, kind, at, 0, owner, job.payload)
+                yield StoredJob((number, kind), job.jid, job.queue, kind, at, 0, owner, job.payload)
 
     def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
         with self.lock:
-            wanted: set[int] = set(refs)
+            wanted, now = {ref for ref in refs if ref[1] != to}, self.clock.now()
             moved: dict[int, OutgoingJob] = {}
-            if to != "ready":
-                for name, ready in self.ready.items():
-                    moved.update((n, job) for n, job in ready if n in wanted)
-                    self.ready[name] = deque((n, job) for n, job in ready if n not in wanted)
-            moved.update((n, job) for _, n, _, job in self.later if n in wanted)
-            self.later = [entry for entry in self.later if entry[1] not in wanted]
+            for name, ready in self.ready.items():
+                moved.update((n, job) for n, job in ready if (n, "ready") in wanted)
+                self.ready[name] = deque((n, job) for n, job in ready if (n, "ready") not in wanted)
+            moved.update((n, job) for _, n, kind, job in self.later if (n, kind) in wanted)
+            self.later = [entry for entry in self.later if entry[1:3] not in wanted]
             heapq.heapify(self.later)
-            if to != "dead":
-                moved.update({n: self.buried.pop(n) for n in wanted & self.buried.keys()})
+            moved.update({n: self.buried.pop(n) for n, kind in wanted if kind == "dead" and n in self.buried})
             for number, job in sorted(moved.items()):
                 if to == "ready":
-                    self.ready.setdefault(job.queue, deque()).append((number, job._replace(at=None)))
+                    job = job._replace(payload=recalled(job.payload, now), at=None)
+                    self.ready.setdefault(job.queue, deque()).append((number, job))
                 elif to == "dead":
-                    self.buried[number] = job._replace(at=self.clock.now())
+                    self.buried[number] = job._replace(at=now)
         self.ring()
         return len(moved)
 

@@ -1,6 +1,7 @@
 """What every log backend does alike: fair shares of a group's partitions, and the account of a partition in hand."""
 
 import socket
+from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -73,6 +74,32 @@ def close_books(results: Iterable[Result]) -> set[Part]:
                 part.attempts.pop(row[0], None)
                 part.crashes.pop(row[0], None)
     return touched
+
+
+def finished(offset: int, done: Intervals, more: Iterable[int]) -> tuple[list[int], int, Intervals]:
+    """A group's position when these offsets are finished, too: which of them were not, the new offset and intervals."""
+    known = sorted(done)
+    lows = [low for low, _ in known]
+    fresh = []
+    for each in dict.fromkeys(more):
+        at = bisect_right(lows, each) - 1
+        if each >= offset and (at < 0 or each >= known[at][1]):
+            fresh.append(each)
+    spans = [(offset, offset)]
+    for low, high in sorted([*known, *((each, each + 1) for each in fresh)]):
+        if low <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(high, spans[-1][1]))
+        else:
+            spans.append((low, high))
+    return fresh, spans[0][1], spans[1:]
+
+
+def by_partition(letters: Iterable[tuple[str, int, int, Any]]) -> dict[tuple[str, int], dict[int, Any]]:
+    """What comes with which offset, by topic and partition."""
+    found: dict[tuple[str, int], dict[int, Any]] = {}
+    for topic, number, offset, what in letters:
+        found.setdefault((topic, number), {})[offset] = what
+    return found
 
 
 def by_target(outputs: Iterable[Any]) -> tuple[list[Any], list[Any]]:

@@ -10,10 +10,11 @@ from typing import Any
 import apsw
 
 from barnabas.backends.host import look
-from barnabas.backends.shares import CONTROL, HOST, STATES, numbers
+from barnabas.backends.shares import CONTROL, HOST, STATES, by_partition, finished, numbers
 from barnabas.backends.sqlite_read import SqliteReader, one
 from barnabas.errors import Refused, UnknownTopic
-from barnabas.jobs.payload import enqueued_at
+from barnabas.jobs.payload import enqueued_at, recalled
+from barnabas.message import Outgoing
 from barnabas.ports import Position, Process, QueueState, StoredJob
 
 PAGE = 200  # jobs read at once
@@ -29,10 +30,14 @@ _FOUND = {
 }
 # Those in work are never touched, and what is there already does not move.
 _MOVES = {
-    "ready": "UPDATE jobs SET state = 0, at = NULL, died = NULL, note = NULL, crashes = 0 WHERE state > 1",
+    "ready": "UPDATE jobs SET state = 0, at = NULL, died = NULL, note = NULL, crashes = 0, payload = :payload WHERE state > 1",
     "dead": "UPDATE jobs SET state = 4, at = NULL, died = :now, note = 'buried by an operator' WHERE state NOT IN (1, 4)",
     None: "DELETE FROM jobs WHERE state <> 1",
 }
+_PLACED = (
+    "INSERT INTO positions (grp, gid, offset, open) VALUES (?, ?, ?, ?) "
+    "ON CONFLICT DO UPDATE SET offset = excluded.offset, open = excluded.open"
+)
 _PROCESS = "r.id, r.pid, r.info"
 
 
@@ -49,6 +54,7 @@ class SqliteAdmin(SqliteReader):
     stir: Callable[..., None]
     name_id: Callable[[apsw.Connection, str, str], int]
     store: Callable[..., Any]
+    settled: Callable[[list[Any]], None]
     _reported: tuple[float, Mapping[str, Any]] = (0.0, {})
 
     @property
@@ -85,20 +91,39 @@ class SqliteAdmin(SqliteReader):
             if rows:
                 raise Refused(f"group {group!r} has members: {', '.join(str(_name(*row)) for row in rows)}; stop them first")
         for at in positions:
-            head = one(db, "SELECT gid FROM heads WHERE topic = ? AND partition = ? AND partition >= 0", (at.topic, at.partition))
-            if head is None:
-                raise UnknownTopic(f"there is no partition {at.partition} of a topic {at.topic!r} in {self.path}")
-            where = (self.name_id(db, "group", at.group), head[0])
+            where = (self.name_id(db, "group", at.group), self._head(db, at.topic, at.partition)[0])
             if at.offset is None:
                 db.execute("DELETE FROM positions WHERE grp = ? AND gid = ?", where)
                 continue
-            db.execute(
-                "INSERT INTO positions (grp, gid, offset, open) VALUES (?, ?, ?, ?) "
-                "ON CONFLICT DO UPDATE SET offset = excluded.offset, open = excluded.open",
-                (*where, at.offset, json.dumps({"done": at.done}) if at.done else None),
-            )
+            db.execute(_PLACED, (*where, at.offset, json.dumps({"done": at.done}) if at.done else None))
         for table in clear:
             db.execute("DELETE FROM cells WHERE tbl = (SELECT id FROM names WHERE kind = 'table' AND name = ?)", (table,))
+
+    def finish(self, group: str, letters: Sequence[tuple[str, int, int, Outgoing | None]]) -> int:
+        count, stored = self.write(lambda db: self._finish(db, group, letters))
+        self.settled(stored)
+        return int(count)
+
+    def _finish(
+        self, db: apsw.Connection, group: str, letters: Sequence[tuple[str, int, int, Outgoing | None]]
+    ) -> tuple[int, list[Any]]:
+        count, outputs, grp = 0, [], self.name_id(db, "group", group)
+        for at, some in by_partition(letters).items():
+            gid, first = self._head(db, *at)
+            stood, open_ = one(db, "SELECT offset, open FROM positions WHERE grp = ? AND gid = ?", (grp, gid)) or (first, None)
+            done = [(a, b) for a, b in json.loads(open_ or "{}").get("done", ())]
+            fresh, offset, done = finished(max(stood, first), done, some)
+            db.execute(_PLACED, (grp, gid, offset, json.dumps({"done": done}) if done else None))
+            outputs += [out for out in map(some.get, fresh) if out is not None]
+            count += len(fresh)
+        return count, self.store(db, outputs, {})
+
+    def _head(self, db: apsw.Connection, topic: str, partition: int) -> tuple[int, int]:
+        """A partition's number and first offset."""
+        found = one(db, "SELECT gid, first FROM heads WHERE topic = ? AND partition = ? AND partition >= 0", (topic, partition))
+        if found is None:
+            raise UnknownTopic(f"there is no partition {partition} of a topic {topic!r} in {self.path}")
+        return found  # type: ignore[no-any-return]
 
     def queue_states(self) -> list[QueueState]:
         counts = {
@@ -125,7 +150,7 @@ class SqliteAdmin(SqliteReader):
             for gid in queues if kind == "ready" or queue is not None else (None,):
                 for id_, at, died, jid, name, number, crashes, payload, *process in self._pages(kind, gid):
                     when = died if at is None else at
-                    yield StoredJob((id_, jid), jid, name, STATES[number], when, crashes, _name(*process), payload)
+                    yield StoredJob((id_, jid, number), jid, name, STATES[number], when, crashes, _name(*process), payload)
 
     def _pages(self, kind: str, gid: int | None) -> Iterator[Any]:
         """The jobs of a state (and queue), a page at a time: the file is not held meanwhile."""
@@ -149,8 +174,13 @@ class SqliteAdmin(SqliteReader):
 
     def _move(self, db: apsw.Connection, refs: Sequence[Any], to: str | None) -> int:
         before = db.total_changes()
-        rows = [{"id": id_, "jid": jid, "now": self.clock.now()} for id_, jid in refs]  # (numbers of dropped jobs come again)
-        db.executemany(f"{_MOVES[to]} AND id = :id AND jid = :jid", rows)
+        now = self.clock.now()
+        rows = [{"id": id_, "jid": jid, "state": state, "now": now} for id_, jid, state in refs]
+        for row in rows if to == "ready" else ():
+            found = one(db, "SELECT payload FROM jobs WHERE id = ?", (row["id"],))
+            row["payload"] = recalled(found[0], now) if found else b""
+        # Numbers of dropped jobs come again, and what somebody else has moved meanwhile is not what was meant.
+        db.executemany(f"{_MOVES[to]} AND id = :id AND jid = :jid AND state = :state", rows)
         moved = db.total_changes() - before
         if moved:
             self.stir(db, "partition = -1")
