@@ -6,7 +6,12 @@ from typing import Any
 from barnabas.errors import SettingError
 from barnabas.ports import Backend
 
-_MODULES = {"sqlite": "barnabas.backends.sqlite", "memory": "barnabas.backends.memory"}
+_MODULES = {
+    "sqlite": "barnabas.backends.sqlite",
+    "memory": "barnabas.backends.memory",
+    "redis": "barnabas.backends.redis",
+    "rediss": "barnabas.backends.redis",
+}
 
 
 def open_url(url: str, settings: Any, kind: str, clock: Any) -> Backend:

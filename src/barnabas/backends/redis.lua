@@ -1,0 +1,234 @@
+-- The scripts of `redis:`, each after a line `--- name`; what stands before the first one goes in front of each.
+-- ARGV: the prefix of all keys, then what `arg` and `number` take, in their order. Payloads pass through as the bytes they
+-- are: cjson.encode would turn [] into {} and cut large integers. Nothing here is newer than Redis 6.2.
+
+local at, prefix = 1, ARGV[1]
+
+local function arg()
+  at = at + 1
+  return ARGV[at]
+end
+
+local function number()
+  return tonumber(arg())
+end
+
+local function key(name)
+  return prefix .. name
+end
+
+-- Lua's stack has room for about 8,000 values.
+local function packed(command, name, values)
+  local count = 0
+  for first = 1, #values, 1000 do
+    count = count + redis.call(command, name, unpack(values, first, math.min(first + 999, #values)))
+  end
+  return count
+end
+
+local function count(name, day, n)
+  redis.call('INCRBY', key('stat:' .. name), n)
+  local today = key('stat:' .. name .. ':' .. day)
+  if redis.call('INCRBY', today, n) == n then
+    redis.call('EXPIRE', today, 157680000)
+  end
+end
+
+-- Give what a process was handed by its blocking moves back to the front of the queue, the oldest foremost.
+local function unland(land, queue)
+  for _ = 1, redis.call('LLEN', land) do
+    redis.call('LMOVE', land, queue, 'LEFT', 'RIGHT')
+  end
+end
+
+--- turn
+-- Settle what is finished and claim the next, in one step. Each settlement counts only if the job is still in this
+-- process's hands. Returns whether the process is still among the living, the paused queues, the claimed payloads queue by
+-- queue, and of those that had crashes: number and count.
+local id, now, day = arg(), arg(), arg()
+local work, processed, failed = key('barnabas:work:' .. id), 0, 0
+
+local done = {}
+for i = 1, number() do done[i] = arg() end
+processed = packed('HDEL', work, done)
+
+for _ = 1, number() do
+  local field, due, payload = arg(), arg(), arg()
+  if redis.call('HDEL', work, field) == 1 then
+    redis.call('ZADD', key('retry'), due, payload)
+    failed = failed + 1
+  end
+end
+
+local buried, oldest, most = 0, arg(), number()
+for _ = 1, number() do
+  local field, payload = arg(), arg()
+  if redis.call('HDEL', work, field) == 1 then
+    redis.call('ZADD', key('dead'), now, payload)
+    buried = buried + 1
+  end
+end
+if buried > 0 then
+  redis.call('ZREMRANGEBYSCORE', key('dead'), '-inf', oldest)
+  redis.call('ZREMRANGEBYRANK', key('dead'), 0, -most)
+end
+failed = failed + buried
+
+for _ = 1, number() do -- given back: the youngest first, so that the oldest ends up in front
+  local field, name = arg(), arg()
+  local payload = redis.call('HGET', work, field)
+  if payload then
+    redis.call('HDEL', work, field)
+    redis.call('RPUSH', key('queue:' .. name), payload)
+  end
+end
+
+local innocent = number() -- had a run of their own, and it did not crash
+for _ = 1, innocent do redis.call('HDEL', key('barnabas:crashes'), arg()) end
+if innocent > 0 then redis.call('DEL', key('barnabas:alone:' .. id)) end
+
+if processed + failed > 0 then count('processed', day, processed + failed) end
+if failed > 0 then count('failed', day, failed) end
+
+local room, sequence, landed = number(), number(), number()
+local settled = processed + failed
+if redis.call('HEXISTS', key('barnabas:workers'), id) == 0 then return {0, settled, {}, {}, {}} end
+local shut, paused, found, crashed = redis.call('SMEMBERS', key('paused')), {}, {}, {}
+for _, name in ipairs(shut) do paused[name] = true end
+local counted = redis.call('EXISTS', key('barnabas:crashes')) == 1
+
+for i = 1, number() do
+  local name, jobs = arg(), {}
+  local queue, land = key('queue:' .. name), key('barnabas:landing:' .. id .. ':' .. name)
+  if landed == 1 then
+    while room > 0 and not paused[name] do
+      local job = redis.call('RPOP', land)
+      if not job then break end
+      jobs[#jobs + 1] = job
+      room = room - 1
+    end
+    unland(land, queue)
+  end
+  if room > 0 and not paused[name] then
+    local got = redis.pcall('RPOP', queue, room) -- not a list: somebody else's key, and none of ours
+    if type(got) == 'table' and not got.err then
+      for _, job in ipairs(got) do jobs[#jobs + 1] = job end
+      room = room - #got
+    end
+  end
+  local entries = {}
+  for _, job in ipairs(jobs) do
+    sequence = sequence + 1
+    entries[#entries + 1] = string.format('%d:', sequence) .. name
+    entries[#entries + 1] = job
+    if counted then
+      local crashes = redis.call('HGET', key('barnabas:crashes'), redis.sha1hex(job))
+      if crashes then
+        crashed[#crashed + 1] = sequence
+        crashed[#crashed + 1] = tonumber(crashes)
+      end
+    end
+  end
+  packed('HSET', work, entries)
+  found[i] = jobs
+end
+return {1, settled, shut, found, crashed}
+
+--- recover
+-- Put all that a process holds back to the front of its queues; `crashed`: because it died, so count that against what it
+-- had in hand. A job that ran alone is the only one to be counted beyond three. Returns how many, -1 if it lives.
+local id, crashed = arg(), arg() == '1'
+if crashed and redis.call('EXISTS', key('barnabas:alive:' .. id)) == 1 then return -1 end
+local work, total = key('barnabas:work:' .. id), 0
+for name in string.gmatch(redis.call('HGET', key('barnabas:workers'), id) or '', '%S+') do
+  local land = key('barnabas:landing:' .. id .. ':' .. name)
+  total = total + redis.call('LLEN', land)
+  unland(land, key('queue:' .. name))
+end
+local fields, jobs, back = redis.call('HGETALL', work), {}, {}
+for i = 1, #fields, 2 do
+  local sequence, name = string.match(fields[i], '^(%d+):(.*)$')
+  jobs[#jobs + 1] = {tonumber(sequence), name, fields[i + 1]}
+end
+table.sort(jobs, function(a, b) return a[1] > b[1] end)
+local alone, crashes = tonumber(redis.call('GET', key('barnabas:alone:' .. id))), key('barnabas:crashes')
+for _, job in ipairs(jobs) do
+  local sequence, name, payload = job[1], job[2], job[3]
+  back[name] = back[name] or {}
+  table.insert(back[name], payload)
+  if crashed and (not alone or alone == sequence) then
+    local digest = redis.sha1hex(payload)
+    local before = tonumber(redis.call('HGET', crashes, digest)) or 0
+    redis.call('HSET', crashes, digest, alone and 4 or math.max(before, math.min(3, before + 1)))
+  end
+end
+if crashed and #jobs > 0 then redis.call('EXPIRE', crashes, 604800) end
+for name, payloads in pairs(back) do
+  redis.call('SADD', key('queues'), name)
+  packed('RPUSH', key('queue:' .. name), payloads)
+end
+redis.call('DEL', work, key('barnabas:alone:' .. id), key('barnabas:alive:' .. id))
+redis.call('HDEL', key('barnabas:workers'), id)
+redis.call('SREM', key('processes'), id)
+redis.call('UNLINK', key(id .. ':work'), key(id .. ':workers'))
+return total + #jobs
+
+--- renew
+-- A sign of life, good for `lease` seconds; with the names of its queues, join the living. 0: it is not among them.
+local id, lease, queues = arg(), arg(), arg()
+if queues ~= '' then
+  redis.call('HSET', key('barnabas:workers'), id, queues)
+elseif redis.call('HEXISTS', key('barnabas:workers'), id) == 0 then
+  return 0
+end
+redis.call('SET', key('barnabas:alive:' .. id), '1', 'EX', lease)
+return 1
+
+--- orphans
+-- The processes that are registered and gave no sign of life for a lease.
+local dead = {}
+for _, id in ipairs(redis.call('HKEYS', key('barnabas:workers'))) do
+  if redis.call('EXISTS', key('barnabas:alive:' .. id)) == 0 then dead[#dead + 1] = id end
+end
+return dead
+
+--- move
+-- Take members out of a sorted set, each only if it is still there, and push what became of it onto its queue; without a
+-- queue it is buried. Returns how many there were.
+local set, now, moved = key(arg()), arg(), 0
+for _ = 1, number() do
+  local member, name, payload = arg(), arg(), arg()
+  if redis.call('ZREM', set, member) == 1 then
+    moved = moved + 1
+    if name == '' then
+      redis.call('ZADD', key('dead'), now, payload)
+    else
+      redis.call('SADD', key('queues'), name)
+      redis.call('LPUSH', key('queue:' .. name), payload)
+    end
+  end
+end
+return moved
+
+--- shift
+-- Make jobs ready ("ready"), bury them ("dead") or drop them (""), wherever they wait. Returns how many were there.
+local to, now, moved = arg(), arg(), 0
+for _ = 1, number() do
+  local set, name, payload = arg(), arg(), arg()
+  local queue, there = key('queue:' .. name), 0
+  if set == '' then
+    there = redis.call('LREM', queue, -1, payload)
+  else
+    there = redis.call('ZREM', key(set), payload)
+  end
+  if there == 1 then
+    moved = moved + 1
+    if to == 'dead' then
+      redis.call('ZADD', key('dead'), now, payload)
+    elseif to == 'ready' then
+      redis.call('SADD', key('queues'), name)
+      redis.call('LPUSH', queue, payload)
+    end
+  end
+end
+return moved

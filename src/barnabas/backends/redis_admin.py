@@ -1,0 +1,227 @@
+"""What operators see and do of Redis, and what only topics would need: the doors of the port that no job passes.
+
+Queues, sets and processes are Sidekiq's own, so Ruby's are seen and moved like Python's.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from barnabas.errors import Refused
+from barnabas.jobs.payload import PayloadError, enqueued_at, parse
+from barnabas.message import Row
+from barnabas.ports import Position, Process, QueueState, StoredJob, TopicState
+
+PAGE = 500  # jobs read or moved in one step
+REPORTS = 2.0  # seconds between two reports that are stored
+SETS = {"scheduled": "schedule", "retry": "retry", "dead": "dead"}
+SIGNALS = {"quiet": "TSTP", "stop": "TERM"}  # what Sidekiq's web page sends
+
+
+class RedisAdmin:
+    """The operators' half of a RedisBackend."""
+
+    client: Any
+    clock: Any
+    where: Any
+    key: Callable[[str], str]
+    script: Callable[..., Any]
+    edge: Callable[[], AbstractContextManager[None]]
+
+    def __init__(self) -> None:
+        self.sources: list[Any] = []
+        self._reported = 0.0
+
+    @property
+    def name(self) -> str:
+        """Of this process among the workers; "" before it is one."""
+        return self.sources[0].name if self.sources else ""
+
+    # Topics live elsewhere.
+
+    def cell(self, table: str, key: Any) -> bytes | None:
+        return None
+
+    def cells(self, table: str) -> Iterable[tuple[Any, bytes]]:
+        return ()
+
+    def topics(self) -> list[TopicState]:
+        return []
+
+    def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
+        return []
+
+    def positions(self) -> list[Position]:
+        return []
+
+    def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
+        raise Refused(f"{self.where.name} keeps jobs; there are no groups to place")
+
+    # Jobs.
+
+    def _hands(self) -> dict[str, list[str]]:
+        """What processes have in hand: of each its jobs' queues. What has landed and was not looked at counts as that."""
+        with self.edge():
+            workers = self.client.hgetall(self.key("barnabas:workers"))
+            pipe = self.client.pipeline(transaction=False)
+            landings = []
+            for name, queues in workers.items():
+                pipe.hkeys(self.key(f"barnabas:work:{name.decode()}"))
+                for queue in queues.decode().split():
+                    landings.append(queue)
+                    pipe.llen(self.key(f"barnabas:landing:{name.decode()}:{queue}"))
+            answers = iter(pipe.execute())
+            hands = {}
+            for name, queues in workers.items():
+                held = [field.decode().partition(":")[2] for field in next(answers)]
+                for queue in queues.decode().split():
+                    held += [queue] * next(answers)
+                hands[name.decode()] = held
+            return hands
+
+    def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
+        now = self.clock.now()
+        with self.edge():
+            pipe = self.client.pipeline(transaction=False)  # in this order: what moves on meanwhile is seen twice, not never
+            pipe.zcount(self.key("schedule"), "-inf", now)
+            pipe.zcount(self.key("retry"), "-inf", now)
+            for queue in queues:
+                pipe.llen(self.key(f"queue:{queue}"))
+            count = sum(pipe.execute())
+        return int(count) + sum(queue in queues for held in self._hands().values() for queue in held)
+
+    def queue_states(self) -> list[QueueState]:
+        hands = [queue for held in self._hands().values() for queue in held]
+        with self.edge():
+            known = {name.decode() for name in self.client.smembers(self.key("queues"))}
+            for queues in self.client.hvals(self.key("barnabas:workers")):
+                known.update(queues.decode().split())
+            names = sorted(known | set(hands))
+            pipe = self.client.pipeline(transaction=False)
+            for key in SETS.values():
+                pipe.zcard(self.key(key))
+            for name in names:
+                pipe.llen(self.key(f"queue:{name}"))
+                pipe.lindex(self.key(f"queue:{name}"), -1)
+            scheduled, retry, dead, *answers = pipe.execute()
+        states = [QueueState("", 0, 0, scheduled, retry, dead, None)] if scheduled or retry or dead else []
+        for name, ready, first in zip(names, answers[::2], answers[1::2], strict=True):
+            states.append(QueueState(name, ready, hands.count(name), 0, 0, 0, enqueued_at(first) if first else None))
+        return states
+
+    def find_jobs(self, state: str | None = None, queue: str | None = None) -> Iterator[StoredJob]:
+        with self.edge():
+            if state in (None, "work"):
+                yield from self._find_work(queue)
+            if state in (None, "ready"):
+                names = sorted(name.decode() for name in self.client.smembers(self.key("queues")))
+                for name in names if queue is None else [queue]:
+                    yield from self._find_ready(name)
+            for kind, key in SETS.items():
+                if state in (None, kind):
+                    yield from self._find_set(kind, key, queue)
+
+    def _find_work(self, queue: str | None) -> Iterator[StoredJob]:
+        for owner in sorted(self.client.hkeys(self.key("barnabas:workers"))):
+            name = owner.decode()
+            held = self.client.hgetall(self.key(f"barnabas:work:{name}"))
+            for field, payload in sorted(held.items(), key=lambda item: int(item[0].partition(b":")[0])):
+                at = field.decode().partition(":")[2]
+                if queue in (None, at):
+                    yield _stored(("work", at, payload), at, None, name, payload)
+
+    def _find_ready(self, name: str) -> Iterator[StoredJob]:
+        """From the end, where the next one stands; what is taken meanwhile does not shift the rest."""
+        key = self.key(f"queue:{name}")
+        end = self.client.llen(key)
+        while end > 0:
+            start = max(0, end - PAGE)
+            for payload in reversed(self.client.lrange(key, start, end - 1)):
+                yield _stored(("ready", name, payload), name, None, None, payload)
+            end = start
+
+    def _find_set(self, kind: str, key: str, queue: str | None) -> Iterator[StoredJob]:
+        start = 0
+        while members := self.client.zrange(self.key(key), start, start + PAGE - 1, withscores=True):
+            start += len(members)
+            for payload, at in members:
+                name = _queue(payload)
+                if queue in (None, name):
+                    yield _stored((kind, name, payload), name, at, None, payload)
+
+    def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
+        wanted = [ref for ref in refs if ref[0] not in ("work", to)]
+        moved = 0
+        for start in range(0, len(wanted), PAGE):
+            page = wanted[start : start + PAGE]
+            args: list[Any] = []
+            for kind, queue, payload in page:
+                args += (SETS.get(kind, ""), queue, payload)
+            moved += int(self.script("shift", to or "", self.clock.now(), len(page), *args))
+        return moved
+
+    # Processes.
+
+    def processes(self) -> list[Process]:
+        with self.edge():
+            names = sorted(name.decode() for name in self.client.smembers(self.key("processes")))
+            pipe = self.client.pipeline(transaction=False)
+            for name in names:
+                pipe.hgetall(self.key(name))
+            found = []
+            for name, fields in zip(names, pipe.execute(), strict=True):
+                if b"info" not in fields:  # dead for a minute
+                    continue
+                told = json.loads(fields[b"info"])
+                ours = json.loads(fields.get(b"barnabas", b"null"))
+                quiet, busy = fields.get(b"quiet") == b"true", int(fields.get(b"busy", 0))
+                info = told | {"busy": busy, "quiet": quiet} if ours is None else ours
+                silent = max(0.0, time.time() - float(fields.get(b"beat", 0)))
+                found.append(Process(name, int(told["pid"]), told["hostname"], float(told["started_at"]), silent, info))
+            return found
+
+    def report(self, info: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        for source in self.sources:
+            if source.life.info != info and now - self._reported >= REPORTS:
+                self._reported = now
+                source.life.info = dict(info)
+                source.life.beat()
+
+    def control(self) -> dict[str, str]:
+        with self.edge():
+            paused = sorted(name.decode() for name in self.client.smembers(self.key("paused")))
+        asked = {f"process:{source.name}": source.life.asked for source in self.sources if source.life.asked}
+        return {f"pause queue:{name}": "" for name in paused} | asked
+
+    def set_control(self, name: str, value: str | None) -> None:
+        kind, _, what = name.partition(":")
+        with self.edge():
+            if kind == "pause queue":  # Sidekiq Pro's set: its processes obey too
+                (self.client.srem if value is None else self.client.sadd)(self.key("paused"), what)
+            elif kind == "process" and value is None:
+                self.client.delete(self.key(f"{what}-signals"))
+            elif kind == "process":
+                if not self.client.sismember(self.key("processes"), what):
+                    raise Refused(f"there is no worker process {what!r}; `barnabas processes` lists them")
+                pipe = self.client.pipeline()
+                pipe.lpush(self.key(f"{what}-signals"), SIGNALS[value or ""]).expire(self.key(f"{what}-signals"), 60).execute()
+            else:
+                raise Refused(f"{name!r}: {self.where.name} keeps jobs; groups are paused where the topics are")
+
+
+def _queue(payload: bytes) -> str:
+    try:
+        return parse(payload).queue
+    except PayloadError:
+        return ""
+
+
+def _stored(ref: Any, queue: str, at: float | None, owner: str | None, payload: bytes) -> StoredJob:
+    try:
+        jid = parse(payload).jid
+    except PayloadError:
+        jid = ""
+    return StoredJob(ref, jid, queue, ref[0], at, 0, owner, payload)

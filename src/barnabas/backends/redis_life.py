@@ -1,0 +1,258 @@
+"""A worker process among the others: its signs of life, its place on Sidekiq's web page, what it does for the dead ones,
+and the jobs whose time has come."""
+
+import faulthandler
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import RedisError
+
+from barnabas.errors import BackendError
+from barnabas.jobs.payload import PayloadError, enqueued, parse
+from barnabas.ports import FOREVER
+
+if TYPE_CHECKING:
+    from barnabas.backends.redis import RedisBackend
+    from barnabas.backends.redis_source import RedisQueues
+
+log = logging.getLogger("barnabas")
+LEASE, RENEW, SCAN = 30, 5.0, 10.0  # seconds: a sign of life is good for, its renewal, looking for the dead
+BLOCK = 10  # seconds a blocking move may last: it ends before a lease does, or a job could land with a dead process
+CALM = 30.0  # after a restart or reconnect nobody is taken for dead: all need the time to give a sign
+BEAT = 60  # seconds that Sidekiq believes a heartbeat
+PAGE, PAGE_BYTES = 500, 1 << 20  # due jobs moved in one step: others wait for it
+POLL = 5.0  # seconds between two looks for what is due, over all processes about 0.5
+SIGNALS = {b"TSTP": "quiet", b"TERM": "stop", b"INT": "stop"}
+
+
+class Life:
+    """Two threads beside the fetch thread: signs of life, and due jobs. Either survives that Redis is away."""
+
+    def __init__(self, home: "RedisBackend", source: "RedisQueues") -> None:
+        self.home = home
+        self.source = source
+        self.started = time.time()
+        self.until = 0.0  # monotonic seconds: no job starts after that
+        self.asked: str | None = None  # what an operator asked of this process: "quiet" or "stop"
+        self.info: dict[str, Any] = {}
+        self._calm = 0.0
+        self._rtt = 0
+        self._seen: dict[int, int] = {}  # jobs at work: number -> since when, epoch seconds
+        self._stop = threading.Event()
+        self._hurry = threading.Event()
+        self._next = 0.0  # when the next job is known to be due (epoch seconds)
+        self._threads = [
+            threading.Thread(target=self._live, name="barnabas-life", daemon=True),
+            threading.Thread(target=self._move, name="barnabas-due", daemon=True),
+        ]
+
+    # The lease.
+
+    def join(self) -> None:
+        """Be among the living; raises BackendError while Redis is away."""
+        began = time.monotonic()
+        self.home.script("renew", self.source.name, LEASE, " ".join(self.source.weights))
+        self.until = began + 0.7 * LEASE
+
+    def extend(self) -> None:
+        """The parts in hand may be worked on as long as the lease lasts."""
+        for part in list(self.source.parts.values()):
+            if not part.closed:
+                part.until = self.until
+
+    def lost(self) -> bool:
+        """Whether the lease ran out, or somebody took us for dead."""
+        return time.monotonic() > self.until
+
+    def forget(self) -> None:
+        """Redis does not know us."""
+        self.until = 0.0
+        self.source.wake()
+
+    def start(self) -> None:
+        """Begin."""
+        with self.home.edge():
+            uptime = self.home.client.info("server").get("uptime_in_seconds", CALM)
+        self._calm = time.monotonic() + max(0.0, CALM - float(uptime))
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End."""
+        self._stop.set()
+        self._hurry.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(5.0)
+
+    def _live(self) -> None:
+        renewed = beaten = scanned = 0.0
+        away = False
+        while True:
+            now = time.monotonic()
+            try:
+                if now - renewed >= RENEW:
+                    self._renew(now)
+                    renewed = now
+                if now - beaten >= RENEW or (self._seen.keys() != self._working() and now - beaten >= 1.0):
+                    self.beat()
+                    beaten = now
+                self._listen()
+                if now - scanned >= SCAN:
+                    scanned = now
+                    if now >= self._calm:
+                        self._look_around()
+                away = False
+            except (RedisError, BackendError, OSError) as error:
+                self._calm = time.monotonic() + CALM
+                if not away:
+                    away = True
+                    log.warning("%s: no sign of life could be given: %s", self.source.name, error)
+            if self._stop.wait(1.0):
+                return
+
+    def _renew(self, now: float) -> None:
+        if now < self.until:  # else the fetch thread has to begin anew
+            if self.home.script("renew", self.source.name, LEASE, ""):
+                self.until = now + 0.7 * LEASE
+                self.extend()
+            else:
+                self.forget()
+
+    def _look_around(self) -> None:
+        """Take what dead processes had in hand back to its queues."""
+        for name in self.home.script("orphans"):
+            count = self.home.script("recover", name, "1")
+            if count >= 0:
+                log.warning("process %s died with %d jobs in hand; they are back in their queues", name.decode(), count)
+
+    def _listen(self) -> None:
+        key = self.home.key
+        pipe = self.home.client.pipeline(transaction=False)
+        pipe.rpop(key(f"{self.source.name}-signals"))
+        pipe.smembers(key("paused"))
+        signal, paused = pipe.execute()
+        self.source.reopen({name.decode() for name in paused if name.decode() in self.source.parts})
+        if signal in SIGNALS:
+            self.asked = SIGNALS[signal]
+            log.info("%s: asked to %s", self.source.name, self.asked)
+        elif signal == b"TTIN":
+            faulthandler.dump_traceback(file=sys.stderr)
+
+    # Sidekiq's heartbeat.
+
+    def _working(self) -> set[int]:
+        return self.home.in_work() & self.source.work.keys()
+
+    def beat(self) -> None:
+        """Be seen on Sidekiq's web page: the process, and what it runs."""
+        source, key, now = self.source, self.home.key, time.time()
+        self._seen = {number: self._seen.get(number, int(now)) for number in self._working()}
+        work = {}
+        for number, since in self._seen.items():
+            queue, payload = source.work.get(number, ("", b""))
+            if queue:
+                text = payload.decode(errors="replace")
+                work[f"{number:x}"] = json.dumps({"queue": queue, "payload": text, "run_at": since})
+        size = sum(len(box) // 3 for box in self.home.boxes)
+        host, pid, _ = source.name.rsplit(":", 2)
+        info = {
+            "hostname": host,
+            "started_at": self.started,
+            "pid": int(pid),
+            "tag": self.info.get("app", "barnabas"),
+            "concurrency": size,
+            "queues": list(source.weights),
+            "weights": [source.weights],
+            "labels": ["python"],
+            "identity": source.name,
+            "version": "barnabas",
+            "embedded": False,
+        }
+        fields = {
+            "info": json.dumps(info),
+            "concurrency": size,
+            "busy": len(work),
+            "beat": now,
+            "rtt_us": self._rtt,
+            "quiet": "true" if self.asked or self.info.get("quiet") else "false",
+            "rss": _rss(),
+            "barnabas": json.dumps(self.info),
+        }
+        pipe = self.home.client.pipeline(transaction=True)
+        pipe.sadd(key("processes"), source.name)
+        pipe.hset(key(source.name), mapping=fields)
+        pipe.expire(key(source.name), BEAT)
+        for place in (key(f"{source.name}:work"), key(f"{source.name}:workers")):  # since Sidekiq 6.5, and before
+            pipe.unlink(place)
+            if work:
+                pipe.hset(place, mapping=work)
+                pipe.expire(place, BEAT)
+        began = time.perf_counter()
+        pipe.execute()
+        self._rtt = int((time.perf_counter() - began) * 1e6)
+
+    # What is due.
+
+    def due(self, at: float) -> None:
+        """A job was stored that is due then: look for it in time."""
+        if at < self._next:
+            self._next = at
+            self._hurry.set()
+
+    def _move(self) -> None:
+        while not self._stop.is_set():
+            self._hurry.clear()
+            try:
+                self._next = FOREVER
+                while self._move_page("retry") + self._move_page("schedule"):
+                    if self._stop.is_set():
+                        return
+                wait = self._pause()
+            except (RedisError, BackendError, OSError) as error:
+                log.debug("due jobs cannot be moved: %s", error)
+                wait = 1.0
+            self._hurry.wait(max(0.001, min(wait, self._next - self.home.clock.now())))
+
+    def _pause(self) -> float:
+        """Seconds until the next look: many processes share the looking, at random."""
+        processes: int = self.home.client.hlen(self.home.key("barnabas:workers"))
+        return min(POLL, 0.5 * max(1, processes)) * (0.5 + int.from_bytes(os.urandom(1), "big") / 256)
+
+    def _move_page(self, name: str) -> int:
+        """Move what is due in a set to its queues; what is no job, to the dead. Returns how many there were."""
+        home, count = self.home, self._page
+        key, now = home.key(name), home.clock.now()
+        members: list[bytes] = home.client.zrangebyscore(key, "-inf", now, start=0, num=count) 
+        if not members:
+            first: Any = home.client.zrange(key, 0, 0, withscores=True)
+            if first:
+                self._next = min(self._next, first[0][1])
+            return 0
+        args: list[Any] = []
+        for member in members:
+            try:
+                args += (member, parse(member).queue or "default", enqueued(member, now))
+            except PayloadError as error:
+                log.error("%s: buried, since %s", key, error)
+                args += (member, "", member)
+        home.script("move", name, now, len(members), *args)
+        size = sum(map(len, members)) // len(members)
+        self._page = max(1, min(PAGE, PAGE_BYTES // max(1, size)))
+        return len(members)
+
+    _page = 50
+
+
+def _rss() -> int:
+    """Kilobytes of memory that this process uses."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+    except OSError:
+        return 0

@@ -1,0 +1,342 @@
+"""The queues of one worker on Redis: a claim moves jobs into this process's hands and settles what it has finished, in one
+step of the server; idle, it waits in blocking moves on all its queues at once."""
+
+import logging
+import os
+import select
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha1
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from redis.exceptions import RedisError, ResponseError
+
+from barnabas.backends.queues import QueueOrder
+from barnabas.backends.redis_life import BLOCK, Life
+from barnabas.backends.shares import HOST
+from barnabas.engine.alone import CRASHES
+from barnabas.errors import BackendError
+from barnabas.message import Row
+from barnabas.ports import Listener, Part, Result
+from barnabas.verdict import Again, Dead
+
+if TYPE_CHECKING:
+    from barnabas.backends.redis import RedisBackend
+
+log = logging.getLogger("barnabas")
+MOST = 1000  # jobs of one claim: more would delay other clients by more than 2 ms (facts: redis-jobs.md)
+DEAD_AGE, DEAD_MOST = 180 * 86400, 10_000  # Sidekiq's bounds of the dead set: seconds, entries
+
+
+class _Name(msgspec.Struct):
+    jid: str = ""
+
+
+_name = msgspec.json.Decoder(_Name).decode
+Found = list[tuple[Part, Sequence[Row]]]
+
+
+class Landing:
+    """Blocking moves on several queues at once, each on a connection of its own into a list that only this process takes
+    from. They end before the lease does, so that what lands there is never out of sight."""
+
+    def __init__(self, home: "RedisBackend", name: str) -> None:
+        self._home = home
+        self._name = name
+        self._links: dict[str, tuple[Any, int]] = {}
+        self._bell, self._rope = socket.socketpair()
+        self._bell.setblocking(False)
+        self._rung = False
+        self._strange: set[str] = set()  # keys that are no lists
+        self.waiting: dict[int, str] = {}  # the socket's number -> its queue
+
+    def wake(self) -> None:
+        """End the wait, from any thread."""
+        if not self._rung:
+            self._rung = True
+            self._rope.send(b"!")
+
+    def block(self, queues: Sequence[str]) -> None:
+        """Begin a blocking move on each of these where none is under way."""
+        key = self._home.key
+        busy = set(self.waiting.values())
+        for queue in queues:
+            if queue in busy or queue in self._strange:
+                continue
+            link, _ = self._links.get(queue, (None, 0))
+            if link is None:
+                link = self._home.where.pool.make_connection()
+                link.send_command("CLIENT", "ID")
+                self._links[queue] = (link, link.read_response())
+            land = key(f"barnabas:landing:{self._name}:{queue}")
+            link.send_command("BLMOVE", key(f"queue:{queue}"), land, "RIGHT", "LEFT", BLOCK)
+            self.waiting[link._sock.fileno()] = queue
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for a wake or the end of a move; True if a move ended."""
+        poll = select.poll()
+        poll.register(self._bell, select.POLLIN)
+        for number in self.waiting:
+            poll.register(number, select.POLLIN)
+        ended = False
+        for number, _ in poll.poll(max(0.0, timeout) * 1000):
+            if number == self._bell.fileno():
+                self._bell.recv(4096)
+                self._rung = False  # after the reading: a wake in between finds us awake anyway
+            else:
+                queue = self.waiting.pop(number)
+                try:
+                    self._links[queue][0].read_response()
+                except ResponseError as error:
+                    if not str(error).startswith("WRONGTYPE"):
+                        raise
+                    self._strange.add(queue)
+                    log.error("%s is no list, so it is no queue; it is left alone", self._home.key(f"queue:{queue}"))
+                ended = True
+        return ended
+
+    def end(self) -> None:
+        """End all moves that are under way; what has just come stays in its landing list."""
+        if not self.waiting:
+            return
+        pipe = self._home.client.pipeline(transaction=False)
+        for queue in self.waiting.values():
+            pipe.client_unblock(self._links[queue][1])
+        pipe.execute()
+        for number in list(self.waiting):
+            self._links[self.waiting.pop(number)][0].read_response()
+
+    def drop(self) -> None:
+        """Let go of all connections."""
+        for link, _ in self._links.values():
+            link.disconnect()
+        self._links, self.waiting = {}, {}
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.drop()
+        self._bell.close()
+        self._rope.close()
+
+
+class RedisQueues:
+    """The queues of one worker. What a process has in hand, it has in Redis too: nothing is lost with it."""
+
+    atomic = None
+
+    def __init__(self, home: "RedisBackend", queues: Sequence[str] | Mapping[str, int], listener: Listener) -> None:
+        self.home = home
+        self.weights = dict(queues) if isinstance(queues, Mapping) else dict.fromkeys(queues, 1)
+        self.name = f"{HOST}:{os.getpid()}:{os.urandom(6).hex()}"  # as Sidekiq names its processes
+        self.work: dict[int, tuple[str, bytes]] = {}  # what is in hand: number -> queue, payload
+        self.landing = Landing(home, self.name)
+        self.parts: dict[str, Part] = {}
+        self.life = Life(home, self)
+        self.wake = self.landing.wake
+        self._listener = listener
+        self._order = QueueOrder(queues)
+        self._claimed: Found = []
+        self._limit = 0
+        self._sure = True  # that we know what we have in hand; not after an answer that did not come
+        self._shut: set[str] = set()
+        self._crashes: dict[int, int] = {}  # of what is in hand
+        self._suspects: list[tuple[Part, Row]] = []  # each is to run with nothing beside it
+        self._alone: int | None = None
+        self._closing = False
+        self.life.join()
+        self._assign()
+        self.life.start()
+        home.sources.append(self)
+
+    def _assign(self) -> None:
+        self.parts = {queue: Part(queue, -1, at) for at, queue in enumerate(self._order.names)}
+        self.life.extend()
+        self._listener.assigned(list(self.parts.values()))
+
+    # Fetching.
+
+    def fetch(self, limit: int, timeout: float) -> Found:
+        self._limit = limit
+        with self.home.edge():
+            try:
+                return self._fetch(timeout)
+            except (RedisError, OSError, BackendError):
+                self.landing.drop()
+                self._sure = False
+                raise
+
+    def _fetch(self, timeout: float) -> Found:
+        if self.life.lost():
+            self._begin_anew()
+        if not self._sure:
+            self._look_up()
+        found, self._claimed = self._claimed, []
+        found += self._next_suspect()
+        room, landing = self._room(), self.landing
+        if not room and landing.waiting:  # what comes now is for others
+            landing.end()
+            self._claim(0, True)
+        if found or not room:
+            if not found:
+                landing.wait(timeout)
+            return found
+        if not landing.waiting and (found := self._claim(room, True)):
+            return found
+        if timeout > 0:
+            landing.block([queue for queue in self._order.names if queue not in self._shut])
+            if landing.wait(min(timeout, BLOCK)):
+                found = self._claim(room, True)
+        return found
+
+    def _room(self) -> int:
+        if self._closing or self._suspects or self._alone is not None:
+            return 0
+        return min(MOST, max(0, self._limit - len(self.work)))
+
+    def reopen(self, shut: set[str]) -> None:
+        """These queues are paused, and no others (told by `life`)."""
+        if shut != self._shut:
+            self._shut = shut
+            self.wake()
+
+    def _claim(self, room: int, landed: bool, settled: Sequence[Any] = (), finished: Sequence[int] = ()) -> Found:
+        """Settle, and take up to `room` jobs (of those that landed first): one step of the server."""
+        home, names = self.home, self._order.next()
+        now = home.clock.now()
+        if not settled:
+            settled = (0, 0, 0, 0, 0, 0, 0)
+        today, first = time.strftime("%Y-%m-%d", time.gmtime(now)), home.reserve(room)
+        sure, self._sure = self._sure, False
+        alive, count, shut, jobs, crashes = home.script(
+            "turn", self.name, now, today, *settled, room, first, int(landed), len(names), *names
+        )
+        self._sure = sure
+        for number in finished:
+            self.work.pop(number, None)
+            self._crashes.pop(number, None)
+        if count < len(finished):
+            log.warning("%d jobs were no longer ours when they had ended, and run again", len(finished) - count)
+        if not alive:
+            self.life.forget()
+            return []
+        self._shut = {name.decode() for name in shut}
+        self._crashes.update(zip(crashes[::2], crashes[1::2], strict=True))
+        found: Found = []
+        for queue, payloads in zip(names, jobs, strict=True):
+            if payloads:
+                found += self._take(queue, enumerate(payloads, first + 1), now)
+                first += len(payloads)
+        return found
+
+    def _take(self, queue: str, jobs: Iterable[tuple[int, bytes]], now: float) -> Found:
+        part, rows, crashed = self.parts[queue], [], self._crashes
+        for number, payload in jobs:
+            self.work[number] = (queue, payload)
+            try:
+                jid = _name(payload).jid
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # the handler says what is wrong with it
+                jid = ""
+            row: Row = (number, jid, payload, None, now)
+            if crashed and (count := crashed.get(number)):
+                part.crashes[number] = count
+                if count == CRASHES:
+                    self._suspects.append((part, row))
+                    continue
+            rows.append(row)
+        return [(part, rows)] if rows else []
+
+    def _next_suspect(self) -> Found:
+        """A job that was in hand at three crashes, once nothing else is; Redis is told that it runs alone."""
+        if not self._suspects or self._alone is not None or len(self.work) > len(self._suspects):
+            return []
+        part, row = self._suspects.pop(0)
+        self.home.client.set(self.home.key(f"barnabas:alone:{self.name}"), row[0])
+        self._alone = row[0]
+        return [(part, [row])]
+
+    def _look_up(self) -> None:
+        """After an answer that did not come: what is in our hands, by Redis's account."""
+        held = self.home.client.hgetall(self.home.key(f"barnabas:work:{self.name}"))
+        for field, payload in sorted(held.items(), key=lambda item: int(item[0].partition(b":")[0])):
+            number, _, queue = field.decode().partition(":")
+            if int(number) not in self.work:
+                self._claimed += self._take(queue, [(int(number), payload)], self.home.clock.now())
+        self._sure = True
+
+    def _begin_anew(self) -> None:
+        """Our claim on what we hold ended, or we were taken for dead: settle what we still can, give back the rest."""
+        log.warning("%s: this process was silent for too long; what it has not finished goes back to its queues", self.name)
+        self.life.join()  # raises while Redis is away
+        self._closing = True
+        try:
+            self._listener.revoked(list(self.parts.values()))
+            self.landing.drop()
+            self.home.script("recover", self.name, "0")
+        finally:
+            self._closing = False
+        self.work, self._claimed, self._suspects, self._crashes, self._alone = {}, [], [], {}, None
+        self.life.join()
+        self._sure = True
+        self._assign()
+
+    # Settling.
+
+    def settle(self, results: Sequence[Result]) -> None:
+        """Take what is finished out of our hands, to nowhere or into a set, and claim what there is room for."""
+        done: list[str] = []
+        later: list[Any] = []
+        dead: list[Any] = []
+        finished: list[int] = []
+        soonest = None
+        for result in results:
+            others, tail = result.others, f":{result.part.topic}"
+            for row in result.rows:
+                number = row[0]
+                finished.append(number)
+                verdict = others.get(number) if others else None
+                if isinstance(verdict, Again):
+                    later += (f"{number}{tail}", repr(float(verdict.at)), verdict.payload or row[2])
+                    soonest = verdict.at if soonest is None else min(soonest, verdict.at)
+                elif isinstance(verdict, Dead) and verdict.payload is not None:
+                    dead += (f"{number}{tail}", verdict.payload)
+                else:
+                    done.append(f"{number}{tail}")
+        counted = [sha1(self.work[n][1]).hexdigest() for n in finished if n in self._crashes and n in self.work]
+        oldest = self.home.clock.now() - DEAD_AGE
+        settled = (len(done), *done, len(later) // 3, *later, oldest, DEAD_MOST, len(dead) // 2, *dead, 0, len(counted), *counted)
+        room = 0 if self._room() == 0 else min(MOST, max(0, self._limit - len(self.work) + len(finished)))
+        with self.home.edge():
+            self._claimed += self._claim(room, False, settled, finished)
+        if self._alone in finished:
+            self._alone = None
+        if soonest is not None:
+            self.home.due(soonest)
+
+    def close(self) -> None:
+        """Give back what has not begun, to the front of its queue. What a handler is still in goes back last of all, when
+        the process ends (`leave`): nobody else is to begin it meanwhile."""
+        self._closing = True
+        running = self.home.in_work() & self.work.keys()
+        back: list[str] = []
+        for number in sorted(self.work.keys() - running, reverse=True):
+            back += (f"{number}:{self.work[number][0]}", self.work[number][0])
+        try:
+            with self.home.edge():
+                self.landing.end()
+                self._claim(0, True, (0, 0, 0, 0, 0, len(back) // 2, *back, 0))
+                if not running:
+                    self.leave()
+        finally:
+            self.landing.close()
+
+    def leave(self) -> None:
+        """Be no longer a process that has anything."""
+        if self in self.home.sources:
+            self.home.sources.remove(self)
+            self.life.stop()
+            try:
+                self.home.script("recover", self.name, "0")
+            except BackendError as error:
+                log.warning("leaving was not possible; others take back what is left within 45 s: %s", error)
