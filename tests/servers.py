@@ -21,7 +21,7 @@ def need(*programs: str) -> None:
     """Skip the test, or fail it in CI, for want of a program."""
     missing = [name for name in programs if shutil.which(name) is None]
     if missing:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{', '.join(missing)} not found; .ci/run installs what tests need")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"not found: {', '.join(missing)}; .ci/run installs them")
 
 
 def free_port() -> int:

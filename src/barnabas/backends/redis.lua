@@ -211,10 +211,11 @@ end
 return moved
 
 --- shift
--- Make jobs ready ("ready"), bury them ("dead") or drop them (""), wherever they wait. Returns how many were there.
+-- Make jobs ready ("ready"), bury them ("dead") or drop them (""), wherever they wait. Each comes with what becomes of it.
+-- Returns how many were there.
 local to, now, moved = arg(), arg(), 0
 for _ = 1, number() do
-  local set, name, payload = arg(), arg(), arg()
+  local set, name, payload, fresh = arg(), arg(), arg(), arg()
   local queue, there = key('queue:' .. name), 0
   if set == '' then
     there = redis.call('LREM', queue, -1, payload)
@@ -224,10 +225,10 @@ for _ = 1, number() do
   if there == 1 then
     moved = moved + 1
     if to == 'dead' then
-      redis.call('ZADD', key('dead'), now, payload)
+      redis.call('ZADD', key('dead'), now, fresh)
     elseif to == 'ready' then
       redis.call('SADD', key('queues'), name)
-      redis.call('LPUSH', queue, payload)
+      redis.call('LPUSH', queue, fresh)
     end
   end
 end

@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from barnabas.errors import Refused
-from barnabas.jobs.payload import PayloadError, enqueued_at, parse
-from barnabas.message import Row
+from barnabas.jobs.payload import PayloadError, enqueued_at, parse, recalled
+from barnabas.message import Outgoing, Row
 from barnabas.ports import Position, Process, QueueState, StoredJob, TopicState
 
 PAGE = 500  # jobs read or moved in one step
@@ -58,6 +58,9 @@ class RedisAdmin:
 
     def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
         raise Refused(f"{self.where.name} keeps jobs; there are no groups to place")
+
+    def finish(self, group: str, letters: Sequence[tuple[str, int, int, Outgoing | None]]) -> int:
+        raise Refused(f"{self.where.name} keeps jobs; there are no dead letters of topics")
 
     # Jobs.
 
@@ -153,13 +156,13 @@ class RedisAdmin:
 
     def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
         wanted = [ref for ref in refs if ref[0] not in ("work", to)]
-        moved = 0
+        moved, now = 0, self.clock.now()
         for start in range(0, len(wanted), PAGE):
             page = wanted[start : start + PAGE]
             args: list[Any] = []
             for kind, queue, payload in page:
-                args += (SETS.get(kind, ""), queue, payload)
-            moved += int(self.script("shift", to or "", self.clock.now(), len(page), *args))
+                args += (SETS.get(kind, ""), queue, payload, recalled(payload, now) if to == "ready" else payload)
+            moved += int(self.script("shift", to or "", now, len(page), *args))
         return moved
 
     # Processes.
