@@ -114,6 +114,8 @@ class Consumer:
             value = getattr(self, option)
             if not isinstance(value, str) or not value or any(c in value for c in "/\n\x00"):
                 self._refuse(option, value, "give a text without slashes and line breaks")
+        if self.group == f"{self.app.name}-dead":
+            self._refuse("group", self.group, "there `barnabas dead` keeps what was dealt with; give another name= or group=")
         if not self.topics or not all(isinstance(t, Topic) for t in self.topics):
             self._refuse("topics", self.topics, "give a topic, as app.topic(...) returns it, or a list of them")
         if self.start not in ("earliest", "latest"):

@@ -82,8 +82,9 @@ class Topic(Generic[T]):
 
     @property
     def dead_topic(self) -> "Topic[bytes]":
-        """The topic of this one's dead letters, `<topic>.dead`: raw bytes, 64 KiB more than the source allows."""
-        return self._relative(f"{self.name}.dead", self.limit + DEAD_EXTRA)
+        """The topic of this one's dead letters, `<topic>.dead`: raw bytes, 64 KiB more than the source allows. What nobody
+        has dealt with yet goes with its age as well."""
+        return self._relative(f"{self.name}.dead", Retention(self.retention.age, self.retention.size, force=True))
 
     def retry_name(self, group: str) -> str:
         """The name of the topic through which a group retries out of order."""
@@ -91,14 +92,13 @@ class Topic(Generic[T]):
 
     def retry_topic(self, group: str) -> "Topic[bytes]":
         """The topic through which a group retries out of order, read by that group alone."""
-        return self._relative(self.retry_name(group), self.limit + DEAD_EXTRA)
+        return self._relative(self.retry_name(group), self.retention)
 
-    def _relative(self, name: str, limit: int) -> "Topic[bytes]":
+    def _relative(self, name: str, retention: Retention) -> "Topic[bytes]":
         topic = self._family.get(name)
         if topic is None:
-            topic = Topic(
-                self.app, name, partitions=self.partitions, codec="raw", retention=self.retention, limit=limit, parent=self
-            )
+            limit = self.limit + DEAD_EXTRA
+            topic = Topic(self.app, name, partitions=self.partitions, codec="raw", retention=retention, limit=limit, parent=self)
             self._family[name] = topic
         return topic
 

@@ -69,7 +69,7 @@ BUGS = [
     Bug("one retry too few", handler, "decide", "if attempt > policy.times:", "if attempt >= policy.times:"),
     Bug("a rejected message is retried", handler, "decide", "if isinstance(error, Reject):", "if False:"),
     Bug("an undecodable message is retried", Handler, "failed", "reason = self._undecodable(part, data)", "pass"),
-    Bug("a retry topic forgets earlier attempts", Handler, "_retry_message", "str(attempt)", "str(1)"),
+    Bug("a retry topic forgets earlier attempts", handler, "to_retry", "attempts, repr", "1, repr"),
     Bug("a retry runs at once", Crew, "failed", "self.monotonic() + max(0.0, at - now)", "self.monotonic()"),
     Bug("a hook's error is swallowed", hooks, "_fail", "    raise error\n", "    return None\n"),
     Bug("a hook that swallows makes it done", hooks, "_forgives", "(said is Done or isinstance(said, Done))", "True"),

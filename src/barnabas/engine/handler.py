@@ -269,7 +269,10 @@ class Handler:
                 return verdict.at
             if whole:  # each alone, at once: only the culprits go through the retry topic
                 return None
-            run.outputs.append(self._retry_message(part, row, attempt, verdict.at))
+            first = self.delivery(part, row, None)
+            origin = (first.topic, first.partition, first.offset)
+            topic = self.routes[part.topic].topic
+            run.outputs.append(to_retry(topic, self.group, origin, attempt, verdict.at, row, first.headers))
             run.others[offset] = verdict
             self._say(part, offset, attempt, "retry topic", f"{type(error).__name__}: {error}", error)
             return None
@@ -306,19 +309,6 @@ class Handler:
     def _say(self, part: Any, offset: int, attempt: int, outcome: str, reason: str, error: BaseException | None) -> None:
         self.observers.failed(Failed(self.name, part.topic, part.partition, offset, attempt, outcome, reason, error))
 
-    def _retry_message(self, part: Any, row: Row, attempt: int, at: float) -> Outgoing:
-        delivery = self.delivery(part, row, None)
-        headers = [
-            *delivery.headers,
-            (RETRIED + "topic", delivery.topic.encode()),
-            (RETRIED + "partition", str(delivery.partition).encode()),
-            (RETRIED + "offset", str(delivery.offset).encode()),
-            (RETRIED + "attempts", str(attempt).encode()),
-            (RETRIED + "at", repr(at).encode()),
-        ]
-        topic = self.routes[part.topic].topic.retry_topic(self.group)
-        return (topic, None, row[1], row[2], headers, row[4], None)
-
     def _dead_letter(self, part: Any, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> Outgoing:
         delivery = self.delivery(part, row, None)
         topic = self.routes[part.topic].topic
@@ -335,6 +325,7 @@ class Handler:
             ("barnabas-topic", delivery.topic.encode()),
             ("barnabas-partition", str(delivery.partition).encode()),
             ("barnabas-offset", str(delivery.offset).encode()),
+            ("barnabas-timestamp", repr(row[4]).encode()),
             ("barnabas-time", repr(now).encode()),
         ]
         value = row[2]
@@ -342,6 +333,16 @@ class Handler:
             headers.append(("barnabas-value-left-out", str(len(value)).encode()))
             value = None
         return (topic.dead_topic, None, row[1], value, headers, now, None)
+
+
+def to_retry(
+    topic: Any, group: str, origin: tuple[str, int, int], attempts: int, at: float, row: Row, headers: Headers
+) -> Outgoing:
+    """A row on its way through its group's retry topic, with its first address, its failed runs and when it is due."""
+    names = ("topic", "partition", "offset", "attempts", "at")
+    values = (*origin, attempts, repr(at))
+    marks = [(RETRIED + name, str(value).encode()) for name, value in zip(names, values, strict=True)]
+    return (topic.retry_topic(group), None, row[1], row[2], [*headers, *marks], row[4], None)
 
 
 def _origin(headers: Headers) -> tuple[dict[str, bytes], list[tuple[str, bytes]]]:
