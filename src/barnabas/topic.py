@@ -13,6 +13,7 @@ T = TypeVar("T")
 _UNSET: Any = object()
 CHUNK = 2000  # messages that send_many hands over at once
 DEAD_EXTRA = 64 * 1024  # bytes that a dead topic allows beyond its source
+END = 253402300800.0  # epoch seconds of the year 10000
 
 
 class Retention:
@@ -135,6 +136,8 @@ class Topic(Generic[T]):
             self._check_partition(partition)
         if timestamp is None:
             timestamp = self.app.clock.now()
+        elif type(timestamp) is not float or not 0 <= timestamp < END:
+            timestamp = _checked_time(timestamp)
         return (self, partition, key, data, headers, timestamp, future)
 
     def _check_partition(self, partition: int) -> None:
@@ -292,12 +295,19 @@ def _message_id(cause: str, index: int) -> str:
     return f"{cause}/{index}"
 
 
+def _checked_time(timestamp: Any) -> float:
+    """Refuse what no calendar has: one row of it would make its whole record unreadable."""
+    if isinstance(timestamp, bool) or not isinstance(timestamp, int | float) or not -END < timestamp < END:
+        raise SendError(f"timestamp={timestamp!r}: give epoch seconds (not milliseconds, not a datetime), or None for now")
+    return float(timestamp)
+
+
 def _checked_headers(headers: Headers) -> list[tuple[str, bytes]]:
-    checked = []
-    for pair in headers.items() if isinstance(headers, dict) else headers:
-        name, value = pair
-        if not isinstance(name, str) or not isinstance(value, bytes | str):
-            raise SendError(f"the header {pair!r} is not a pair of text and bytes")
-        name.encode()
-        checked.append((name, value.encode() if isinstance(value, str) else value))
-    return checked
+    try:
+        checked = []
+        for name, value in headers.items() if isinstance(headers, dict) else headers:
+            name.encode()
+            checked.append((name, value.encode() if isinstance(value, str) else bytes(memoryview(value))))
+        return checked
+    except Exception as error:
+        raise SendError(f"headers={headers!r}: give pairs of text and bytes ({type(error).__name__}: {error})") from error

@@ -297,7 +297,7 @@ def test_a_message_that_cannot_be_decoded_is_dead_at_once_with_all_headers(place
     assert headers["own"] == b"1"
     assert headers["barnabas-reason"].startswith(b"undecodable: ValidationError: Expected `int`")
     assert headers["barnabas-exception"] == b"ValidationError"
-    assert b"Traceback" in headers["barnabas-traceback"]
+    assert headers["barnabas-traceback"] == b""  # no code of the user's is at fault
     assert headers["barnabas-attempts"] == b"1"
     assert headers["barnabas-group"] == b"shop-read"
     assert headers["barnabas-topic"] == b"steps"

@@ -64,7 +64,8 @@ class Bell:
 
     def ring(self) -> None:
         """Wake the watchers of all processes."""
-        os.pwrite(self._fd, b"!", 0)
+        with contextlib.suppress(OSError):  # no room for one byte: what was committed is, and they look once a second
+            os.pwrite(self._fd, b"!", 0)
 
     def watch(self, woken: Callable[[], None], safety: float = 1.0, poll: float = 0.005) -> None:
         """Call `woken` in a thread of its own after rings, and every `safety` seconds (every `poll` without inotify)."""
@@ -126,11 +127,17 @@ class Life:
         self.path = f"{path}-p{number}"
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(self._fd, 0)  # a number may come again, after its file was deleted: nothing is in work
         os.ftruncate(self._fd, 8 * BOX_NUMBERS)
+        self._reserve(3)
         self._map = mmap.mmap(self._fd, 8 * BOX_NUMBERS)
         self.box: Any = memoryview(self._map).cast("q")
         self._used = 3
         self.beat()
+
+    def _reserve(self, count: int, first: int = 0) -> None:
+        """Have room on the disk for these numbers: without it, the write to a mapped page kills the process (SIGBUS)."""
+        os.pwrite(self._fd, bytes(8 * count), 8 * first)
 
     def beat(self) -> None:
         """A sign of life."""
@@ -142,6 +149,7 @@ class Life:
         self._used += 3 * workers
         if self._used > BOX_NUMBERS:
             raise ValueError(f"more than {BOX_NUMBERS // 3} concurrent deliveries in one process: lower concurrency=")
+        self._reserve(3 * workers, base)
         return base
 
     def abandon(self) -> None:

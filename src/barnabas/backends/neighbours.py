@@ -35,15 +35,15 @@ class Neighbours:
     def join(self) -> None:
         """Be a process that owns things: a row, a file with a lock, and a thread that gives signs of life."""
         if self.life is None:
-            self.home.write(self._register)
+            self.number, self.life = self.home.write(self._register)
             self._thread = threading.Thread(target=self._keep, name="barnabas-keeper", daemon=True)
             self._thread.start()
 
-    def _register(self, db: apsw.Connection) -> None:
+    def _register(self, db: apsw.Connection) -> tuple[int, Life]:
         info = json.dumps({"host": HOST})
         db.execute("INSERT INTO processes (pid, started, info) VALUES (?, ?, ?)", (os.getpid(), self.home.clock.now(), info))
-        self.number = db.last_insert_rowid()
-        self.life = Life(self.home.path, self.number)
+        number = db.last_insert_rowid()
+        return number, Life(self.home.path, number)
 
     def leave(self) -> None:
         """End in order: nothing is owned any more."""

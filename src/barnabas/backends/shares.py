@@ -1,5 +1,6 @@
 """What every log backend does alike: fair shares of a group's partitions, and the account of a partition in hand."""
 
+import json
 import socket
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -109,3 +110,15 @@ def by_target(outputs: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     for output in outputs:
         (messages if len(output) == 7 else jobs).append(output)
     return messages, jobs
+
+
+def state_of(part: Part, done: list[tuple[int, int]]) -> str | None:
+    """What a position carries beside its offset; None for nothing."""
+    state: dict[str, Any] = {}
+    if done:
+        state["done"] = done
+    if part.attempts:
+        state["attempts"] = dict(part.attempts)
+    if part.crashes:
+        state["crashes"] = dict(part.crashes)
+    return json.dumps(state) if state else None

@@ -94,32 +94,35 @@ class SqliteBackend(SqliteAdmin):
 
     def write(self, act: Callable[[apsw.Connection], T]) -> T:
         """Run `act` in one durable transaction, in turn, together with whatever is waiting in the send buffer."""
-        with self._mutex:
-            with self._turn.take():
-                pending = self._take_pending()
-                self._moved = {}
-                try:
-                    self._db.execute("BEGIN IMMEDIATE")
-                    try:
-                        stored = self._store(self._db, pending) if pending else []
-                        result = act(self._db)
-                        self._db.execute("COMMIT")
-                    except BaseException:
-                        if self._db.in_transaction:
-                            self._db.execute("ROLLBACK")
-                        raise
-                except BaseException as error:
-                    self._give_back(pending)
-                    if isinstance(error, apsw.Error):
-                        raise explain(self.path, error) from error
-                    raise
-            self.heads.update(self._moved)
-            self._resolve(pending, stored)
+        with self._mutex, self._turn.take():
+            result = self._commit(act, self._take_pending())
         if self._stir:
             self._stir = False
             self.refresh()
         self._bell.ring()
         self._wake_own()
+        return result
+
+    def _commit(self, act: Callable[[apsw.Connection], T], pending: list[Outgoing | OutgoingJob]) -> T:
+        known = self.parts, self.queue_ids, self._names
+        self._moved = {}
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            stored = self._store(self._db, pending) if pending else []
+            result = act(self._db)
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            with suppress(apsw.Error):  # what made the commit fail may do so again; SQLite forgets it all the same
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+            self.parts, self.queue_ids, self._names = known  # what was created in it does not exist
+            self._known = frozenset()  # (and what a reader learned meanwhile is learned again)
+            self._give_back(pending)
+            if isinstance(error, apsw.Error | OSError):
+                raise explain(self.path, error) from error
+            raise
+        self.heads.update(self._moved)
+        self._resolve(pending, stored)
         return result
 
     _stir = False  # counts in `heads` moved in a way that only reading tells
@@ -193,7 +196,7 @@ class SqliteBackend(SqliteAdmin):
                 data = self._pack(batch)
             rows = rows[len(batch) :]
             _, _, _, _, _, times, futures = zip(*batch, strict=True)
-            db.execute("INSERT INTO records VALUES (?, ?, ?, ?)", (gid << SHIFT | base, len(batch), max(times), data))
+            db.execute("INSERT INTO records VALUES (?, ?, ?, ?)", (gid << SHIFT | base, len(batch), float(max(times)), data))
             size += len(data)
             if any(futures):  # (a Future is always true)
                 partition = self.parts[batch[0][0].name].index(gid)
@@ -259,7 +262,7 @@ class SqliteBackend(SqliteAdmin):
         if row is None:
             db.execute("INSERT INTO heads (topic, partition) VALUES (?, -1)", (queue,))
             row = (db.last_insert_rowid(),)
-        self.queue_ids[queue] = row[0]
+        self.queue_ids = {**self.queue_ids, queue: row[0]}
         return int(row[0])
 
     def name_id(self, db: apsw.Connection, kind: str, name: str) -> int:
@@ -268,7 +271,7 @@ class SqliteBackend(SqliteAdmin):
         if known is None:
             db.execute("INSERT OR IGNORE INTO names (kind, name) VALUES (?, ?)", (kind, name))
             known = one(db, "SELECT id FROM names WHERE kind = ? AND name = ?", (kind, name))[0]
-            self._names[kind, name] = known
+            self._names = {**self._names, (kind, name): known}
         return known
 
     # The sink.
@@ -327,11 +330,32 @@ class SqliteBackend(SqliteAdmin):
                     self._failed = None
                     log.warning("%s: sends are stored again", self.path)
             except Exception as error:
+                if _of_one(error):
+                    self._one_by_one()
+                    continue
                 if self._failed is None:
                     log.error("%s: sends cannot be stored, trying again every 0.2 s: %s", self.path, error)
                 self._failed = error
                 if self._end.wait(0.2):
                     return
+
+    def _one_by_one(self) -> None:
+        """Something in the buffer cannot be stored: it is to hold up no other, and its sender is to know."""
+        with self._mutex:
+            pending = self._take_pending()
+            for index, out in enumerate(pending):
+                try:
+                    with self._turn.take():
+                        self._commit(lambda db: None, [out])
+                except Exception as error:
+                    with self._room:
+                        self._pending.remove(out)  # `_commit` gave it back
+                    if not _of_one(error):
+                        self._give_back(pending[index:])
+                        return
+                    refused = SendError(f"{self.path}: a message or job cannot be stored: {error}")
+                    log.error("%s", refused)
+                    self._resolve([out], [(out[-1], refused)])
 
     def flush(self, timeout: float) -> int:
         with self._room:
@@ -438,6 +462,13 @@ class SqliteBackend(SqliteAdmin):
             self._db.close()
             self._turn.close()
         _open.discard(self)
+
+
+def _of_one(error: BaseException) -> bool:
+    """Whether an error is about something that was to be stored, not about the file."""
+    if isinstance(error, BackendError):
+        return isinstance(error.__cause__, apsw.TooBigError | apsw.ConstraintError | apsw.MismatchError)
+    return not isinstance(error, MemoryError)
 
 
 def _at_exit() -> None:

@@ -1,5 +1,6 @@
 """The reading half of a SQLite file: it never waits for writers and never writes."""
 
+import errno
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,11 +20,14 @@ _decode = msgspec.msgpack.Decoder(
 ).decode
 
 
-def unpack(record: int, data: bytes) -> list[Row]:
-    """The rows of a stored record."""
-    keys, values, headers, times = _decode(data)
-    base = record & ((1 << SHIFT) - 1)
-    return list(zip(range(base, base + len(keys)), keys, values, headers or repeat(None), times, strict=False))
+_SYSTEM = {
+    errno.ENOSPC: "FullError",
+    errno.EDQUOT: "FullError",
+    errno.EACCES: "ReadOnlyError",
+    errno.EPERM: "ReadOnlyError",
+    errno.EROFS: "ReadOnlyError",
+    errno.ENOENT: "CantOpenError",
+}
 
 
 def connect(path: str) -> apsw.Connection:
@@ -38,8 +42,8 @@ def connect(path: str) -> apsw.Connection:
         raise explain(path, error) from error
 
 
-def explain(path: str, error: apsw.Error) -> BackendError:
-    """The driver's error in our words: what happened, and what to do."""
+def explain(path: str, error: apsw.Error | OSError) -> BackendError:
+    """The driver's or the system's error in our words: what happened, and what to do."""
     ways = {
         "FullError": "the disk is full; make room, and work goes on by itself",
         "ReadOnlyError": "this user may not write the file or its folder; change their owner or mode",
@@ -47,9 +51,12 @@ def explain(path: str, error: apsw.Error) -> BackendError:
         "NotADBError": "it is not a SQLite file; use another URL",
         "CorruptError": "it is damaged; stop all processes and restore a backup",
         "BusyError": "another program holds it locked; end that program's transaction",
-        "IOError": "the system could not read or write it; look at the disk and the system's log",
+        "IOError": "the system could not read or write it; see if the disk is full, a limit reached, and the system's log",
     }
     name = type(error).__name__
+    if isinstance(error, OSError):
+        path = error.filename or path
+        name = _SYSTEM.get(error.errno or 0, name)
     return BackendError(f"{path}: {ways.get(name, 'SQLite refused')} ({name}: {error})")
 
 
@@ -98,10 +105,23 @@ class SqliteReader:
         parts: dict[str, list[int]] = {}
         for gid, topic, partition in rows:
             if partition == -1:
-                self.queue_ids[topic] = gid
+                self.queue_ids = {**self.queue_ids, topic: gid}
             elif partition >= 0:
                 parts.setdefault(topic, []).append(gid)
         self.parts = parts
+
+    def unpack(self, record: int, data: bytes) -> list[Row]:
+        """The rows of a stored record. Raises BackendError if it is none."""
+        gid, base = record >> SHIFT, record & ((1 << SHIFT) - 1)
+        try:
+            keys, values, headers, times = _decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, TypeError) as error:
+            places = [f"{name}[{gids.index(gid)}]" for name, gids in self.parts.items() if gid in gids]
+            raise BackendError(
+                f"{self.path}: the record at {places[0] if places else gid}@{base} is damaged ({error}); restore a backup, or "
+                "go on behind it: barnabas reset GROUP --partition N --to OFFSET"
+            ) from error
+        return list(zip(range(base, base + len(keys)), keys, values, headers or repeat(None), times, strict=False))
 
     def _find(self, kind: str, name: str) -> int | None:
         rows = self.query("SELECT id FROM names WHERE kind = ? AND name = ?", (kind, name))
@@ -152,7 +172,7 @@ class SqliteReader:
             if not found:
                 break
             for record, data in found:
-                rows += [row for row in unpack(record, data) if row[0] >= offset]
+                rows += [row for row in self.unpack(record, data) if row[0] >= offset]
             at = rows[-1][0] + 1 if rows else at + 1
         return rows[:limit]
 

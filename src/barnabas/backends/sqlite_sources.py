@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import apsw
 
 from barnabas.backends.queues import QueueOrder
-from barnabas.backends.shares import close_books, numbers, open_account, spread
-from barnabas.backends.sqlite_read import one, unpack
+from barnabas.backends.shares import close_books, numbers, open_account, spread, state_of
+from barnabas.backends.sqlite_read import one
 from barnabas.errors import BackendError
 from barnabas.jobs.payload import PayloadError, enqueued
 from barnabas.message import Row
@@ -83,20 +83,21 @@ class SqliteLog(_Fetcher):
         self._group = self.home.name_id(db, "group", self._group_name)
         db.execute("INSERT OR IGNORE INTO heads (topic, partition) VALUES (?, -2)", (self._group_name,))
         self._signal: int = one(db, "SELECT gid FROM heads WHERE topic = ? AND partition = -2", (self._group_name,))[0]
-        self._join(db)
+        self._member = self._join(db)
         first = "next" if self._start == "latest" else "first"
         db.executemany(
             f"INSERT OR IGNORE INTO positions (grp, gid, offset) SELECT ?, gid, {first} FROM heads WHERE gid = ?",
             [(self._group, gid) for gid, _, _ in self._all],
         )
 
-    def _join(self, db: apsw.Connection) -> None:
+    def _join(self, db: apsw.Connection) -> int:
         db.execute(
             "INSERT INTO members (grp, process, topics) VALUES (?, ?, ?)",
             (self._group, self.home.neighbours.number, json.dumps(self._topics)),
         )
-        self._member = db.last_insert_rowid()
+        member = db.last_insert_rowid()
         self.home.stir(db, "gid = ?", (self._signal,))
+        return member
 
     # Membership.
 
@@ -136,8 +137,10 @@ class SqliteLog(_Fetcher):
         target = self._target(members, owners)
         if any(self._claimable(gid, owners[gid][0], target) for gid, _, _ in self._all):
             came = self.home.write(self._claim)
+            for gid, (part, epoch) in came.items():
+                self._parts[gid], self._epochs[gid] = part, epoch
             if came:
-                self.listener.assigned(came)
+                self.listener.assigned([part for part, _ in came.values()])
         self._generation = generation
 
     def _rows(self, query: Any) -> tuple[list[int], dict[int, tuple[int, int]]]:
@@ -160,7 +163,7 @@ class SqliteLog(_Fetcher):
     def _plan(self) -> tuple[list[int], list[int]]:
         members, owners = self._rows(self.home.query)
         if self._member not in members:  # expelled while we were silent
-            self.home.write(self._join)
+            self._member = self.home.write(self._join)
             members.append(self._member)
         lost = [gid for gid in self._parts if owners[gid] != (self._member, self._epochs[gid])]
         target = self._target(members, owners)
@@ -181,10 +184,10 @@ class SqliteLog(_Fetcher):
         )
         self.home.stir(db, "gid = ?", (self._signal,))
 
-    def _claim(self, db: apsw.Connection) -> list[Part]:
+    def _claim(self, db: apsw.Connection) -> dict[int, tuple[Part, int]]:
         members, owners = self._rows(db.execute)
         target = self._target(members, owners)
-        came = []
+        came: dict[int, tuple[Part, int]] = {}
         for gid, topic, number in self._all:
             if not self._claimable(gid, owners[gid][0], target):
                 continue
@@ -208,10 +211,8 @@ class SqliteLog(_Fetcher):
                 part, self._ordered, offset, [(a, b) for a, b in state.get("done", ())], numbers(state.get("attempts", {}))
             )
             part.crashes.update(numbers(state.get("crashes", {})))
-            self._parts[gid] = part
-            self._epochs[gid] = epoch
-            came.append(part)
-        if came and any(owner is None and gid not in self._parts for gid, (owner, _) in owners.items()):
+            came[gid] = part, epoch
+        if came and any(owner is None and gid not in self._parts and gid not in came for gid, (owner, _) in owners.items()):
             # Who gets the larger share depends on who has what: with our claim it may be somebody else's turn to take it.
             self.home.stir(db, "gid = ?", (self._signal,))
         return came
@@ -253,12 +254,13 @@ class SqliteLog(_Fetcher):
             size = 0
             try:
                 for record, data in self.home.records(gid, account.next, room, FETCH_BYTES):
-                    rows += unpack(record, data)
+                    rows += self.home.unpack(record, data)
                     size += len(data)
             except BackendError:
-                if found:  # what others gave is in their accounts already: hand it over, and meet the error next time
+                if not rows and not found:
+                    raise
+                if not rows:  # what others gave is in their accounts already: hand it over, and meet the error next time
                     return found
-                raise
             if not rows:  # retention was faster than we
                 account.next = head
                 continue
@@ -280,7 +282,7 @@ class SqliteLog(_Fetcher):
                 watermark, done = part.held.position()
                 db.execute(
                     "UPDATE positions SET offset = ?, open = ? WHERE id = ? AND member = ? AND epoch = ?",
-                    (watermark, _state(part, done), part.id, self._member, self._epochs[self._gid(part)]),
+                    (watermark, state_of(part, done), part.id, self._member, self._epochs[self._gid(part)]),
                 )
                 if not db.changes():
                     part.closed = True
@@ -311,18 +313,6 @@ class SqliteLog(_Fetcher):
     def _leave(self, db: apsw.Connection) -> None:
         db.execute("DELETE FROM members WHERE id = ?", (self._member,))
         self.home.stir(db, "gid = ?", (self._signal,))
-
-
-def _state(part: Part, done: list[tuple[int, int]]) -> str | None:
-    """What a position carries beside its offset; None for nothing."""
-    state: dict[str, Any] = {}
-    if done:
-        state["done"] = done
-    if part.attempts:
-        state["attempts"] = dict(part.attempts)
-    if part.crashes:
-        state["crashes"] = dict(part.crashes)
-    return json.dumps(state) if state else None
 
 
 class SqliteQueues(_Fetcher):
@@ -358,12 +348,21 @@ class SqliteQueues(_Fetcher):
         self._limit = limit
         found, self._claimed = self._claimed, []
         if not found and self._has_room() and self._may_claim():
-            found = self.home.write(self._claim)
+            found = self._take()
         if not found and timeout > 0:
             now = self.home.clock.now()
             self._wait(min(timeout, max(0.0, self._due - now)) if self._has_room() else timeout)
             if self._has_room() and self._may_claim():
-                found = self.home.write(self._claim)
+                found = self._take()
+        return found
+
+    def _take(self) -> list[tuple[Part, Sequence[Row]]]:
+        try:
+            found = self.home.write(self._claim)
+        except BaseException:
+            self._more = True
+            raise
+        self._work.update([row[0] for _, rows in found for row in rows])
         return found
 
     def _has_room(self) -> bool:
@@ -373,8 +372,8 @@ class SqliteQueues(_Fetcher):
         heads, seen = self.home.heads, self._seen
         return self._more or self._due <= self.home.clock.now() or any(heads[gid] != seen[gid] for gid in seen)
 
-    def _claim(self, db: apsw.Connection) -> list[tuple[Part, Sequence[Row]]]:
-        """Take ready jobs, up to the room there is, and move what is due into its queue."""
+    def _claim(self, db: apsw.Connection, freed: int = 0) -> list[tuple[Part, Sequence[Row]]]:
+        """Take ready jobs, up to the room there is, and move what is due into its queue. Ours are they after the commit."""
         now = self.home.clock.now()
         self._due = self._next_due(db)
         if self._due <= now:
@@ -383,7 +382,7 @@ class SqliteQueues(_Fetcher):
         for gid in self._seen:
             self._seen[gid] = self.home.heads[gid]
         found: list[tuple[Part, Sequence[Row]]] = []
-        room = self._limit - len(self._work)
+        room = self._limit - len(self._work) + freed
         ids = self.home.queue_ids
         for name in self._order.next():
             if room <= 0:
@@ -403,7 +402,6 @@ class SqliteQueues(_Fetcher):
             if rows:
                 rows.sort()
                 room -= len(rows)
-                self._work.update([row[0] for row in rows])
                 found.append((part, rows))
         self._more = room <= 0
         return found
@@ -431,7 +429,8 @@ class SqliteQueues(_Fetcher):
         dead: list[tuple[float, str, bytes, int, int]] = []
         outputs: list[Any] = []
         cells: dict[Any, bytes | None] = {}
-        finished: list[int] = []
+        finished: set[int] = set()
+        claimed: list[tuple[Part, Sequence[Row]]] = []
         now, process = self.home.clock.now(), self.home.neighbours.number
         for result in results:
             outputs += result.outputs
@@ -439,7 +438,7 @@ class SqliteQueues(_Fetcher):
             others = result.others
             for row in result.rows:
                 id_ = row[0]
-                finished.append(id_)
+                finished.add(id_)
                 verdict = others.get(id_) if others else None
                 if isinstance(verdict, Again):
                     later.append((verdict.at, verdict.payload, id_, process))
@@ -463,17 +462,18 @@ class SqliteQueues(_Fetcher):
                 db.executemany(
                     "UPDATE jobs SET state = 4, owner = NULL, died = ?, note = ?, payload = ? WHERE id = ? AND owner = ?", dead
                 )
-            self._work.difference_update(finished)
-            if self._has_room() and self._may_claim() and not self._closing:
-                self._claimed += self._claim(db)
+            if self._limit > len(self._work) - len(finished) and self._may_claim() and not self._closing:
+                claimed.extend(self._claim(db, len(finished)))
             return self.home.store(db, outputs, cells)
 
-        before, claimed = set(self._work), list(self._claimed)
         try:
             stored = self.home.write(act)
         except BaseException:
-            self._work, self._claimed, self._more = before, claimed, True
+            self._more = True
             raise
+        self._work.difference_update(finished)
+        self._work.update([row[0] for _, rows in claimed for row in rows])
+        self._claimed += claimed
         self.home.settled(stored)
 
     _closing = False

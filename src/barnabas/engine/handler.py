@@ -314,7 +314,8 @@ class Handler:
         topic = self.routes[part.topic].topic
         import traceback
 
-        trace = "".join(traceback.format_exception(error)) if error is not None else ""
+        ours = error is None or reason.startswith("undecodable")
+        trace = "" if ours else "".join(traceback.format_exception(error))
         headers = [
             *delivery.headers,
             ("barnabas-reason", reason.encode(errors="replace")[:2048]),

@@ -62,6 +62,7 @@ class Observers:
 
         log = logging.getLogger("barnabas")
         level = logging.WARNING if record.outcome in ("again", "retry topic") else logging.ERROR
+        shown = level == logging.ERROR and not record.reason.startswith("undecodable")  # that went through no code but ours
         if log.isEnabledFor(level):
             log.log(
                 level,
@@ -73,6 +74,6 @@ class Observers:
                 record.attempt,
                 record.outcome,
                 record.reason,
-                exc_info=record.error if level == logging.ERROR else None,
+                exc_info=record.error if shown else None,
             )
         self.tell(record)

@@ -26,7 +26,8 @@ DEFAULT_RETRY = 25  # what `retry: true` means
 _encode = msgspec.json.Encoder().encode
 _raws = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _surrogates = re.compile("[\ud800-\udfff]")
-_BROKEN = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what decoding raises for bytes that are no job
+# What decoding raises for bytes that are no job; TypeError for what is not even bytes: SQL can put anything there.
+_BROKEN = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError)
 
 
 class PayloadError(BarnabasError):
