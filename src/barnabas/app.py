@@ -157,6 +157,18 @@ class App:
 
         return declare(function) if function is not None else declare
 
+    def foreign_job(self, name: str, **options: Any) -> Job:
+        """A job that another program declares and runs, a Ruby class such as "HardWorker": it can be enqueued here.
+
+        queue ("default"), retry and dead as for `job`; arguments are what JSON can say.
+        """
+        refuse_unknown(f"foreign job {name!r}", options, ("queue", "retry", "dead"))
+
+        def elsewhere(*args: Any) -> None:
+            raise DeclarationError(f"job {name!r} is run by another program; declare it with app.job to run it here")
+
+        return Job(self, elsewhere, name=name, **options)
+
     def table(self, name: str, type: Any = None) -> Table[Any]:
         """Declare a table: keyed values of `type`, settled together with the position of the consumer that owns it."""
         if not isinstance(name, str) or not name or name.startswith("barnabas."):

@@ -1,0 +1,228 @@
+"""Both ways with a real Sidekiq on a real Redis: neither side notices that the other is no relative."""
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from servers import RedisServer, need
+
+from barnabas import App
+from barnabas.worker import Worker
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    need("ruby", "sidekiq")
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def client(server: RedisServer) -> Iterator[Any]:
+    with redis.Redis(port=server.port, decode_responses=True) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def app(server: RedisServer, client: Any) -> Iterator[App]:
+    app = App("shop", events="memory:", jobs=server.url, queues=["shared", "flaky"])
+
+    @app.job(name="Count", queue="shared")
+    def count(side: str, n: int) -> None:
+        client.pipeline(transaction=False).hincrby(f"ran:{side}", str(n), 1).incr("ran by python").execute()
+
+    @app.job(name="Flaky", queue="flaky", retry=5)
+    def flaky(fails: int) -> None:
+        run = client.rpush("flaky:runs", "python")
+        if run <= fails:
+            raise ValueError(f"Ümläut 'no' {run}")
+
+    yield app
+    app.close()
+
+
+def ruby(server: RedisServer, code: str) -> str:
+    command = ["ruby", "-r", str(HERE / "jobs.rb"), "-r", "json", "-r", "sidekiq/api", "-e", code]
+    env = {"REDIS_URL": server.url, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@contextmanager
+def sidekiq(server: RedisServer, tmp_path: Path) -> Iterator[Any]:
+    """A real Sidekiq, at work on both queues."""
+    env = {"REDIS_URL": server.url, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+    with open(tmp_path / "sidekiq.log", "w") as log:
+        command = ["sidekiq", "-r", str(HERE / "jobs.rb"), "-q", "shared", "-q", "flaky", "-c", "5"]
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=tmp_path)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(40)
+
+
+@contextmanager
+def python(app: App) -> Iterator[Worker]:
+    worker = Worker(app)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        held = worker.stop(10.0)
+    assert not held
+
+
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def test_ten_thousand_jobs_each_way_are_each_run_once_by_either(server, client, app, tmp_path):
+    count = 10_000
+    by_python = threading.Thread(
+        target=lambda: [app.job_handlers["Count"].enqueue_many(("python", n) for n in range(at, at + 500)).result(60)
+                        for at in range(0, count, 500)]
+    )  # fmt: skip
+    with sidekiq(server, tmp_path), python(app):
+        wait_for(lambda: len(client.smembers("processes")) == 2)
+        by_python.start()
+        ruby(server, f"{count}.times.each_slice(500) {{ |ns| Count.perform_bulk(ns.map {{ |n| ['ruby', n] }}) }}")
+        by_python.join()
+        done = lambda: client.hlen("ran:ruby") == client.hlen("ran:python") == count  # noqa: E731
+        wait_for(done, 120)
+        assert {p.info.get("hostname") is None for p in app.jobs.processes()} == {False, True}  # one of each kind is seen
+    for side in ("ruby", "python"):
+        ran = client.hgetall(f"ran:{side}")
+        assert ran == {str(n): "1" for n in range(count)}
+    assert int(client.get("ran by ruby")) > 500 and int(client.get("ran by python")) > 500
+    assert int(client.get("ran by ruby")) + int(client.get("ran by python")) == 2 * count
+    assert client.llen("queue:shared") == client.zcard("retry") == client.zcard("dead") == 0
+    assert client.get("stat:processed") == str(2 * count) and int(client.get("stat:failed") or 0) == 0
+    assert client.hlen("barnabas:workers") == 0 and client.keys("barnabas:*") == []
+
+
+def due_now(client: Any, key: str) -> dict[str, Any]:
+    """Let the only member of a set be due, by nothing but its score; what it says."""
+    ((member, score),) = client.zrange(key, 0, -1, withscores=True)
+    assert score > time.time()
+    client.zadd(key, {member: time.time() - 1})
+    return json.loads(member)
+
+
+@pytest.mark.parametrize("first", ["python", "ruby"])
+def test_retries_begun_by_one_are_finished_by_the_other(server, client, app, tmp_path, first):
+    if first == "python":
+        app.job_handlers["Flaky"].enqueue(2).result(10)
+    else:
+        ruby(server, "Flaky.perform_async(2)")
+
+    def run(who: str, runs: int, retries: int) -> None:
+        with python(app) if who == "python" else sidekiq(server, tmp_path):
+            wait_for(lambda: client.llen("flaky:runs") == runs and client.zcard("retry") == retries)
+
+    second = "ruby" if first == "python" else "python"
+    run(first, 1, 1)
+    job = due_now(client, "retry")
+    error = {"python": "ValueError", "ruby": "ArgumentError"}
+    assert (job["retry_count"], job["queue"], job["error_class"]) == (0, "flaky", error[first])
+    assert job["error_message"] == "Ümläut 'no' 1" and isinstance(job["failed_at"], float) and job["retry"] == 5
+    run(second, 2, 1)
+    again = due_now(client, "retry")
+    assert (again["retry_count"], again["jid"], again["error_class"]) == (1, job["jid"], error[second])
+    assert again["failed_at"] == job["failed_at"] and again["retried_at"] > job["failed_at"]
+    run(first, 3, 0)
+    assert client.lrange("flaky:runs", 0, -1) == [first, second, first]
+    assert client.zcard("dead") == client.llen("queue:flaky") == 0
+
+
+def test_either_moves_what_the_other_has_scheduled(server, client, app, tmp_path):
+    job = app.job_handlers["Count"]
+    job.enqueue_in(1.0, "python", 1).result(10)
+    with sidekiq(server, tmp_path):
+        wait_for(lambda: client.hget("ran:python", "1") == "1")
+    ruby(server, "Count.perform_in(1, 'ruby', 1)")
+    with python(app):
+        wait_for(lambda: client.hget("ran:ruby", "1") == "1")
+    assert client.zcard("schedule") == 0
+
+
+def test_sidekiq_reads_reschedules_retries_and_kills_our_jobs(server, client, app):
+    job = app.job_handlers["Count"]
+    job.enqueue_in(3600, "Ümläut / \u2028 \x7f", 12345678901234567890).result(10)
+    job.options(retry=3).enqueue("a", 1).result(10)
+    (before,) = client.zrange("schedule", 0, -1)
+    told = ruby(server, "Sidekiq::ScheduledSet.new.each { |e| e.reschedule(Time.at(2_000_000_000)); puts e.args.to_json }")
+    assert json.loads(told) == ["Ümläut / \u2028 \x7f", 12345678901234567890]
+    assert client.zrange("schedule", 0, -1, withscores=True) == [(before, 2_000_000_000.0)]
+    ruby(server, "Sidekiq::ScheduledSet.new.each(&:kill)")
+    assert client.zcard("schedule") == 0 and [json.loads(m)["class"] for m in client.zrange("dead", 0, -1)] == ["Count"]
+    (dead,) = app.jobs.find_jobs("dead")
+    assert app.jobs.move_jobs([dead.ref], "ready") == 1
+    code = "q = Sidekiq::Queue.new('shared'); puts [q.size, q.latency.between?(0, 60), q.map(&:jid)].to_json"
+    size, sane, jids = json.loads(ruby(server, code))
+    assert (size, sane) == (2, True) and dead.jid in jids
+    ruby(server, f"Sidekiq::Queue.new('shared').find_job('{dead.jid}').delete")
+    assert [job.jid for job in app.jobs.find_jobs("ready")] == [jid for jid in jids if jid != dead.jid]
+
+
+def test_sidekiq_sees_our_process_and_what_it_runs_and_may_ask_it_to_stop(server, client, app):
+    began, go = threading.Event(), threading.Event()
+
+    @app.job(queue="shared")
+    def slow(text: str) -> None:
+        began.set()
+        go.wait(30)
+
+    with python(app):
+        slow.enqueue("ü").result(10)
+        assert began.wait(10)
+        wait_for(lambda: client.hget(app.jobs.name, "busy") == "1", 10)
+        code = """puts Sidekiq::ProcessSet.new.map { |p| [p['identity'], p['concurrency'], p['busy'], p.stopping?] }.to_json
+                  puts Sidekiq::Workers.new.map { |id, tid, w| [id, w['queue'], w['payload']['args'], w['run_at']] }.to_json
+                  Sidekiq::ProcessSet.new.each(&:quiet!)"""
+        processes, works = map(json.loads, ruby(server, code).splitlines())
+        assert processes == [[app.jobs.name, 10, 1, False]]
+        assert [work[:3] for work in works] == [[app.jobs.name, "shared", ["ü"]]] and abs(works[0][3] - time.time()) < 30
+        wait_for(lambda: app.jobs.control() == {f"process:{app.jobs.name}": "quiet"}, 10)
+        app.jobs.set_control(f"process:{app.jobs.name}", "stop")
+        wait_for(lambda: app.jobs.control() == {f"process:{app.jobs.name}": "stop"}, 10)
+        go.set()
+    assert client.smembers("processes") == set()
+
+
+def test_a_ruby_process_can_be_asked_by_us(server, client, app, tmp_path):
+    with sidekiq(server, tmp_path) as process:
+        wait_for(lambda: [p.name for p in app.jobs.processes()] != [])
+        (found,) = app.jobs.processes()
+        assert found.pid == process.pid and found.info["queues"] == ["shared", "flaky"] and found.silent < 20
+        app.jobs.set_control(f"process:{found.name}", "quiet")
+        wait_for(lambda: app.jobs.processes()[0].info["quiet"], 20)
+        app.jobs.set_control(f"process:{found.name}", "stop")
+        assert process.wait(30) == 0
+
+
+def test_a_foreign_job_is_enqueued_here_and_run_there(server, client, tmp_path):
+    app = App("other", events="memory:", jobs=server.url)
+    try:
+        hard = app.foreign_job("Count", queue="shared")
+        hard.enqueue_many([("foreign", n) for n in range(3)]).result(10)
+        with sidekiq(server, tmp_path):
+            wait_for(lambda: client.hgetall("ran:foreign") == {"0": "1", "1": "1", "2": "1"})
+    finally:
+        app.close()
