@@ -24,6 +24,7 @@ log = logging.getLogger("barnabas")
 LEASE, RENEW, SCAN = 30, 5.0, 10.0  # seconds: a sign of life is good for, its renewal, looking for the dead
 BLOCK = 10  # seconds a blocking move may last: it ends before a lease does, or a job could land with a dead process
 CALM = 30.0  # after a restart or reconnect nobody is taken for dead: all need the time to give a sign
+TICK = 1.0  # seconds between looks at what operators ask for
 BEAT = 60  # seconds that Sidekiq believes a heartbeat
 PAGE, PAGE_BYTES = 500, 1 << 20  # due jobs moved in one step: others wait for it
 POLL = 5.0  # seconds between two looks for what is due, over all processes about 0.5
@@ -113,7 +114,7 @@ class Life:
                 if not away:
                     away = True
                     log.warning("%s: no sign of life could be given: %s", self.source.name, error)
-            if self._stop.wait(1.0):
+            if self._stop.wait(TICK):
                 return
 
     def _renew(self, now: float) -> None:

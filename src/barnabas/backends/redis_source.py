@@ -182,13 +182,13 @@ class RedisQueues:
             if not found:
                 landing.wait(timeout)
             return found
-        if not landing.waiting and (found := self._claim(room, True)):
-            return found
-        if timeout > 0:
+        if not landing.waiting:
+            found = self._claim(room, True)
+        if not found and not self._suspects and timeout > 0:
             landing.block([queue for queue in self._order.names if queue not in self._shut])
             if landing.wait(min(timeout, BLOCK)):
                 found = self._claim(room, True)
-        return found
+        return found or self._next_suspect()
 
     def _room(self) -> int:
         if self._closing or self._suspects or self._alone is not None:

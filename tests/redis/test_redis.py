@@ -1,0 +1,496 @@
+"""What only Redis can get wrong: keys and bytes, refusals, outages, the dead and the frozen, rubbish of others."""
+
+import json
+import logging
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from servers import RedisServer, shared_redis
+
+from barnabas import App, Reject, RetryAfter
+from barnabas.backends import redis_life
+from barnabas.backends.redis_source import RedisQueues
+from barnabas.clock import FakeClock
+from barnabas.engine.observe import Failed
+from barnabas.errors import BackendError, BufferFull, SendError
+from barnabas.ports import Part
+from barnabas.worker import Worker
+
+NOW = 1_700_000_000.25
+
+
+@pytest.fixture
+def client() -> Iterator[Any]:
+    with redis.Redis(port=shared_redis().port, db=7) as client:
+        client.flushdb()
+        yield client
+
+
+@pytest.fixture
+def url() -> str:
+    return shared_redis().url.replace("/0", "/7")
+
+
+@pytest.fixture
+def apps(url: str) -> Iterator[Callable[..., App]]:
+    made = []
+
+    def make(**options: Any) -> App:
+        made.append(App("shop", **{"events": "memory:", "jobs": url, "checkpoint_interval": 0.02, **options}))
+        return made[-1]
+
+    yield make
+    for app in made:
+        app.close()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are taken for dead in a second."""
+    for name, value in {"LEASE": 1, "RENEW": 0.2, "SCAN": 0.1, "CALM": 0.0, "TICK": 0.05}.items():
+        monkeypatch.setattr(redis_life, name, value)
+
+
+@contextmanager
+def running(app: App) -> Iterator[Worker]:
+    worker = Worker(app)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        held = worker.stop(10.0)
+    assert not held
+
+
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+class Idle:
+    """A listener that takes note."""
+
+    def __init__(self) -> None:
+        self.gone: list[Part] = []
+
+    def assigned(self, parts: list[Part]) -> None: ...
+
+    def revoked(self, parts: list[Part]) -> None:
+        self.gone += parts
+
+
+def source(app: App, *queues: str) -> RedisQueues:
+    return app.jobs.queues(list(queues) or ["default"], Idle())  # type: ignore[return-value]
+
+
+def rows(found: Any) -> list[Any]:
+    return [row for _, some in found for row in some]
+
+
+def die(source: RedisQueues) -> None:
+    """As by SIGKILL: nothing is given back, no sign of life follows."""
+    source.life.stop()
+    source.landing.close()
+    source.home.sources.remove(source)
+
+
+# Keys and bytes.
+
+
+def test_golden_keys_and_bytes(client, apps):
+    app = apps()
+    app.clock = FakeClock(NOW)
+
+    @app.job(queue="mail", retry=3)
+    def mail(to: str): ...
+
+    first, second = mail.enqueue("ann").result(5), mail.enqueue("bé").result(5)
+    later = mail.enqueue_at(NOW + 3600, "bob").result(5)
+    head = b'{"retry":3,"queue":"mail","class":"mail","args":["%s"],"jid":"%s","created_at":1700000000.25'
+    text = lambda to, jid: head % (to, jid.encode())  # noqa: E731
+    now = b',"enqueued_at":1700000000.25}'
+    assert client.lrange("queue:mail", 0, -1) == [text("bé".encode(), second) + now, text(b"ann", first) + now]
+    assert client.smembers("queues") == {b"mail"}
+    assert client.zrange("schedule", 0, -1, withscores=True) == [(text(b"bob", later) + b"}", NOW + 3600)]
+    assert sorted(client.keys("*")) == [b"queue:mail", b"queues", b"schedule"]
+    assert re.fullmatch("[0-9a-f]{24}", first)
+
+
+def test_golden_keys_of_failures_and_of_the_process(client, apps):
+    app = apps()
+
+    @app.job(queue="mail", retry=3)
+    def mail(to: str):
+        raise Reject("no") if to == "dead" else RetryAfter(60)
+
+    jid = mail.enqueue("again").result(5)
+    mail.enqueue("dead").result(5)
+    with running(app) as worker:
+        until(lambda: client.zcard("retry") and client.zcard("dead"))
+        name = app.jobs.name
+        until(lambda: client.hlen(name))
+        assert client.smembers("processes") == {name.encode()} and re.fullmatch(r"[^:]+:\d+:[0-9a-f]{12}", name)
+        fields, info = client.hgetall(name), json.loads(client.hget(name, "info"))
+        assert fields.keys() >= {b"info", b"concurrency", b"busy", b"beat", b"quiet", b"rss", b"rtt_us"}
+        assert (fields[b"quiet"], fields[b"concurrency"], info["concurrency"], info["queues"]) == (b"false", b"10", 10, ["mail"])
+        assert info["identity"] == name and 0 < client.ttl(name) <= 60 and isinstance(info["started_at"], float)
+        assert client.get(f"barnabas:alive:{name}") == b"1" and 0 < client.ttl(f"barnabas:alive:{name}") <= 30
+        until(worker.drained)
+    ((again, score),) = client.zrange("retry", 0, -1, withscores=True)
+    kept = rb'\{"retry":3,"queue":"mail","class":"mail","args":\["again"\],"jid":"%s","created_at":\d+\.\d+,"enqueued_at":\d+\.\d+,'
+    failed = rb'"error_message":"retry after 60 s","error_class":"barnabas.errors.RetryAfter","failed_at":\d+\.\d+,"retry_count":0\}'
+    assert re.fullmatch(kept % jid.encode() + failed, again) and abs(score - time.time() - 60) < 10
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    for stat in ("processed", "failed"):
+        assert client.get(f"stat:{stat}") == client.get(f"stat:{stat}:{day}") == b"2"
+        assert 157_000_000 < client.ttl(f"stat:{stat}:{day}") <= 157_680_000
+    assert client.smembers("processes") == set() and client.keys("barnabas:*") == []
+
+
+def test_due_jobs_keep_their_bytes_and_go_through_many_movers_once(client, apps):
+    app, other = apps(), apps()
+    strange = b'{"class":"Other","args":[1.0e+16, [] ,{},12345678901234567890,"\\u00e9\\/"],"queue":"else","jid":"x","e":{"a" :1}}'
+    client.zadd("schedule", {strange: time.time() - 5})
+    for at in range(0, 3000, 1000):
+        client.zadd("schedule", {b'{"class":"N","args":[%d],"queue":"bulk","jid":"%d"}' % (n, n): 1.5 for n in range(at, at + 1000)})
+    one, two = source(app), source(other)
+    until(lambda: client.zcard("schedule") == 0)
+    assert client.llen("queue:bulk") == 3000 and client.smembers("queues") >= {b"bulk", b"else"}
+    assert sorted(json.loads(job)["args"][0] for job in client.lrange("queue:bulk", 0, -1)) == list(range(3000))
+    (moved,) = client.lrange("queue:else", 0, -1)
+    assert re.sub(rb',"enqueued_at":\d+\.\d+\}$', b"}", moved).replace(b" ", b"") == strange.replace(b" ", b"")
+    assert b"1.0e+16, [] ,{},12345678901234567890,\"\\u00e9\\/\"" in moved
+    one.close(), two.close()
+
+
+# Refusals.
+
+
+def test_topics_are_refused(url, apps):
+    with pytest.raises(BackendError, match="keeps jobs, not topics"):
+        apps(events=url).events  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("options", "query", "match"),
+    [
+        (("--maxmemory-policy", "allkeys-lru"), "", "allkeys-lru: it would throw jobs away"),
+        (("--cluster-enabled", "yes"), "", "is a Redis Cluster"),
+        (("--requirepass", "hidden"), "", "refuses user or password"),
+        (("--maxmemory-policy", "volatile-ttl"), "?allow_eviction=true", None),
+    ],
+)
+def test_servers_on_which_jobs_are_not_safe_are_refused(tmp_path, apps, caplog, options, query, match):
+    server = RedisServer(tmp_path, options=options)
+    try:
+        url = server.url.replace("//", "//:Geheim@") if match and "password" in match else server.url
+        app = apps(jobs=url + query)
+        if match is None:
+            assert app.jobs.queue_states() == [] and "keeps nothing on disk" in caplog.text
+        else:
+            with pytest.raises(BackendError, match=match) as refused:
+                app.jobs  # noqa: B018
+            assert "Geheim" not in f"{refused.value}{caplog.text}"
+    finally:
+        server.end()
+
+
+def test_user_and_password_work_and_are_not_told(tmp_path, apps, caplog):
+    server = RedisServer(tmp_path, options=("--requirepass", "Geheim", "--user", "ann", "on", ">Wort", "~*", "&*", "+@all"))
+    caplog.set_level(logging.DEBUG)
+    try:
+        app = apps(jobs=server.url.replace("//", "//ann:Wort@"))
+        app.job(lambda n: None, name="mail").enqueue(1).result(5)
+        with running(app) as worker:
+            until(worker.drained)
+        server.end()
+        with pytest.raises(BackendError) as refused:
+            app.jobs.queue_states()
+        assert "Wort" not in f"{refused.value}{caplog.text}" and "redis at 127.0.0.1" in str(refused.value)
+    finally:
+        server.process.kill()
+
+
+def test_a_prefix_keeps_applications_apart(client, url, apps):
+    seen = []
+    for name in ("a", "b"):
+        app = apps(jobs=f"{url}?prefix={name}:")
+        app.job(lambda n, name=name: seen.append((name, n)), name="mail").enqueue(1).result(5)
+    with running(app) as worker:
+        until(worker.drained)
+    assert seen == [("b", 1)] and client.llen("a:queue:default") == 1
+    assert {key.partition(b":")[0] for key in client.keys("*")} == {b"a", b"b"}
+
+
+# Outages.
+
+
+@pytest.fixture
+def durable(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path, durable=True)
+    yield server
+    server.end(signal.SIGKILL)
+
+
+def test_an_enqueue_waits_while_redis_is_away_and_a_worker_goes_on(durable, apps, caplog):
+    app, seen = apps(jobs=durable.url), []
+    mail = app.job(seen.append, name="mail")
+    mail.enqueue(0).result(5)
+    with running(app) as worker:
+        until(lambda: seen == [0] and worker.drained())
+        durable.end(signal.SIGKILL)
+        futures = [mail.enqueue(n) for n in range(1, 50)]
+        time.sleep(0.5)
+        assert not any(future.done() for future in futures)
+        durable.start()
+        assert len({future.result(20) for future in futures}) == 49
+        until(lambda: len(seen) >= 50)
+        until(worker.drained)
+    assert sorted(set(seen)) == list(range(50))
+    assert "jobs cannot be stored, trying again" in caplog.text and "jobs are stored again" in caplog.text
+
+
+def test_an_enqueue_that_waited_too_long_says_why(durable, apps):
+    app = apps(jobs=durable.url, send_timeout=0.3, buffer_messages=5)
+    mail = app.job(lambda n: None, name="mail")
+    mail.enqueue(0).result(5)
+    durable.end(signal.SIGKILL)
+    one, many = mail.enqueue(1), mail.enqueue_many((n,) for n in range(3))
+    with pytest.raises(SendError, match=r"not stored within 0.3 s: redis at 127.0.0.1:\d+/0: it is out of reach"):
+        one.result(5)
+    with pytest.raises(SendError, match="out of reach"):
+        many.result(5)
+    mail.enqueue_many((n,) for n in range(5)).exception
+    with pytest.raises(BufferFull, match="was full for 0.3 s: 5 jobs"):
+        for _ in range(5):
+            mail.enqueue(2).exception
+    durable.start()
+    until(lambda: app.jobs.flush(1) == 0)
+
+
+def test_a_refused_write_is_the_futures_error_and_the_next_one_works(client, apps):
+    app = apps()
+    mail = app.job(lambda n: None, name="mail")
+    client.set("queue:default", "no list")
+    with pytest.raises(SendError, match="WRONGTYPE"):
+        mail.enqueue(1).result(5)
+    with pytest.raises(SendError, match="WRONGTYPE"):
+        mail.enqueue_many((n,) for n in range(2500)).result(5)
+    mail.options(queue="other").enqueue(1).result(5)
+    assert client.llen("queue:other") == 1 and app.jobs.flush(1) == 0
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["before it was done", "its answer lost"])
+def test_a_claim_whose_answer_is_lost_strands_nothing_and_doubles_nothing(client, apps, answered, monkeypatch):
+    app = apps()
+    mail = app.job(lambda n: None, name="mail")
+    mail.enqueue_many((n,) for n in range(6)).result(5)
+    ours = source(app)
+    script = app.jobs.script
+
+    def cut(name: str, *args: Any) -> Any:
+        if name != "turn":
+            return script(name, *args)
+        monkeypatch.setattr(app.jobs, "script", script)
+        if answered:
+            script(name, *args)
+        raise BackendError("cut")
+
+    monkeypatch.setattr(app.jobs, "script", cut)
+    with pytest.raises(BackendError):
+        ours.fetch(4, 0)
+    first = ours.fetch(4, 0)
+    assert [json.loads(row[2])["args"] for row in rows(first)] == [[0], [1], [2], [3]]
+    part = first[0][0]
+    from barnabas.ports import Result
+
+    done = [Result(part, rows(first), [], {}, {})]
+    monkeypatch.setattr(app.jobs, "script", cut)
+    with pytest.raises(BackendError):
+        ours.settle(done)
+    ours.settle(done)
+    second = ours.fetch(4, 0)
+    assert [json.loads(row[2])["args"] for row in rows(second)] == [[4], [5]]
+    ours.settle([Result(part, rows(second), [], {}, {})])
+    assert client.get("stat:processed") == b"6" and app.jobs.open_work({}, ["default"]) == 0
+    ours.close()
+
+
+# The dead and the frozen.
+
+
+def test_what_a_dead_process_had_goes_to_the_front_in_its_order(client, apps, hasty, caplog):
+    app, other = apps(), apps()
+    mail = app.job(lambda n: None, name="mail")
+    mail.enqueue_many((n,) for n in range(8)).result(5)
+    first = source(app)
+    claimed = rows(first.fetch(5, 0))
+    assert len(claimed) == 5
+    client.rpoplpush("queue:default", f"barnabas:landing:{first.name}:default")  # it landed and was not looked at
+    second = source(other, "other")
+    die(first)
+    until(lambda: client.llen("queue:default") == 8)
+    assert [json.loads(job)["args"][0] for job in reversed(client.lrange("queue:default", 0, -1))] == list(range(8))
+    assert client.hlen("barnabas:crashes") == 5 and client.hkeys("barnabas:workers") == [second.name.encode()]
+    assert f"process {first.name} died with 6 jobs in hand" in caplog.text
+    second.close()
+
+
+def test_a_job_in_hand_at_three_crashes_runs_alone_and_only_a_crash_of_that_run_buries_it(client, apps, hasty):
+    app, runs = apps(threads=4), []
+    mail = app.job(lambda n: runs.append(n), name="mail")
+    mail.enqueue_many((n,) for n in range(3)).result(5)
+    watch = source(apps(), "other")
+
+    def crash(*expected: int) -> None:
+        victim = source(app)
+        found = victim.fetch(10, 0)
+        assert [json.loads(row[2])["args"][0] for row in rows(found)] == list(expected)
+        die(victim)
+        until(lambda: client.hlen("barnabas:workers") == 1)
+
+    for _ in range(3):
+        crash(0, 1, 2)
+    assert set(client.hvals("barnabas:crashes")) == {b"3"}
+    crash(0)  # alone
+    assert sorted(client.hvals("barnabas:crashes")) == [b"3", b"3", b"4"]
+    failures: list[Failed] = []
+    app.observe(lambda record: failures.append(record) if isinstance(record, Failed) else None)
+    mail.enqueue(9).result(5)
+    with running(app) as worker:
+        until(worker.drained)
+    assert sorted(runs) == [1, 2, 9]
+    (dead,) = app.jobs.find_jobs("dead")
+    assert json.loads(dead.payload)["args"] == [0]
+    assert [f.reason for f in failures] == ["was in work at 4 crashes of its process, the last time alone"]
+    assert client.keys("barnabas:crashes") == [] == client.keys("barnabas:alone:*")
+    watch.close()
+
+
+def test_a_process_that_was_silent_too_long_settles_nothing_of_what_others_took(client, apps, hasty, caplog):
+    app, other = apps(), apps()
+    mail = app.job(lambda n: None, name="mail")
+    mail.enqueue_many((n,) for n in range(4)).result(5)
+    frozen = source(app)
+    found = frozen.fetch(10, 0)
+    frozen.life.stop()  # no sign of life, as under SIGSTOP
+    watch = source(other, "other")
+    until(lambda: client.llen("queue:default") == 4)
+    from barnabas.ports import Result
+
+    parts = list(frozen.parts.values())
+    assert all(part.until < time.monotonic() for part in parts)
+    frozen.settle([Result(found[0][0], rows(found)[:2], [], {}, {})])
+    assert "2 jobs were no longer ours when they had ended" in caplog.text and client.llen("queue:default") == 4
+    again = frozen.fetch(10, 0)
+    assert frozen._listener.gone == parts and [row[2] for row in rows(again)] == [row[2] for row in rows(found)]
+    assert client.get("stat:processed") is None
+    frozen.close(), watch.close()
+    assert client.llen("queue:default") == 4
+
+
+def test_what_is_not_begun_goes_back_at_a_stop_and_what_is_in_work_last_of_all(client, apps):
+    app, go, began = apps(threads=2), threading.Event(), []
+
+    @app.job
+    def slow(n: int):
+        began.append(n)
+        go.wait(20)
+
+    slow.enqueue_many((n,) for n in range(6)).result(5)
+    worker = Worker(app)
+    worker.start()
+    until(lambda: len(began) == 2)
+    assert len(worker.stop(0.2)) == 2
+    args = lambda: [json.loads(job)["args"][0] for job in reversed(client.lrange("queue:default", 0, -1))]  # noqa: E731
+    assert args() == [2, 3, 4, 5]  # nobody may begin 0 and 1 while they are still in work here
+    app.close()
+    assert args() == [0, 1, 2, 3, 4, 5] and client.keys("barnabas:*") == []
+    go.set()
+
+
+# Others' rubbish, and what operators ask for.
+
+RUBBISH = [b"", b"no json", b"[" * 5000, b'{"class":"mail","args":[NaN],"queue":"default"}', b'{"class":"mail","args":["\\ud800"]}',
+           b"\xff\xfe", b"[1,2]", b'{"class":3,"args":[]}', b'{"class":"mail","args":{}}', b"x" * 300_000]  # fmt: skip
+
+
+def test_rubbish_in_queues_and_sets_is_buried_and_harms_nobody(client, apps):
+    app, seen = apps(), []
+    mail = app.job(seen.append, name="mail")
+    client.lpush("queue:default", *(b"q" + text for text in RUBBISH), *RUBBISH)
+    for place in ("retry", "schedule"):
+        client.zadd(place, {place.encode() + text: 1.0 for text in RUBBISH})
+    client.zadd("schedule", {b'{"class":"mail","args":[1],"queue":"a\\nb* c","jid":"x"}': 1.0})
+    mail.enqueue(1).result(5)
+    with running(app) as worker:
+        until(lambda: worker.drained() and client.zcard("dead") == 4 * len(RUBBISH))
+    assert seen == [1] and client.llen(b"queue:a\nb* c") == 1
+    assert {bytes(job.payload) for job in app.jobs.find_jobs("dead")} >= set(RUBBISH)
+    assert client.zcard("retry") == client.zcard("schedule") == 0
+    state = {state.name: state for state in app.jobs.queue_states()}
+    assert state["a\nb* c"].ready == 1 and state[""].dead == 4 * len(RUBBISH)
+
+
+def test_a_key_that_is_no_list_stops_no_other_queue(client, apps, caplog):
+    app, seen = apps(queues=["bad", "default"]), []
+    client.set("queue:bad", "x")
+    mail = app.job(seen.append, name="mail")
+    with running(app) as worker:
+        mail.enqueue(1).result(5)
+        until(lambda: seen == [1])
+        time.sleep(0.3)
+        mail.enqueue(2).result(5)
+        until(lambda: seen == [1, 2])
+        assert worker.failed() is None
+    assert caplog.text.count("queue:bad is no list") == 1
+
+
+def test_a_paused_queue_rests_in_all_processes_until_it_is_opened(client, apps):
+    app, other, seen = apps(queues=["default", "mail"]), apps(), []
+    mail = app.job(seen.append, name="mail")
+    with running(app):
+        mail.enqueue(0).result(5)
+        until(lambda: seen == [0])
+        other.jobs.set_control("pause queue:default", "")
+        assert app.jobs.control() == {"pause queue:default": ""} and client.smembers("paused") == {b"default"}
+        mail.enqueue(1).result(5)  # at once: the worker may be waiting on the queue, and must give it back
+        mail.options(queue="mail").enqueue(2).result(5)
+        until(lambda: seen == [0, 2])
+        time.sleep(0.5)
+        assert seen == [0, 2] and client.llen("queue:default") == 1
+        other.jobs.set_control("pause queue:default", None)
+        until(lambda: seen == [0, 2, 1], 5)
+
+
+def test_an_idle_worker_starts_a_job_at_once_and_asks_little(client, apps):
+    queues = [f"q{n}" for n in range(5)]
+    app, at = apps(queues=queues), []
+    mail = app.job(lambda n: at.append(time.perf_counter()), name="mail")
+    took = []
+    with running(app):
+        time.sleep(1.0)
+        before = client.info()["total_commands_processed"]
+        time.sleep(2.0)
+        assert (client.info()["total_commands_processed"] - before) / 2 < 30
+        for n in range(50):
+            time.sleep(0.005)
+            began = time.perf_counter()
+            mail.options(queue=queues[n % 5]).enqueue(n).result(5)
+            until(lambda n=n: len(at) > n)
+            took.append(at[-1] - began)
+    assert sorted(took)[25] < 0.05  # a poll would take longer
