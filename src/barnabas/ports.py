@@ -13,11 +13,13 @@ class Part:
     """One partition (or queue) in this process's hands, from its assignment to its revocation.
 
     `until` (monotonic seconds) is when the claim on it ends unless renewed: no delivery starts after it. `attempts`
-    and `crashes` count failed runs and lost processes of offsets that are still open.
+    and `crashes` count failed runs and lost processes of offsets that are still open. `paused`: nothing is to be claimed
+    from this queue.
     """
 
     __slots__ = (
-        "attempts", "cells", "closed", "crashes", "group", "held", "id", "lanes", "partition", "retries", "topic", "until",
+        "attempts", "cells", "closed", "crashes", "group", "held", "id", "lanes", "partition", "paused", "retries", "topic",
+        "until",
     )  # fmt: skip
 
     def __init__(self, topic: str, partition: int, id: int, group: str = "") -> None:
@@ -28,6 +30,7 @@ class Part:
         self.retries = topic.endswith(f".retry.{group}")  # of the group's retry topic: without order, each when it is due
         self.until = FOREVER
         self.closed = False
+        self.paused = False
         self.attempts: dict[int, int] = {}
         self.crashes: dict[int, int] = {}
         self.lanes: dict[Any, Any] = {}

@@ -2,8 +2,9 @@
 
 The supervisor opens no backend and runs no user code but what importing the app does. Each child holds one end of a
 socket, the lifeline: its end of file tells a child that the supervisor is gone, however it went, and the child stops as if
-asked to. A child says "ready" (its sources are open), "failed" (it ends because of an error it has reported), "recycle" (it
-wants to end because a handler hangs) and its counts; the supervisor answers "recycle" when it is that child's turn.
+asked to. A child says "ready" (its sources are open), "failed" (it ends because of an error it has reported), "stopped" (it
+ends because an operator asked it to), "recycle" (it wants to end because a handler hangs) and its counts; the supervisor
+answers "recycle" when it is that child's turn.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ LIVES = 5  # starts in a row that may fail
 GRACE = 10.0  # seconds beyond stop_timeout after which a child that was asked to stop is killed
 TICK = 0.05  # seconds between looks at the children
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-FORWARDED = (*STOPS, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (*STOPS, signal.SIGTSTP, signal.SIGUSR1, signal.SIGUSR2)
 NEVER = float("inf")
 
 Spawn = Callable[[int], tuple["subprocess.Popen[bytes]", socket.socket]]
@@ -44,7 +45,7 @@ class Child:
         self.heard = b""  # the beginning of a line
         self.began = 0.0
         self.ready_at: float | None = None
-        self.failed = self.asks = False
+        self.failed = self.asks = self.stopped = False
         self.changing = False  # it was stopped to be started again
         self.crashes = 0  # in a row
         self.stillborn = 0  # failed starts in a row
@@ -96,7 +97,7 @@ class Supervisor:
         self._recycling: Child | None = None
         self._past: dict[str, float] = {}  # counts of processes that have ended
         self._told = 0.0
-        self._restart = False
+        self._restart = self._quiet = False
         self._signalled: list[int] = []
 
     def run(self) -> int:
@@ -152,12 +153,15 @@ class Supervisor:
     def signal(self, number: int) -> None:
         """Pass a signal on to the children; those that end a process begin the stop: nobody is started any more."""
         first = not self.stopping
+        self._quiet |= number == signal.SIGTSTP
         if first and number in STOPS:
             self.stopping = True
             self._kill_at = self._monotonic() + self._patience
             for child in self.children:
                 child.start_at = None
         for child in self.children:
+            if number == signal.SIGTSTP and child.ready_at is None:  # it would be suspended; it hears of it when it is ready
+                continue
             # A child that does not listen yet ends without a word by SIGTERM, with a KeyboardInterrupt by SIGINT.
             early = first and child.ready_at is None and number == signal.SIGINT
             child.send(signal.SIGTERM if early else number)
@@ -177,6 +181,8 @@ class Supervisor:
         """A child said something."""
         if line == "ready":
             child.ready_at = self._monotonic()
+            if self._quiet:
+                child.send(signal.SIGTSTP)
             if self._recycling is child:
                 self._recycling = None
             if child.crashes:
@@ -185,12 +191,14 @@ class Supervisor:
             child.failed = True
         elif line == "recycle":
             child.asks = True
+        elif line == "stopped":
+            child.stopped = True
         else:
             child.counts = json.loads(line)
 
     def _start(self, child: Child, now: float) -> None:
         child.start_at = child.ready_at = None
-        child.failed = child.asks = child.changing = False
+        child.failed = child.asks = child.changing = child.stopped = False
         child.heard = b""
         child.began = now
         child.process, child.line = self._spawn(child.number)
@@ -210,6 +218,8 @@ class Supervisor:
                 log.error("%s ended with %s", name, outcome_of(code))
         elif child.changing:
             child.start_at = now
+        elif child.stopped and code == 0:
+            log.info("%s was stopped by an operator; it is not started again", name)
         elif code == 0 and self._drain:
             log.info("%s has nothing left to do", name)
         elif code == RECYCLE and child.ready_at is not None:

@@ -11,19 +11,22 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
+import msgspec
+
 from barnabas.app import App
 from barnabas.consumer import Consumer
 from barnabas.engine.alone import Gate
 from barnabas.engine.crew import Crew
 from barnabas.engine.crews import LoopCrew, ThreadCrew
-from barnabas.engine.runner import Runner
+from barnabas.engine.runner import Pauses, Runner
 from barnabas.engine.work import SLOT
 from barnabas.errors import DeclarationError
-from barnabas.jobs.work import Entry, JobHandler, router
+from barnabas.jobs.work import Entry, JobHandler, name_of, router
 from barnabas.ports import Backend, Part
 from barnabas.state.table import Cells
 
 log = logging.getLogger("barnabas")
+MOST_WORK = 100  # of what is in work, a report names the longest
 RECYCLE = 75  # exit status of a process that ends because a handler hangs: its supervisor starts another
 
 
@@ -58,6 +61,19 @@ def chosen(app: App, only: Iterable[str] = (), skip: Iterable[str] = ()) -> tupl
     return consumers, [q for q in queues if runs(f"queue:{q}")]
 
 
+def memory() -> int:
+    """Bytes of memory this process has (its peak where the system does not tell), in whole MiB: it is to stay the same
+    while nothing happens."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            size = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return size >> 20 << 20
+
+
 class Worker:
     """The runners of one process. `inline=True` makes crews that nobody drives (tests)."""
 
@@ -71,6 +87,9 @@ class Worker:
         self.gate = Gate()
         self.runners: list[Runner] = []
         self.recycling: str | None = None
+        self.quiet = False
+        self.paused: list[str] = []  # as `barnabas resume` takes them
+        self._sampled: tuple[float, dict[Any, tuple[Any, int, float]]] = (0.0, {})  # what was in work at the last report
         self.loop: asyncio.AbstractEventLoop | None = None
         self._loop_ends = False
         self._threads: list[threading.Thread] = []
@@ -194,6 +213,7 @@ class Worker:
                 if runner.begins is not None:
                     runner.crews[0].call(runner.begins, timeout=60.0)
                 self._begun.add(runner)
+            self.obey()  # before the first fetch: a pause survives restarts
         except BaseException:
             self.stop(0.0)
             raise
@@ -222,7 +242,8 @@ class Worker:
     def drained(self) -> bool:
         """Whether nothing is left to do for what this worker runs, in any process."""
         app = self.app
-        if any(c.busy() or c.results or c.lanes.ready for r in self.runners for c in r.crews):
+        crews = (crew for runner in self.runners if not runner.finished.is_set() for crew in runner.crews)
+        if any(crew.busy() or crew.results or crew.lanes.ready for crew in crews):
             return False
         for _ in range(2 if app.events is not app.jobs else 1):
             if app.events.flush(0) or app.jobs.flush(0):
@@ -233,6 +254,96 @@ class Worker:
             if self.queues and app.jobs.open_work({}, list(self.queues)):
                 return False
         return True
+
+    # What operators ask for, and what they get to see.
+
+    @property
+    def homes(self) -> list[Backend]:
+        """The backends this worker lives on, each once."""
+        app = self.app
+        return list(dict.fromkeys([*([app.events] if self.consumers else []), *([app.jobs] if self.queues else [])]))
+
+    def obey(self) -> str | None:
+        """Pause and resume what operators ask for; what they ask of this process: "quiet", "stop" or None."""
+        homes = self.homes
+        control = {name: value for home in homes for name, value in home.control().items()}
+        paused: list[str] = []
+        for consumer, runner in zip(self.consumers, self.runners, strict=False):
+            keys = msgspec.json.decode(control.get(f"pause key:{consumer.group}", "[]"), type=list[str])
+            whole = f"pause group:{consumer.group}" in control
+            paused += [consumer.name] * whole + [f"{consumer.name} --key {key}" for key in keys]
+            self._pause(runner, Pauses(whole, frozenset(k for key in keys for k in (key, key.encode()))))
+        if self.queues:
+            queues = [queue for queue in self.queues if f"pause queue:{queue}" in control]
+            paused += [f"queue:{queue}" for queue in queues]
+            self._pause(self.runners[-1], Pauses(queues=frozenset(queues)))
+        for name in sorted({*paused} ^ {*self.paused}):
+            log.info("%s: %s", "paused by an operator" if name in paused else "resumed", name)
+        self.paused = paused
+        asked = {control.get(f"process:{home.name}") for home in homes}
+        return "stop" if "stop" in asked else "quiet" if "quiet" in asked else None
+
+    def _pause(self, runner: Runner, pauses: Pauses) -> None:
+        if runner.pauses != pauses:
+            runner.pauses = pauses
+            runner.wake()
+
+    def hush(self, why: str) -> None:
+        """Begin nothing new: finish what is in hand, settle it, leave the groups and queues to others; live on."""
+        if not self.quiet:
+            self.quiet = True
+            log.info("%s: this process is quiet: it finishes what is in work, and begins nothing until it is stopped", why)
+            for runner in self.runners:
+                runner.hush()
+
+    def counts(self) -> dict[str, float]:
+        """What it has done since its start: "done", "again", "dead", ...; "work": what it has in work now."""
+        found: dict[str, float] = {}
+        for (_, outcome), count in self.app.observers.counts.copy().items():
+            name = "again" if outcome == "retry topic" else outcome
+            found[name] = found.get(name, 0) + count
+        runs = (run for runner in self.runners for crew in runner.crews for run in crew.current)
+        found["work"] = sum(len(run.rows) for run in runs if run is not None)
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """What this process is and does, for `Backend.report`: of what is in work [handler, topic, partition, offset, seconds]
+        (the longest MOST_WORK), of handlers what they have done and seconds a message. The same while nothing happens."""
+        counts = self.counts()
+        del counts["work"]
+        done = self.app.observers.counts.copy()
+        paces = {runner.name: max(crew.pace for crew in runner.crews) for runner in self.runners}
+        return {
+            "app": self.app.name,
+            "groups": [consumer.group for consumer in self.consumers],
+            "queues": list(self.queues),
+            "counts": counts,
+            "work": self._in_work(),
+            "handlers": {name: {"done": done.get((name, "done"), 0), "pace": pace or None} for name, pace in paces.items()},
+            "rss": memory(),
+            "quiet": self.quiet,
+            "paused": self.paused,
+        }
+
+    def _in_work(self) -> list[list[Any]]:
+        (last, seen), now = self._sampled, self.app.clock.monotonic()
+        sampled: dict[Any, tuple[Any, int, float]] = {}
+        found: list[list[Any]] = []
+        for crew in [crew for runner in self.runners for crew in runner.crews]:
+            for slot, run in enumerate(crew.current):
+                offset = crew.box[crew.base + slot * SLOT + 1]
+                if run is None or offset < 0:
+                    continue
+                run_, offset_, since = seen.get((crew, slot), (None, 0, 0.0))
+                if run_ is not run or offset_ != offset:
+                    since = max(last, crew.began[slot])  # it was not in work at the last look
+                sampled[crew, slot] = (run, offset, since)
+                part, name = run.part, crew.handler.name
+                if part.partition < 0:
+                    name = next((name_of(row) for row in run.rows if row[0] == offset), None) or name
+                found.append([name, part.topic, part.partition, offset, round(now - since, 1)])
+        self._sampled = (now, sampled)
+        return sorted(found, key=lambda each: -each[4])[:MOST_WORK]
 
     def stop(self, timeout: float | None = None) -> list[str]:
         """Stop fetching, finish what is in hand within `timeout` seconds, settle, leave, run the on_stop hooks.

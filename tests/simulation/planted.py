@@ -100,6 +100,11 @@ BUGS = [
     Bug("outputs for elsewhere are left out", runner, "checkpoint", "_flush(sink, outputs)", "pass"),
     Bug("nobody waits for outputs elsewhere", checkpoint, "_flush", "future.result(FLUSH)", "pass"),
     Bug("outputs for elsewhere are sent twice, here too", runner, "checkpoint", "result._replace(outputs=own)", "result"),
+    # Pauses.
+    Bug("what was held back is forgotten", Runner, "_heed", "held, self._held = self._held, {}", "held, self._held = {}, {}"),
+    Bug("what is behind a paused key overtakes it", Runner, "_hold", " if part not in self._held else 0", ""),
+    Bug("what is held back changes its order", Runner, "_hold", "self._held.setdefault(part, []).extend(stay)", "self._held.setdefault(part, [])[0:0] = stay"),
+    Bug("a pause holds only what is fetched alone", Runner, "_hold", "[row for row in rows if row[1] in keys]", "[row for row in rows[:1] if row[1] in keys]"),
     # Suspects.
     Bug("a suspect does not run alone", Alone, "sift", ">= CRASHES", "> CRASHES"),
     Bug("a suspect runs beside a haul", Crew, "busy", "and any(self.hauls)", "and False"),

@@ -9,6 +9,7 @@ scheduler. The oracle (`Hold`, `Call`) follows every delivery on its own account
 """
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import logging
@@ -29,7 +30,7 @@ from barnabas.engine.crews import LoopCrew
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.handler import RETRIED, Stop
 from barnabas.engine.observe import Observers
-from barnabas.engine.runner import Runner
+from barnabas.engine.runner import Pauses, Runner
 from barnabas.engine.work import SLOT
 from barnabas.errors import SendError
 from barnabas.ports import Part
@@ -818,6 +819,9 @@ class Member:
         """A turn of the fetch thread."""
         if self.fetching or self.dead:
             return False
+        if self.runner.quiet and not self.crew.busy():
+            self.stop()
+            return True
         self.fetching = True
         try:
             return bool(contextvars.Context().run(self.runner.step, 0.0))
@@ -887,6 +891,14 @@ class Member:
             self.crew.abandon(slot, call.run)
             self.stop()
 
+    def asked(self, dice: random.Random) -> None:
+        """An operator pauses or resumes something, or wants the process quiet."""
+        keys = frozenset(key for key in self.sim.keys if key is not None and dice.random() < 0.4)
+        self.runner.pauses = Pauses(dice.random() < 0.2, keys if dice.random() < 0.7 else frozenset())
+        if dice.random() < 0.05 and not self.dead:
+            with contextlib.suppress(Crash):
+                self.runner.hush()
+
     def stop(self) -> None:
         """An orderly end."""
         if self.fetching or self.dead:
@@ -941,7 +953,8 @@ class Member:
             "results": crew.results, "hauls": [*filter(None, crew.hauls)], "ended": [*filter(None, crew.ended)],
             "current": [*filter(None, crew.current)], "late": crew.late, "cancelled": crew.cancelled,
             "solo": crew.solo, "held": crew.held, "ready": lanes.ready, "unsettled": runner._unsettled,
-            "suspects": runner._alone._behind, "running": runner._alone._running, "active": self.active,
+            "suspects": runner._alone._behind, "running": runner._alone._running, "held back": runner._held,
+            "active": self.active,
             "parked": [run for at, _, run in lanes._parked if run.ripe == at and not run.part.closed],
         }  # fmt: skip
         for part in self.source.parts.values():
@@ -982,6 +995,7 @@ class Sim:
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = Dice(seed)
+        self.operator = random.Random(seed) if seed % 3 == 0 else None
         self.away = rng.random() < 0.15  # the topic "out" lives elsewhere
         self.elsewhere: Counter[Any] = Counter()
         self.clock = FakeClock(1000.0)
@@ -1203,6 +1217,8 @@ class Sim:
         if not self.members:
             return
         member = rng.choice(self.members)
+        if self.operator is not None and self.faults and self.operator.random() < 0.1:
+            member.asked(self.operator)
         if dice < 0.5:
             member.work()
         elif dice < 0.8:
@@ -1239,6 +1255,8 @@ class Sim:
                 self.join()
             self.turn()
         self.faults = False
+        for member in self.members:
+            member.runner.pauses = Pauses()
         for _ in range(600):
             if not self.members:
                 self.join()

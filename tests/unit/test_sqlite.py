@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from barnabas import App
+from barnabas.clock import FakeClock
 
 
 class Nobody:
@@ -37,6 +38,7 @@ def test_a_partition_whose_bytes_in_flight_are_at_their_bound_lets_its_fetch_wai
 OPEN = """
 import sys, time
 from barnabas import App
+from barnabas.clock import FakeClock
 from barnabas.backends.sqlite import open_backend
 from barnabas.clock import Clock
 settings = App("new").settings
@@ -52,3 +54,17 @@ def test_many_may_open_a_new_file_at_the_same_instant(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OPEN, str(tmp_path), str(time.time() + 1.0)]
     team = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     assert [process.communicate(timeout=60)[1] for process in team] == ["", "", ""]
+
+
+def test_a_report_is_stored_when_it_changed_and_at_most_every_two_seconds(tmp_path: Path) -> None:
+    app = App("new", events=f"sqlite:///{tmp_path}/new.db")
+    app.clock = clock = FakeClock()
+    home = app.events
+    home.box(1)  # be a worker process
+    told = []
+    for seconds, rss in ((0, 1), (1, 2), (0.9, 3), (0.2, 3), (5, 3), (0, 4), (1.9, 5)):
+        clock.advance(seconds)
+        home.report({"rss": rss})
+        told.append(home.processes()[0].info["rss"])
+    assert told == [1, 1, 1, 3, 3, 4, 4]
+    app.close()

@@ -344,3 +344,29 @@ def test_the_lifeline_hears_that_the_supervisor_is_gone():
     ours.close()
     line.thread.join(5)
     assert gone == [True]
+
+
+def test_children_are_told_to_be_quiet_when_they_listen(house):
+    h = house(2)
+    h.say("ready", 0)
+    h.supervisor.signal(signal.SIGTSTP)
+    assert [process.signals for _, process in h.started] == [[signal.SIGTSTP], []]  # the other would be suspended
+    h.say("ready", 1)
+    h.end(KILLED, 0)
+    h.step(BACKOFF[0])
+    h.say("ready", 2)
+    assert [process.signals for _, process in h.started] == [[signal.SIGTSTP]] * 3
+
+
+def test_a_child_that_an_operator_stops_is_not_started_again(house, caplog):
+    caplog.set_level(logging.INFO, "barnabas")
+    h = house(2)
+    h.say("ready", 0)
+    h.say("stopped", 0)
+    h.end(0, 0, seconds=60.0)
+    assert h.numbers == [1, 2] and h.supervisor.alive()
+    assert "process 1 (pid 100) was stopped by an operator; it is not started again" in caplog.text
+    h.say("stopped", 1)
+    h.end(KILLED, 1)  # while it stopped: that is a crash
+    h.step(BACKOFF[0])
+    assert h.numbers == [1, 2, 2]

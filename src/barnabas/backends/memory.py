@@ -386,7 +386,7 @@ class MemoryQueues:
         room = limit - len(self.work)
         with home.lock:
             for name in self._order.next():
-                ready = home.ready.get(name)
+                ready = None if self.parts[name].paused else home.ready.get(name)
                 rows: list[Row] = []
                 while ready and room > 0:
                     number, job = ready.popleft()

@@ -7,6 +7,7 @@ import select
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha1
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,8 @@ class Landing:
         """End the wait, from any thread."""
         if not self._rung:
             self._rung = True
-            self._rope.send(b"!")
+            with suppress(OSError):  # closed: nobody waits
+                self._rope.send(b"!")
 
     def block(self, queues: Sequence[str]) -> None:
         """Begin a blocking move on each of these where none is under way."""

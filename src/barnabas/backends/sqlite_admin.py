@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -55,7 +54,7 @@ class SqliteAdmin(SqliteReader):
     name_id: Callable[[apsw.Connection, str, str], int]
     store: Callable[..., Any]
     settled: Callable[[list[Any]], None]
-    _reported: tuple[float, Mapping[str, Any]] = (0.0, {})
+    _reported: tuple[float, Mapping[str, Any]] = (-REPORTS, {})
 
     @property
     def name(self) -> str:
@@ -196,7 +195,7 @@ class SqliteAdmin(SqliteReader):
         return found
 
     def report(self, info: Mapping[str, Any]) -> None:
-        number, now = self.neighbours.number, time.monotonic()
+        number, now = self.neighbours.number, self.clock.monotonic()
         if number and info != self._reported[1] and now >= self._reported[0] + REPORTS:
             data = json.dumps({**info, "host": HOST})
             self.write(lambda db: db.execute("UPDATE processes SET info = ? WHERE id = ?", (data, number)).fetchall())

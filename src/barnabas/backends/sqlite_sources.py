@@ -340,9 +340,12 @@ class SqliteQueues(_Fetcher):
         """Jobs are held by the process's life, not by a lease."""
 
     def look(self) -> None:
-        heads, seen = self.home.heads, self._seen
-        if any(heads[gid] != seen[gid] for gid in seen):
+        if self._news():
             self.wake()
+
+    def _news(self) -> bool:
+        heads, seen = self.home.heads, self._seen
+        return any(heads[gid] != seen[gid] and not part.paused for gid, part in self._parts.items())
 
     def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
         self._limit = limit
@@ -369,8 +372,7 @@ class SqliteQueues(_Fetcher):
         return self._limit > len(self._work)
 
     def _may_claim(self) -> bool:
-        heads, seen = self.home.heads, self._seen
-        return self._more or self._due <= self.home.clock.now() or any(heads[gid] != seen[gid] for gid in seen)
+        return self._more or self._due <= self.home.clock.now() or self._news()
 
     def _claim(self, db: apsw.Connection, freed: int = 0) -> list[tuple[Part, Sequence[Row]]]:
         """Take ready jobs, up to the room there is, and move what is due into its queue. Ours are they after the commit."""
@@ -379,8 +381,8 @@ class SqliteQueues(_Fetcher):
         if self._due <= now:
             self._move_due(db, now)
             self._due = self._next_due(db)
-        for gid in self._seen:
-            self._seen[gid] = self.home.heads[gid]
+        for gid, part in self._parts.items():
+            self._seen[gid] = -1 if part.paused else self.home.heads[gid]  # news for whoever resumes it
         found: list[tuple[Part, Sequence[Row]]] = []
         room = self._limit - len(self._work) + freed
         ids = self.home.queue_ids
@@ -389,6 +391,8 @@ class SqliteQueues(_Fetcher):
                 break
             gid = ids[name]
             part = self._parts[gid]
+            if part.paused:
+                continue
             rows: list[Row] = []
             claimed: list[Any] = db.execute(
                 "UPDATE jobs SET state = 1, owner = ? WHERE id IN (SELECT id FROM jobs WHERE state = 0 AND queue = ? ORDER BY id "

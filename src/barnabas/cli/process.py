@@ -12,7 +12,6 @@ from collections.abc import Callable
 from types import FrameType
 
 from barnabas.app import App
-from barnabas.cli.status import counts
 from barnabas.errors import BackendError, BarnabasError
 from barnabas.supervisor import STOPS, Lifeline
 from barnabas.worker import RECYCLE, Worker
@@ -24,13 +23,15 @@ HURRY = 2.0  # seconds a process that hangs gives to what does not
 
 
 class Stopper:
-    """The signals of a worker process: the first asks for a stop, a SIGINT after it ends the process at once.
+    """The signals of a worker process: the first asks for a stop, a SIGINT after it ends the process at once; a SIGTSTP
+    makes it quiet.
 
     Nothing is lost by that either: what is not settled will be delivered again.
     """
 
     def __init__(self) -> None:
         self.event = threading.Event()
+        self.quiet = False
         self.name = ""
 
     def asked(self, number: int, frame: FrameType | None = None) -> None:
@@ -41,11 +42,15 @@ class Stopper:
         elif number == signal.SIGINT:
             os._exit(128 + number)
 
+    def hush(self, number: int, frame: FrameType | None = None) -> None:
+        """SIGTSTP came."""
+        self.quiet = True
+
     def install(self) -> None:
         """Listen from now on; a signal that is ignored (nohup) stays so."""
-        for number in STOPS:
+        for number in (*STOPS, signal.SIGTSTP):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self.asked)
+                signal.signal(number, self.hush if number == signal.SIGTSTP else self.asked)
 
 
 def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: Lifeline | None) -> int:
@@ -59,7 +64,7 @@ def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
         timeout = worker.app.settings.stop_timeout
         log.info("%s: finishing what is in work, within %.0f s (a second Ctrl-C ends at once)", stopper.name, timeout)
     held = worker.stop(HURRY if why == "recycle" else None)
-    tell(counts(worker))
+    tell(worker.counts())
     if why == "recycle":  # in order, or what else is in work would count as in work at a crash
         end_now(worker.app, RECYCLE)
     for text in held:
@@ -77,18 +82,34 @@ def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
 
 def _wait(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: Lifeline | None) -> str:
     """Why the worker is to end: "stop", "failed", "recycle" or "drained"."""
-    told = time.monotonic()
+    told, said = time.monotonic(), not drain
     while not stopper.event.wait(TICK):
         if worker.failed() is not None:
             return "failed"
         if worker.recycling is not None and (lifeline is None or lifeline.may_recycle()):
             return "recycle"
+        if stopper.quiet:
+            worker.hush("SIGTSTP")
         with contextlib.suppress(BackendError):  # away for a while: the runners say so, and go on when it is back
             if drain and worker.drained():
                 return "drained"
-        if time.monotonic() >= told + 1.0:
-            told = time.monotonic()
-            tell(counts(worker))
+            if worker.paused and not said:
+                said = True
+                log.info("--drain does not end while there is work for what is paused: %s", ", ".join(worker.paused))
+            if time.monotonic() >= told + 1.0:
+                told = time.monotonic()
+                tell(worker.counts())
+                asked = worker.obey()
+                if asked == "stop":
+                    stopper.name = "stopped by an operator"
+                    if lifeline is not None:
+                        lifeline.say("stopped")
+                    return asked
+                if asked == "quiet":
+                    worker.hush("asked by an operator")
+                info = worker.report()
+                for home in worker.homes:
+                    home.report(info)
     return "stop"
 
 

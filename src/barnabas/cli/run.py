@@ -37,7 +37,7 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
     """Run the app's consumers and jobs until SIGTERM or Ctrl-C.
 
     A stop finishes what is in work (setting stop_timeout, 25 s) and gives back the rest; a second Ctrl-C ends at once.
-    Nothing is lost either way.
+    Nothing is lost either way. SIGTSTP makes it quiet: it finishes what is in work, begins nothing, and waits for its stop.
     """
     if target is not None and spec is not None and target != spec:
         raise click.UsageError(f"two apps are named, {target} and {spec}; give one of them")

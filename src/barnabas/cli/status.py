@@ -5,21 +5,8 @@ import shutil
 import sys
 import time
 
-from barnabas.worker import Worker
-
 log = logging.getLogger("barnabas")
 SELDOM = 10.0  # seconds between log lines
-
-
-def counts(worker: Worker) -> dict[str, float]:
-    """What a worker has done since its start: "done", "again", "dead", ...; "work": what it has in work now."""
-    found: dict[str, float] = {}
-    for (_, outcome), count in worker.app.observers.counts.copy().items():
-        name = "again" if outcome == "retry topic" else outcome
-        found[name] = found.get(name, 0) + count
-    runs = (run for runner in worker.runners for crew in runner.crews for run in crew.current)
-    found["work"] = sum(len(run.rows) for run in runs if run is not None)
-    return found
 
 
 class Status:

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from barnabas.engine.alone import Alone, Gate
 from barnabas.engine.checkpoint import checkpoint
@@ -14,6 +14,14 @@ from barnabas.message import Row
 from barnabas.ports import Part, Result, Source
 
 log = logging.getLogger("barnabas")
+
+
+class Pauses(NamedTuple):
+    """What operators have paused of a runner: all it fetches, these keys, or these queues."""
+
+    all: bool = False
+    keys: frozenset[str | bytes] = frozenset()
+    queues: frozenset[str] = frozenset()
 
 
 class Runner:
@@ -50,6 +58,9 @@ class Runner:
         self.finished = threading.Event()
         self.overrun = threading.Event()
         self.parts: list[Part] = []
+        self.quiet = False
+        self.pauses = self._pauses = Pauses()  # set by any thread; the fetch thread heeds it at its next step
+        self._held: dict[Part, list[Row]] = {}  # fetched, but of paused keys
         self.begins: Callable[[], Any] | None = None
         self.ends: Callable[[], Any] | None = None
         self._interval = interval
@@ -81,7 +92,7 @@ class Runner:
         """The fetch thread: until `stop`, then settle what is finished and leave."""
         try:
             while not self.stopping:
-                if self._stopped_by_crew():
+                if self._stopped_by_crew() or (self.quiet and not any(crew.busy() for crew in self.crews)):
                     break
                 self._guard(self.step, 1.0)
             self._end()
@@ -115,6 +126,8 @@ class Runner:
 
     def step(self, timeout: float) -> bool:
         """One turn: settle, unpark, fetch, hand over. True if it did anything."""
+        if self.pauses is not self._pauses:
+            self._heed()
         moved = self._settle_if_due()
         now = self.clock.monotonic()
         wait = timeout
@@ -125,12 +138,14 @@ class Runner:
                 wait = min(wait, max(0.0, due - now))
         if self._unsettled:
             wait = min(wait, max(0.0, self._settled_at + self._interval - now))
-        if self._alone:
+        if self._alone and not self.quiet:
             behind = self._alone.step()
             self._hand_over(behind)  # before the fetch, which may fail or revoke
             wait = 0.0 if behind else min(wait, 0.01)
-        batches = self.source.fetch(self._room(), wait)
+        batches = self.source.fetch(0 if self._pauses.all or self.quiet else self._room(), wait)
         if batches:
+            if self._pauses.keys:
+                batches = self._hold(batches)
             self._hand_over(batches)
         return moved or bool(batches)
 
@@ -140,6 +155,30 @@ class Runner:
         if self._ahead is None:
             return self.limit
         return min(self.limit, sum(c.size + (int(c.size * self._ahead / c.pace) if c.pace else 0) for c in self.crews))
+
+    def _heed(self) -> None:
+        """Operators have paused or resumed something: what was held back is looked at anew."""
+        self._pauses = self.pauses
+        for part in self.parts:
+            part.paused = part.topic in self._pauses.queues
+        held, self._held = self._held, {}
+        self._hand_over(self._hold([*held.items()]))
+
+    def _hold(self, batches: Sequence[tuple[Part, Sequence[Row]]]) -> list[tuple[Part, Sequence[Row]]]:
+        """What may be handed over now. Rows of paused keys are held back, in partition order with all that is behind them;
+        they count as in flight, and are not settled, so a revocation or an end gives them to who comes next."""
+        keys, whole, free = self._pauses.keys, self.crews[0].lanes.order == "partition", []
+        for part, rows in batches:
+            if whole and not part.retries:
+                first = next((n for n, row in enumerate(rows) if row[1] in keys), len(rows)) if part not in self._held else 0
+                go, stay = rows[:first], rows[first:]
+            else:
+                go, stay = [row for row in rows if row[1] not in keys], [row for row in rows if row[1] in keys]
+            if stay:
+                self._held.setdefault(part, []).extend(stay)
+            if go:
+                free.append((part, go))
+        return free
 
     def _hand_over(self, batches: list[tuple[Part, Sequence[Row]]]) -> None:
         ready = []
@@ -234,11 +273,19 @@ class Runner:
             for crew in self.crews:
                 crew.lanes.drop(part)
             self._alone.forget(part)
+            self._held.pop(part, None)
         self.parts = [p for p in self.parts if p not in parts]
         if self._on_parts is not None:
             self._on_parts("revoked", parts)
 
     # Stopping.
+
+    def hush(self) -> None:
+        """Take nothing new: finish what is in hand, settle it, leave; the process lives on."""
+        self.quiet = True
+        for crew in self.crews:
+            crew.stop()
+        self.wake()
 
     def stop(self) -> None:
         """Fetch no more; `finished` is set when all that ended in time is settled and the source is closed."""

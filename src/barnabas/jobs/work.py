@@ -141,17 +141,19 @@ class JobHandler:
         self.observers.failed(Failed(name, run.part.topic, -1, row[0], attempt, outcome, reason, shown))
 
 
+def name_of(row: Row) -> str | None:
+    """Which job a stored one names; None for rubbish."""
+    try:
+        return _name(row[2]).name  # type: ignore[arg-type]
+    except Exception:
+        return None
+
+
 def router(entries: Mapping[str, Entry]) -> Callable[[Row], int]:
     """Which crew runs a row: 0 for sync jobs (and what nobody knows), 1 for async ones."""
     async_names = {name for name, entry in entries.items() if entry.awaited}
 
-    def route(row: Row) -> int:
-        try:
-            return 1 if _name(row[2]).name in async_names else 0  # type: ignore[arg-type]
-        except Exception:
-            return 0
-
-    return route
+    return lambda row: 1 if name_of(row) in async_names else 0
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
