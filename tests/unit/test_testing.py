@@ -542,3 +542,5 @@ def test_what_pytest_raises_in_a_handler_ends_the_test(shop):
     with pytest.raises(pytest.fail.Exception, match="not this one"), barnabas.testing.run(shop) as t:
         shop.orders.send(Order(1))
         t.drain()
+    with barnabas.testing.run(shop):
+        assert shop.orders.send(Order(2)).result(1).value.id == 2  # what sends now is no handler

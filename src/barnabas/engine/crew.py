@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from barnabas.engine.hand import CURRENT
 from barnabas.engine.lanes import Lanes, Run
 from barnabas.engine.work import SLOT, work, work_batches
 from barnabas.errors import TimedOut
@@ -356,6 +357,8 @@ class Crew:
                 body.send(None)
             except StopIteration:
                 continue
+            finally:
+                CURRENT.set(None)  # whatever ended it, a test's own thread has nothing in hand
             raise RuntimeError("a sync handler's worker was suspended")
 
     async def _together(self) -> None:
