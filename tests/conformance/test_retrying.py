@@ -10,7 +10,7 @@ import pytest
 from conftest import failures, settled, wait_for
 
 from barnabas import Batch, Delivery, Message, Reject, Retry, RetryAfter
-from barnabas.engine.handler import Stop
+from barnabas.engine.handler import Stop, to_retry
 
 QUICK = 0.01  # seconds
 
@@ -513,6 +513,23 @@ def test_messages_of_a_retry_topic_wait_for_their_time_and_outlive_a_restart(pla
     place.again(app)
     place.drain(app)
     assert seen[9:] == [(0, 2)]
+
+
+@pytest.mark.parametrize("options", [{}, {"start": "latest"}, {"concurrency": 3}, {"retry": Retry(0, ordered=False)}])
+def test_a_group_always_reads_its_retry_topic_from_its_beginning(place, app, options):
+    topic = app.topic("one", Step, key="key", partitions=1)
+    seen = []
+
+    @app.consumer(topic, **options)
+    def read(step: Step, delivery: Delivery):
+        seen.append((step.n, delivery.offset, delivery.attempt))
+
+    row = (0, "k", b'{"key":"k","n":7}', None, 1.5)
+    outputs = [to_retry(topic, "shop-read", ("one", 0, at), 0, app.clock.now(), row, []) for at in range(50)]
+    app.events.send(outputs)
+    app.events.flush(5)
+    place.drain(app)
+    assert sorted(seen) == [(7, at, 1) for at in range(50)]
 
 
 def test_two_groups_retry_apart(place, app):

@@ -223,6 +223,28 @@ def test_more_jobs_than_a_page_are_streamed_in_their_order(place, app):
     assert sorted(args(app.jobs.find_jobs("dead"))) == list(range(450))
 
 
+@pytest.mark.parametrize(("state", "to"), [("dead", None), ("scheduled", "ready"), ("ready", "dead")])
+def test_jobs_may_be_moved_while_they_are_streamed(place, app, state, to):
+    mail = app.job(lambda n: None, name="mail")
+    if state == "scheduled":
+        due = app.clock.now() + 600  # of most
+        for n in range(1200):
+            mail.enqueue_at(due + (n % 3 == 0) * n, n)
+        app.jobs.flush(10)
+    else:
+        mail.enqueue_many([(n,) for n in range(1200)]).result(10)
+    if state == "dead":
+        assert app.jobs.move_jobs([job.ref for job in app.jobs.find_jobs("ready")], "dead") == 1200
+    seen, refs = [], []
+    for job in app.jobs.find_jobs(state):
+        seen += args([job])
+        refs.append(job.ref)
+        if len(refs) == 30:
+            assert app.jobs.move_jobs(refs, to) == 30
+            refs = []
+    assert sorted(seen) == list(range(1200)) and list(app.jobs.find_jobs(state)) == []
+
+
 def test_a_job_in_work_is_left_alone_and_told_with_its_owner(place, app):
     began, go = threading.Event(), threading.Event()
 

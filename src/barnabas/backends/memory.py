@@ -299,9 +299,9 @@ class MemoryLog:
     def _take(self, at: tuple[str, int], owners: dict[tuple[str, int], "MemoryLog"]) -> Part:
         owners[at] = self
         log = self.home.logs[at[0]][at[1]]
-        first = log.next if self._start == "latest" else log.first
-        position, done, attempts = self.home.marks.setdefault((self.group, *at), (first, [], {}))
         part = Part(at[0], at[1], len(self._parts), self.group)
+        first = log.next if self._start == "latest" and not part.retries else log.first
+        position, done, attempts = self.home.marks.setdefault((self.group, *at), (first, [], {}))
         open_account(part, self._ordered, max(position, log.first), done, attempts)
         self._parts[at] = part
         return part

@@ -4,6 +4,7 @@ Queues, sets and processes are Sidekiq's own, so Ruby's are seen and moved like 
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -146,13 +147,28 @@ class RedisAdmin:
             end = start
 
     def _find_set(self, kind: str, key: str, queue: str | None) -> Iterator[StoredJob]:
-        start = 0
+        start, last, same = 0, -math.inf, list[bytes]()
         while members := self.client.zrange(self.key(key), start, start + PAGE - 1, withscores=True):
-            start += len(members)
+            if members[-1][1] != last:
+                last, same = members[-1][1], []
+            same += [payload for payload, at in members if at == last]
             for payload, at in members:
                 name = _queue(payload)
                 if queue in (None, name):
                     yield _stored((kind, name, payload), name, at, None, payload)
+            start = self._after(self.key(key), last, same)
+
+    def _after(self, key: str, last: float, same: list[bytes]) -> int:
+        """Where the stream goes on, though what it gave may have been moved meanwhile: behind the last that is there of those
+        with the last score, or where those begin."""
+        while same:
+            tail = same[-PAGE:]
+            for payload, at in zip(reversed(tail), reversed(self.client.zmscore(key, tail)), strict=True):
+                rank = self.client.zrank(key, payload) if at == last else None
+                if rank is not None:
+                    return int(rank) + 1
+            del same[-PAGE:]
+        return int(self.client.zcount(key, "-inf", f"({last!r}"))
 
     def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
         wanted = [ref for ref in refs if ref[0] not in ("work", to)]

@@ -84,10 +84,10 @@ class SqliteLog(_Fetcher):
         db.execute("INSERT OR IGNORE INTO heads (topic, partition) VALUES (?, -2)", (self._group_name,))
         self._signal: int = one(db, "SELECT gid FROM heads WHERE topic = ? AND partition = -2", (self._group_name,))[0]
         self._member = self._join(db)
-        first = "next" if self._start == "latest" else "first"
+        latest = [self._start == "latest" and not topic.endswith(f".retry.{self._group_name}") for _, topic, _ in self._all]
         db.executemany(
-            f"INSERT OR IGNORE INTO positions (grp, gid, offset) SELECT ?, gid, {first} FROM heads WHERE gid = ?",
-            [(self._group, gid) for gid, _, _ in self._all],
+            "INSERT OR IGNORE INTO positions (grp, gid, offset) SELECT ?, gid, iif(?, next, first) FROM heads WHERE gid = ?",
+            [(self._group, new, gid) for new, (gid, _, _) in zip(latest, self._all, strict=True)],
         )
 
     def _join(self, db: apsw.Connection) -> int:
