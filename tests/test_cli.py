@@ -226,7 +226,7 @@ def test_version(shell):
 
 
 def test_completion_offers_commands(shell):
-    done = shell(_BARNABAS_COMPLETE="bash_complete", COMP_WORDS="barnabas to", COMP_CWORD="1")
+    done = shell(_BARNABAS_COMPLETE="bash_complete", COMP_WORDS="barnabas topi", COMP_CWORD="1")
     assert done.stdout == "plain,topics\n"
 
 

@@ -155,14 +155,14 @@ def read(
     events = app.events
     states = {state.name: state for state in events.topics()}
     if name not in states:
-        raise UnknownTopic(f"no topic {name!r} is stored in {app.settings.events}; {meant(name, states, 'topics')}")
+        raise UnknownTopic(f"no topic {name!r} is stored in {app.settings.shown('events')}; {meant(name, states, 'topics')}")
     partitions = states[name].partitions
     if partition is not None and not 0 <= partition < len(partitions):
         raise UnknownTopic(f"topic {name!r} has no partition {partition}; it has {len(partitions)}, from 0")
     if isinstance(start, int) and partition is None:
         raise DeclarationError(f"an offset ({start}) belongs to one partition; say which (--partition), or give a time")
     numbers = range(len(partitions)) if partition is None else [partition]
-    spans = {n: (_begin(events, states[name], n, start), partitions[n][1]) for n in numbers}
+    spans = {n: (begin(events, states[name], n, start), partitions[n][1]) for n in numbers}
     streams = [_partition(events, name, n, *span) for n, span in spans.items()]
     found: Iterator[Stored] = heapq.merge(*streams, key=attrgetter("timestamp"))
     if follow:
@@ -173,7 +173,7 @@ def read(
     return itertools.islice(found, limit)
 
 
-def _begin(events: Backend, state: TopicState, number: int, start: Start) -> int:
+def begin(events: Backend, state: TopicState, number: int, start: Start) -> int:
     first, end, _ = state.partitions[number]
     if isinstance(start, int):
         return max(start, first)

@@ -14,12 +14,12 @@ class Part:
 
     `until` (monotonic seconds) is when the claim on it ends unless renewed: no delivery starts after it. `attempts`
     and `crashes` count failed runs and lost processes of offsets that are still open. `paused`: nothing is to be claimed
-    from this queue.
+    from this queue. `done`: how many of it this process has finished.
     """
 
     __slots__ = (
-        "attempts", "cells", "closed", "crashes", "group", "held", "id", "lanes", "partition", "paused", "retries", "topic",
-        "until",
+        "attempts", "cells", "closed", "crashes", "done", "group", "held", "id", "lanes", "partition", "paused", "retries",
+        "topic", "until",
     )  # fmt: skip
 
     def __init__(self, topic: str, partition: int, id: int, group: str = "") -> None:
@@ -31,6 +31,7 @@ class Part:
         self.until = FOREVER
         self.closed = False
         self.paused = False
+        self.done = 0
         self.attempts: dict[int, int] = {}
         self.crashes: dict[int, int] = {}
         self.lanes: dict[Any, Any] = {}

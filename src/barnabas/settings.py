@@ -189,6 +189,10 @@ class Settings:
         """
         return self._read()[name].origin
 
+    def shown(self, name: str) -> Any:
+        """A value as it may be shown: its passwords are masked."""
+        return _masked(name, getattr(self, name))
+
     def rows(self) -> list[Row]:
         """Every setting in the order of declaration, tables entry by entry; passwords are masked."""
         rows = self._read()

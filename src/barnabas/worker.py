@@ -308,15 +308,17 @@ class Worker:
 
     def report(self) -> dict[str, Any]:
         """What this process is and does, for `Backend.report`: of what is in work [handler, topic, partition, offset, seconds]
-        (the longest MOST_WORK), of handlers what they have done and seconds a message. The same while nothing happens."""
+        (the longest MOST_WORK), of queues what is done, of handlers that and the seconds a message takes. The same while nothing
+        happens."""
         counts = self.counts()
         del counts["work"]
         done = self.app.observers.counts.copy()
+        by_queue = {part.topic: part.done for runner in self.runners for part in runner.parts if part.partition < 0}
         paces = {runner.name: max(crew.pace for crew in runner.crews) for runner in self.runners}
         return {
             "app": self.app.name,
             "groups": [consumer.group for consumer in self.consumers],
-            "queues": list(self.queues),
+            "queues": {queue: by_queue.get(queue, 0) for queue in self.queues},
             "counts": counts,
             "work": self._in_work(),
             "handlers": {name: {"done": done.get((name, "done"), 0), "pace": pace or None} for name, pace in paces.items()},

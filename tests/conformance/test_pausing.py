@@ -302,7 +302,7 @@ def test_a_worker_reports_what_it_is_and_does(place, app, topic):
         report = worker.report()
         assert report["counts"] == {"done": 2} and report["handlers"]["read"]["done"] == 2
         assert {k: report[k] for k in ("app", "groups", "queues", "quiet", "paused")} == {
-            "app": "shop", "groups": ["shop-read"], "queues": ["slow"], "quiet": False, "paused": [],
+            "app": "shop", "groups": ["shop-read"], "queues": {"slow": 0}, "quiet": False, "paused": [],
         }  # fmt: skip
         ((*what, number, seconds),) = report["work"]
         assert what == ["slow job", "slow", -1] and number > 0

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import barnabas
-from barnabas.errors import BackendError, BarnabasError, DeclarationError, UnknownTopic
+from barnabas.errors import BackendError, BarnabasError, DeclarationError, Refused, UnknownTopic
 
 # Name: its file, and its line in `barnabas --help`.
 COMMANDS = {
@@ -21,6 +21,14 @@ COMMANDS = {
     "topics": ("show", "List the topics."),
     "table": ("show", "Show a table, or one key of it."),
     "flow": ("show", "Show which topics are answered on which."),
+    "lag": ("groups", "Show how far each consumer group is."),
+    "reset": ("groups", "Let a consumer group go on elsewhere."),
+    "processes": ("processes", "List the worker processes."),
+    "quiet": ("processes", "Let processes take nothing new."),
+    "stop": ("processes", "Stop processes."),
+    "pause": ("processes", "Pause a consumer, a queue or a key; list what is paused."),
+    "resume": ("processes", "Resume what was paused."),
+    "top": ("top", "Show groups, queues and processes, live."),
     "check": ("show", "Check the settings and what the app declares."),
 }
 EPILOG = """\b
@@ -44,6 +52,8 @@ class Failed(click.ClickException):
             usual = "barnabas check"
         elif isinstance(error, UnknownTopic):
             usual = "barnabas topics"
+        elif isinstance(error, Refused):
+            usual = "barnabas processes"
         hint: str = getattr(error, "next_command", usual)
         self.next_command = "" if hint == f"barnabas {command}" else hint
 

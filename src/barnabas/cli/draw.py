@@ -1,17 +1,15 @@
 """What commands print: tables for people, JSON lines for programs."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table; columns whose name ends in "#" hold numbers, which are put to the right. Nothing is cut off
-    where the output is not a terminal."""
+def grid(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
+    """A table of rich; columns whose name ends in "#" hold numbers, which are put to the right."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -20,6 +18,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         drawn.add_column(column.removesuffix("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(f"{cell:,}" if type(cell) is int else "" if cell is None else str(cell)) for cell in row))
+    return drawn
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table."""
+    show(grid(columns, rows))
+
+
+def show(drawn: Any) -> None:
+    """Print a table of rich. Nothing is cut off where the output is not a terminal."""
+    from rich.console import Console
+
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 10_000)
     with console.capture() as capture:
         console.print(drawn)
@@ -29,6 +39,19 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 def json_line(value: Any) -> None:
     """Print one JSON value on a line of its own."""
     line(msgspec.json.encode(value))
+
+
+def listing(
+    as_json: bool, items: Sequence[Any], columns: Sequence[str], row: Callable[[Any], Sequence[Any]], none: str = ""
+) -> None:
+    """Print items: as JSON, each on its line, or as a table of `row(item)`; `none` says that there are none."""
+    if as_json:
+        for item in items:
+            json_line(item)
+    elif items or not none:
+        table(columns, map(row, items))
+    else:
+        print(none, file=sys.stderr)
 
 
 def line(data: bytes) -> None:
@@ -51,3 +74,13 @@ def span(seconds: float) -> str:
         if seconds >= length and seconds % length == 0:
             return f"{seconds / length:,.0f} {unit}"
     return f"{seconds:g} s"
+
+
+def age(seconds: float) -> str:
+    """A duration as it passes: "0.4 s", "12 s", "7:05", "2:07:05", "3 d 04:05"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if 0 < seconds < 10 else f"{seconds:.0f} s"
+    whole = int(seconds)
+    if whole < 86400:
+        return (f"{whole // 3600}:{whole // 60 % 60:02}" if whole >= 3600 else f"{whole // 60}") + f":{whole % 60:02}"
+    return f"{whole // 86400} d {whole // 3600 % 24:02}:{whole // 60 % 60:02}"

@@ -1,12 +1,13 @@
 """From `--app MODULE:NAME` to the App, and the options that every command has."""
 
+import contextlib
 import difflib
 import functools
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,3 +102,36 @@ def with_app(function: Callable[..., Any]) -> Callable[..., Any]:
             app.close()
 
     return app_options(wrapped)
+
+
+def _processes(app: App) -> list[str]:
+    from barnabas.processes import processes
+
+    found = processes(app)
+    return [*(process.name for process in found), *(str(process.pid) for process in found), "all"]
+
+
+_NAMES: dict[str, Callable[[App], Iterable[str]]] = {
+    "topics": lambda app: app.topics,
+    "consumers": lambda app: app.consumers,
+    "jobs": lambda app: app.job_handlers,
+    "tables": lambda app: app.tables,
+    "groups": lambda app: sorted({at.group for at in app.events.positions()}),
+    "queues": lambda app: [f"queue:{state.name}" for state in app.jobs.queue_states() if state.name],
+    "processes": _processes,
+}
+
+
+def known(*kinds: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """What the shell completes a parameter with: the app's names of these kinds."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+        names: list[str] = []
+        # Nobody who presses Tab wants to read an error, and what the app prints is no name.
+        with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
+            app = override(load(ctx.params.get("spec")), events=ctx.params.get("events"), jobs=ctx.params.get("jobs"))
+            with contextlib.closing(app):
+                names = [name for kind in kinds for name in _NAMES[kind](app)]
+        return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
+
+    return complete

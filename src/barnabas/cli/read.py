@@ -11,12 +11,13 @@ import msgspec
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import json_option, with_app
+from barnabas.cli.loading import json_option, known, with_app
 
 _decode = msgspec.json.Decoder().decode
 
 
-def _start(ctx: click.Context, param: click.Parameter, text: str | None) -> inspect.Start | None:
+def as_start(ctx: click.Context, param: click.Parameter, text: str | None) -> inspect.Start | None:
+    """An option's place in a topic: earliest, latest, an offset or a time."""
     if text is None or text in ("earliest", "latest"):
         return text
     return int(text) if text.isdecimal() else as_time(ctx, param, text, "earliest, latest, an offset, or ")
@@ -31,11 +32,11 @@ def as_time(ctx: click.Context, param: click.Parameter, text: str | None, others
 
 
 @click.command()
-@click.argument("topic")
+@click.argument("topic", shell_complete=known("topics"))
 @click.option(
     "--from",
     "start",
-    callback=_start,
+    callback=as_start,
     metavar="earliest|latest|OFFSET|TIME",
     help="Where to begin; an OFFSET needs --partition, a TIME is ISO 8601. [default: earliest; with --follow latest]",
 )

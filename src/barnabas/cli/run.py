@@ -1,5 +1,6 @@
 """`barnabas run`: the app's consumers and jobs, in this process or in several under a supervisor."""
 
+import contextlib
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ from barnabas.cli import draw, logs
 from barnabas.cli.loading import Wrong, app_options, load, override
 from barnabas.cli.process import Stopper, serve
 from barnabas.cli.status import Status
+from barnabas.errors import BackendError
+from barnabas.lag import abandoned
 from barnabas.supervisor import GRACE, Lifeline, Supervisor, spawner
 from barnabas.worker import Worker, chosen
 
@@ -52,6 +55,7 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
     if child is None:
         _announce(app, options["only"], options["skip"])
         if app.settings.processes > 1 or options["reloads"]:
+            app.close()  # each process has its own
             return supervise(app, target or spec, **options)
     stopper.install()
     try:
@@ -133,9 +137,9 @@ def _announce(app: App, only: Any, skip: Any) -> None:
     settings = app.settings
     if settings.log_format == "json":
         for info in infos:
-            log.info("runs consumer %s", info.name, extra={"runs": info, "url": settings.events})
+            log.info("runs consumer %s", info.name, extra={"runs": info, "url": settings.shown("events")})
         for queue, weight in weights.items():
-            log.info("runs queue %s", queue, extra={"runs": {"queue": queue, "weight": weight}, "url": settings.jobs})
+            log.info("runs queue %s", queue, extra={"runs": {"queue": queue, "weight": weight}, "url": settings.shown("jobs")})
     else:
         rows: list[Sequence[Any]] = [
             (f"consumer {i.name}", ", ".join(i.topics), i.group, i.concurrency, f"{i.order} order, {i.kind}") for i in infos
@@ -144,10 +148,18 @@ def _announce(app: App, only: Any, skip: Any) -> None:
             jobs = ", ".join(name for name, job in app.job_handlers.items() if job.queue == queue)
             rows.append((f"queue {queue}", jobs, "", weight, f"{settings.threads} threads, {settings.coroutines} coroutines"))
         several = f" in {settings.processes} processes" if settings.processes > 1 else ""
-        same = settings.jobs == settings.events
-        urls = settings.events if same else f"events {settings.events}, jobs {settings.jobs}"
+        urls = events = settings.shown("events")
+        if settings.jobs != settings.events:
+            urls = f"events {events}, jobs {settings.shown('jobs')}"
         draw.table(("runs", "topics or jobs", "group", "concurrency or weight#", "how"), rows)
         click.echo(f"{app.name}{several}: {urls}")
         sys.stdout.flush()
     for warning in settings.warnings:
         log.warning("%s", warning)
+    with contextlib.suppress(BackendError):  # which the run itself will meet
+        for group in abandoned(app):
+            log.warning(
+                "group %s is stored, and no consumer declares it: where one was renamed, group=%r makes it go on there, else "
+                "nothing it has not handled is ever removed; see `barnabas lag`, and `barnabas reset %s --forget`",
+                *(group, group, group),
+            )

@@ -9,7 +9,7 @@ from msgspec.structs import astuple
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import Wrong, app_options, json_option, load, override, with_app
+from barnabas.cli.loading import Wrong, app_options, json_option, known, load, override, with_app
 from barnabas.errors import BarnabasError
 from barnabas.settings import Row
 from barnabas.topic import Retention
@@ -44,7 +44,7 @@ def _kept(retention: Retention | None) -> str:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=known("tables"))
 @click.argument("key", required=False)
 @json_option
 @with_app

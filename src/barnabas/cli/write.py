@@ -15,7 +15,7 @@ import msgspec
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import Wrong, json_option, with_app
+from barnabas.cli.loading import Wrong, json_option, known, with_app
 from barnabas.cli.read import as_time
 from barnabas.errors import SendError, UnknownTopic
 from barnabas.future import Future
@@ -27,7 +27,7 @@ AHEAD = 5000  # messages on their way at a time
 
 
 @click.command()
-@click.argument("topic")
+@click.argument("topic", shell_complete=known("topics"))
 @click.argument("value", required=False)
 @click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Send each line of this file.")
 @click.option("--key", metavar="K", help="The key, in place of the one that the topic takes from the value.")
@@ -116,7 +116,7 @@ def _sent(topic: Topic[Any], lines: Iterable[tuple[str, bytes]], key: str | None
 
 
 @click.command()
-@click.argument("job")
+@click.argument("job", shell_complete=known("jobs"))
 @click.argument("args", nargs=-1)
 @click.option("--in", "delay", type=click.FloatRange(0), metavar="SECONDS", help="Run it that much later.")
 @click.option("--at", callback=as_time, metavar="TIME", help="Run it then (ISO 8601).")

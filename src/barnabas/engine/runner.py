@@ -236,6 +236,8 @@ class Runner:
         if results:
             outputs = checkpoint(self.source, self._sinks, results)
             count = sum(len(r.rows) for r in results)
+            for result in results:
+                result.part.done += len(result.rows) - len(result.others)
             for crew in self.crews:
                 if crew.handler.tables is not None:
                     crew.handler.tables.settled(results)

@@ -1,0 +1,143 @@
+"""The worker processes as they report themselves, and what operators ask of them: quiet, stop, pause, resume."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from barnabas.app import App
+from barnabas.ports import Backend, Process
+
+
+class Work(msgspec.Struct, frozen=True):
+    """What a process has in work: a handler and its delivery, for so many seconds now. A queue's partition is -1."""
+
+    process: str
+    handler: str
+    topic: str
+    partition: int
+    offset: int
+    seconds: float
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """What a handler has done in a process, and the seconds a message takes it (None: not known)."""
+
+    done: int = 0
+    pace: float | None = None
+
+
+class ProcessInfo(msgspec.Struct, frozen=True):
+    """A worker process, as it last said itself. silent: seconds since its last sign of life; rss: bytes; asked: "quiet" or
+    "stop", if an operator has; groups: it is in; queues: how many jobs it has done of each; done: altogether."""
+
+    name: str
+    pid: int
+    host: str
+    app: str
+    started: float
+    silent: float
+    rss: int
+    done: int
+    quiet: bool
+    asked: str | None
+    groups: list[str]
+    queues: dict[str, int]
+    work: list[Work]
+    handlers: dict[str, Pace]
+
+
+def homes(app: App) -> list[Backend]:
+    """The app's backends, each once."""
+    return [app.events] if app.jobs is app.events else [app.events, app.jobs]
+
+
+def processes(app: App) -> list[ProcessInfo]:
+    """All worker processes on the app's backends, also those of other apps; one that is on both is there once."""
+    found: dict[Any, ProcessInfo] = {}
+    for home in homes(app):
+        asked = home.control()
+        for process in home.processes():
+            info = _info(process, asked.get(f"process:{process.name}"))
+            twin = next((key for key in found if key[:2] == (info.host, info.pid) and key[2] is not home), None)
+            if twin is None:
+                found[info.host, info.pid, home, info.name] = info
+            elif not found[twin].app:  # it has said nothing there
+                found[twin] = msgspec.structs.replace(info, name=found[twin].name)
+    return list(found.values())
+
+
+def _info(process: Process, asked: str | None) -> ProcessInfo:
+    said = process.info
+    return ProcessInfo(
+        process.name,
+        process.pid,
+        process.host,
+        said.get("app", ""),
+        process.started,
+        max(0.0, process.silent),
+        said.get("rss", 0),
+        said.get("counts", {}).get("done", 0),
+        said.get("quiet", False),
+        asked,
+        list(said.get("groups", ())),
+        dict(said.get("queues", {})),
+        [Work(process.name, *each) for each in said.get("work", ())],
+        {name: Pace(each.get("done", 0), each.get("pace")) for name, each in said.get("handlers", {}).items()},
+    )
+
+
+def state(process: ProcessInfo, session: float) -> str:
+    """ "ok", "quiet", "stopping", or "silent" (no sign of life for half a session of so many seconds)."""
+    if process.silent > session / 2:
+        return "silent"
+    if process.asked == "stop":
+        return "stopping"
+    return "quiet" if process.quiet or process.asked == "quiet" else "ok"
+
+
+def ask(app: App, process: ProcessInfo, what: str) -> None:
+    """Ask a process to be "quiet" (finish what is in work, take nothing new) or to "stop"; it obeys within a second or two."""
+    for home in homes(app):
+        for one in home.processes():
+            if (one.host, one.pid) == (process.host, process.pid):
+                home.set_control(f"process:{one.name}", what)
+
+
+class Pause(msgspec.Struct, frozen=True):
+    """What is paused: kind "group", "queue", or "key" (`key` of the group `name`)."""
+
+    kind: str
+    name: str
+    key: str | None = None
+
+
+def pauses(app: App) -> list[Pause]:
+    """All that is paused."""
+    found = list(_pauses(app.events.control(), ("group", "key")))
+    return found + list(_pauses(app.jobs.control(), ("queue",)))
+
+
+def _pauses(control: dict[str, str], kinds: tuple[str, ...]) -> Iterator[Pause]:
+    for asked, value in sorted(control.items()):
+        what, _, name = asked.partition(":")
+        kind = what.removeprefix("pause ")
+        if what.startswith("pause ") and kind in kinds:
+            keys = json.loads(value) if kind == "key" else [None]
+            yield from (Pause(kind, name, key) for key in keys)
+
+
+def set_pause(app: App, pause: Pause, on: bool) -> bool:
+    """Pause, or resume; False where it was so before."""
+    there = pauses(app)
+    if (pause in there) == on:
+        return False
+    value = "" if on else None
+    if pause.kind == "key":
+        keys = [each.key for each in there if (each.kind, each.name) == ("key", pause.name) and each != pause]
+        keys += [pause.key] if on else []
+        value = json.dumps(keys) if keys else None
+    home = app.jobs if pause.kind == "queue" else app.events
+    home.set_control(f"pause {pause.kind}:{pause.name}", value)
+    return True
