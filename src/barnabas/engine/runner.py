@@ -12,6 +12,7 @@ from barnabas.engine.handler import retry_at
 from barnabas.engine.observe import Observers, Settled
 from barnabas.message import Row
 from barnabas.ports import Part, Result, Source
+from barnabas.verdict import Again
 
 log = logging.getLogger("barnabas")
 
@@ -128,6 +129,8 @@ class Runner:
         """One turn: settle, unpark, fetch, hand over. True if it did anything."""
         if self.pauses is not self._pauses:
             self._heed()
+        if self.quiet and self._ahead is not None:
+            self._give_back()
         moved = self._settle_if_due()
         now = self.clock.monotonic()
         wait = timeout
@@ -163,6 +166,15 @@ class Runner:
             part.paused = part.topic in self._pauses.queues
         held, self._held = self._held, {}
         self._hand_over(self._hold([*held.items()]))
+
+    def _give_back(self) -> None:
+        """Jobs that have not begun are for others at once: what is in hand here may take long."""
+        now = self.clock.now()
+        for crew in self.crews:
+            with crew.lanes.lock:
+                runs = [*crew.lanes.ready]
+                crew.lanes.ready.clear()
+            self._unsettled += [Result(r.part, r.rows, [], {}, {row[0]: Again(now, None) for row in r.rows}) for r in runs]
 
     def _hold(self, batches: Sequence[tuple[Part, Sequence[Row]]]) -> list[tuple[Part, Sequence[Row]]]:
         """What may be handed over now. Rows of paused keys are held back, in partition order with all that is behind them;
