@@ -74,8 +74,8 @@ def stop(app: App, names: tuple[str, ...], as_json: bool) -> int:
     for process in waited.values():
         workers.ask(app, process, "stop")
     while waited and time.monotonic() < began + app.settings.stop_timeout + LEAVE:
-        running = {process.name for process in workers.processes(app)}
-        for name in waited.keys() - running:
+        running = {(process.host, process.pid) for process in workers.processes(app)}  # it may leave one backend first
+        for name in [name for name, process in waited.items() if (process.host, process.pid) not in running]:
             del waited[name]
             seconds = time.monotonic() - began
             _say(as_json, f"{name} has ended ({seconds:.1f} s)", process=name, ended=True, seconds=seconds)
