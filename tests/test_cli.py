@@ -218,7 +218,8 @@ def test_help_of_a_command_begins_with_its_line():
         assert command.name == name
         # The first sentence may say more than the line has room for, but it says the same.
         assert command.help.split()[0] == line.split()[0]
-        assert shared <= {option for parameter in command.params for option in parameter.opts}
+        for each in getattr(command, "commands", {name: command}).values():
+            assert shared <= {option for parameter in each.params for option in parameter.opts}
 
 
 def test_version(shell):
@@ -510,6 +511,48 @@ def test_check_finds_what_is_wrong(shell):
     error = shell("check", status=1).stderr
     assert "thread = 5" in error
     assert "Next, try" not in error  # than check
+
+
+# db.
+
+
+def test_db_check(shell):
+    shell.order(1)
+    [found] = shell.json("db", "check")
+    assert (found["file"], found["ok"], found["messages"], found["problems"]) == (f"{shell.folder}/shop.db", True, 1, [])
+    done = shell("db", "check")
+    assert re.search(r"^schema +1$", done.stdout, re.MULTILINE)
+    assert done.stdout.endswith(f"{shell.folder}/shop.db: all is well\n")
+    subprocess.run(["sqlite3", shell.folder / "shop.db", "UPDATE heads SET next = next + 7 WHERE partition = 0"], check=True)
+    done = shell("db", "check", status=1)
+    assert "Error: orders[0] has " in done.stderr
+    assert done.stdout.endswith("to mend\n")
+    [found] = shell.json("db", "check", status=1)
+    assert not found["ok"]
+    assert "there is no such file" in shell("db", "check", "--events", "sqlite:///none.db", status=1).stderr
+    assert not (shell.folder / "none.db").exists()
+
+
+def test_db_backup_and_compact(shell):
+    shell.order(1)
+    run = shell.start("run", "--only", "bill")
+    run.until("bill 1")
+    [copied] = shell.json("db", "backup", "copy.db")
+    assert copied["bytes"] == (shell.folder / "copy.db").stat().st_size
+    assert "copied to other.db and checked" in shell("db", "backup", "other.db").stdout
+    assert "copy.db exists, and nothing is overwritten" in shell("db", "backup", "copy.db", status=1).stderr
+    assert re.search(r"is in use by process \d+ \(pid \d+\); stop them first", shell("db", "compact", status=1).stderr)
+    run.signal(signal.SIGTERM).end()
+    [sizes] = shell.json("db", "compact")
+    assert sizes["after"] <= sizes["before"]
+    assert " now" in shell("db", "compact").stdout
+    assert len(shell.json("read", "receipts", "--events", "sqlite:///copy.db")) <= 1
+    two = ("--jobs", "sqlite:///other.db")
+    assert len(shell.json("db", "check", *two)) == 2
+    assert "name one: --of events, --of jobs" in shell("db", "backup", "third.db", *two, status=2).stderr
+    shell("db", "backup", "third.db", "--of", "jobs", *two)
+    memory = ("--events", "memory:", "--jobs", "memory:")
+    assert "`barnabas db` cares for sqlite: files, and this app uses memory:" in shell("db", "check", *memory, status=1).stderr
 
 
 # run, in one process.

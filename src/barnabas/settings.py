@@ -151,6 +151,7 @@ class Settings:
     buffer_messages: int = _option(_number, 10_000, "sends that may wait for the backend", "messages", low=1)
     buffer_bytes: int = _option(_number, 64 * 1024 * 1024, "their size altogether", "bytes", low=1)
     value_limit: int = _option(_number, 1024 * 1024, "the largest encoded value of a message", "bytes", low=1)
+    max_memory: int = _option(_number, 0, "a worker process that uses more makes way for another; 0: never", "bytes")
     session_timeout: float = _option(_number, 10.0, "a silent process loses its partitions", "seconds", low=0.1)
     checkpoint_interval: float = _option(_number, 0.1, "the longest time between checkpoints", "seconds", high=60)
     log_format: str = _option(_choice, "text", "shape of log lines", choices=("text", "json"))

@@ -2,9 +2,9 @@
 
 The supervisor opens no backend and runs no user code but what importing the app does. Each child holds one end of a
 socket, the lifeline: its end of file tells a child that the supervisor is gone, however it went, and the child stops as if
-asked to. A child says "ready" (its sources are open), "failed" (it ends because of an error it has reported), "stopped" (it
-ends because an operator asked it to), "recycle" (it wants to end because a handler hangs) and its counts; the supervisor
-answers "recycle" when it is that child's turn.
+asked to. A child says "ready" (its sources are open), why it ends ("failed": of an error it has reported; "drained";
+"stopped" by an operator), "recycle" (it wants to make way: a handler hangs, or it uses too much memory) and its counts; the
+supervisor answers "recycle" when it is that child's turn.
 """
 
 import contextlib
@@ -45,7 +45,8 @@ class Child:
         self.heard = b""  # the beginning of a line
         self.began = 0.0
         self.ready_at: float | None = None
-        self.failed = self.asks = self.stopped = False
+        self.asks = False
+        self.word = ""  # why it says that it ends
         self.changing = False  # it was stopped to be started again
         self.crashes = 0  # in a row
         self.stillborn = 0  # failed starts in a row
@@ -72,7 +73,7 @@ class Child:
 class Supervisor:
     """Keeps `count` children alive until they are drained or it is told to stop; `run` returns its exit status.
 
-    spawn: starts the child of a number (from 1). drain: a child that ends with status 0 has nothing left to do.
+    spawn: starts the child of a number (from 1).
     reload: a child that fails is left alone until `restart`. patience: seconds a stop may take before it is a kill.
     tell: gets the children's counts, added up, once a second.
     """
@@ -82,7 +83,6 @@ class Supervisor:
         spawn: Spawn,
         count: int,
         *,
-        drain: bool = False,
         reload: bool = False,
         patience: float = 35.0,
         tell: Callable[[dict[str, float]], None] = lambda counts: None,
@@ -91,7 +91,7 @@ class Supervisor:
         self.children = [Child(number) for number in range(1, count + 1)]
         self.stopping = False
         self.status = 0
-        self._spawn, self._drain, self._reload, self._patience = spawn, drain, reload, patience
+        self._spawn, self._reload, self._patience = spawn, reload, patience
         self._tell, self._monotonic = tell, monotonic
         self._kill_at = NEVER
         self._recycling: Child | None = None
@@ -187,18 +187,17 @@ class Supervisor:
                 self._recycling = None
             if child.crashes:
                 log.info("%s is up again", child.name)
-        elif line == "failed":
-            child.failed = True
         elif line == "recycle":
             child.asks = True
-        elif line == "stopped":
-            child.stopped = True
+        elif line in ("failed", "drained", "stopped"):
+            child.word = line
         else:
             child.counts = json.loads(line)
 
     def _start(self, child: Child, now: float) -> None:
         child.start_at = child.ready_at = None
-        child.failed = child.asks = child.changing = child.stopped = False
+        child.asks = child.changing = False
+        child.word = ""
         child.heard = b""
         child.began = now
         child.process, child.line = self._spawn(child.number)
@@ -218,9 +217,9 @@ class Supervisor:
                 log.error("%s ended with %s", name, outcome_of(code))
         elif child.changing:
             child.start_at = now
-        elif child.stopped and code == 0:
+        elif child.word == "stopped" and code == 0:
             log.info("%s was stopped by an operator; it is not started again", name)
-        elif code == 0 and self._drain:
+        elif child.word == "drained" and code == 0:  # (a handler's os._exit(0) says nothing)
             log.info("%s has nothing left to do", name)
         elif code == RECYCLE and child.ready_at is not None:
             log.warning("%s made way for another after %.0f s", name, lived)
@@ -230,7 +229,7 @@ class Supervisor:
 
     def _crashed(self, child: Child, what: str, now: float) -> None:
         child.crashes = 1 if now - child.began >= STEADY else child.crashes + 1
-        at_start = child.ready_at is None or (child.failed and now - child.ready_at < YOUNG)
+        at_start = child.ready_at is None or (child.word == "failed" and now - child.ready_at < YOUNG)
         child.stillborn = child.stillborn + 1 if at_start else 0
         if self._reload:
             log.error("%s; it is started again when a file changes", what)

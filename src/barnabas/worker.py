@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -27,7 +28,7 @@ from barnabas.state.table import Cells
 
 log = logging.getLogger("barnabas")
 MOST_WORK = 100  # of what is in work, a report names the longest
-RECYCLE = 75  # exit status of a process that ends because a handler hangs: its supervisor starts another
+RECYCLE = 75  # exit status of a process that makes way for another: a handler hangs, or it uses too much memory
 
 
 def chosen(app: App, only: Iterable[str] = (), skip: Iterable[str] = ()) -> tuple[list[Consumer], list[str] | dict[str, int]]:
@@ -227,13 +228,13 @@ class Worker:
         if any(c.handler.timed for r in self.runners for c in r.crews):
             threading.Thread(target=self._watch, name="barnabas-watchdog", daemon=True).start()
 
-    def _hook(self, hook: Callable[[], Any]) -> None:
+    def _hook(self, hook: Callable[[], Any], timeout: float = 60.0) -> None:
         out = hook()
         if asyncio.iscoroutine(out):
             if self.inline:
                 self.drive(out)
             else:
-                asyncio.run_coroutine_threadsafe(out, self._event_loop()).result(60.0)
+                asyncio.run_coroutine_threadsafe(out, self._event_loop()).result(timeout)
 
     def failed(self) -> BaseException | None:
         """The error that ended a runner, if any did."""
@@ -370,13 +371,14 @@ class Worker:
                 self._end(f"{runner.name}: its tear_down()", runner.crews[0].call, runner.ends)
             for crew in runner.crews:
                 crew.leave()
+        hangs = bool(held) or self.recycling is not None  # maybe on the loop
         for hook in self.app.stop_hooks:
-            self._end(f"the on_stop hook {hook!r}", self._hook, hook)
+            self._end(f"the on_stop hook {hook!r}", partial(self._hook, timeout=5.0 if hangs else 60.0), hook)
         if self.loop is not None:
             self._loop_ends = True
             self.loop.call_soon_threadsafe(self.loop.stop)
         for thread in self._threads:
-            thread.join(0.0 if held else 5.0)
+            thread.join(0.0 if hangs else 5.0)
         return held
 
     def _end(self, what: str, call: Callable[..., Any], function: Callable[[], Any]) -> None:
@@ -434,18 +436,16 @@ class Worker:
         spent = now - last[2]
         if spent < limit:
             return
-        if not crew.cancel(slot, run, "timeout"):
-            if (id(run), offset) not in crew.late:
-                crew.late.add((id(run), offset))
-                where = f"{run.part.topic}[{run.part.partition}]@{offset}"
-                log.error(
-                    "%s: %s runs longer than its timeout of %s s:\n%s", crew.handler.name, where, limit, self._where(crew, slot)
-                )
-            elif spent >= 2 * limit and self.recycling is None:
-                crew.abandon(slot, run)
-                where = f"{run.part.topic}[{run.part.partition}]@{offset}"
-                self.recycling = f"{crew.handler.name} hangs at {where}, twice its timeout of {limit} s"
-                log.error("%s: this process ends and lets another go on", self.recycling)
+        where = f"{run.part.topic}[{run.part.partition}]@{offset}"
+        if not crew.cancel(slot, run, "timeout") and (id(run), offset) not in crew.late:
+            crew.late.add((id(run), offset))
+            late = f"{crew.handler.name}: {where} runs longer than its timeout of {limit} s"
+            log.error("%s:\n%s", late, self._where(crew, slot))
+        elif spent >= 2 * limit and self.recycling is None and crew.blocked(slot):
+            hangs = f"{crew.handler.name} hangs at {where}, twice its timeout of {limit} s"
+            log.error("%s: this process ends and lets another go on:\n%s", hangs, self._where(crew, slot))
+            crew.abandon(slot, run)
+            self.recycling = hangs
 
     def exit_now(self) -> None:
         """End at once; a hanging thread cannot be ended otherwise. What is unsettled will be delivered again."""

@@ -77,7 +77,7 @@ BUGS = [
     Bug("a missing answer is no failure", handler, "make_answer", "if topic not in uses:", "if False:"),
     Bug("a cancellation counts as done", crew, "work", "parked = crew.failed(", "parked = None if isinstance(error, asyncio.CancelledError) else crew.failed("),
     Bug("a cancellation counts as a failure", Crew, "failed", 'if why == "release":', "if False:"),
-    Bug("a cancellation by another name hits the next", Crew, "failed", "(self.cancelled or isinstance(error, asyncio.CancelledError))", "isinstance(error, asyncio.CancelledError)"),
+    Bug("a cancellation by another name hits the next", Crew, "failed", "(slot in self.cancelled or isinstance(error, asyncio.CancelledError))", "isinstance(error, asyncio.CancelledError)"),
     Bug("a cancellation that was swallowed is none", Crew, "overdue", "if slot in self.cancelled:", "if False:"),
     Bug("a late success is done", Crew, "overdue", "if (id(run), row[0]) in self.late:", "if False:"),
     Bug("a cancellation hits who comes next", LoopCrew, "cancel", "self.current[slot] is run and self.box[at] == offset != -1", "self.current[slot] is not None"),
@@ -86,6 +86,8 @@ BUGS = [
     Bug("what cannot be decoded in a batch is done", work, "_call", "for row, why in bad:", "for row, why in ():"),
     Bug("a failed batch goes through the retry topic and runs again", Handler, "failed", "if whole:  # each", "if False:  # each"),
     Bug("a batch starts after the claim's end", crew, "work_batches", "monotonic() > crew.begin(slot, run) and", "crew.begin(slot, run) < 0 and"),
+    Bug("a batch that hangs costs its first message only", Crew, "abandon", "self.box[at + 1] > 1", "False"),
+    Bug("a batch that hung to its end is called again", crew, "work_batches", "attempts.get(row[0], 0) > times", "attempts.get(row[0], 0) > times + 1"),
     # Workers and settlement.
     Bug("the claim's end is ignored", Crew, "begin", "if part.until < until or self.stopping:", "if self.stopping:"),
     Bug("a haul is returned twice", Crew, "take", "return haul.popleft()", "return haul[0]"),

@@ -433,7 +433,7 @@ class Hold:
                 raise Wrong(f"{call}: @{offset} is not open: {why}")
             if now < max(self.not_before.get(offset, 0.0), msg.due) - 1e-6:
                 raise Wrong(f"{call}: @{offset} runs before its time")
-            if offset in self.alone and len(call.msgs) > 1:
+            if len(call.msgs) > 1 and self.apart(call.run, offset):
                 raise Wrong(f"{call}: @{offset} was to run alone")
             self.busy.add(offset)
             self.calls[offset] = call
@@ -447,6 +447,10 @@ class Hold:
         box = self.member.crew.box[slot * SLOT : slot * SLOT + 2].tolist()
         if box != [self.part.id + 1, call.first]:
             raise Wrong(f"{call}: the box says {box}")
+
+    def apart(self, run: Any, offset: int) -> bool:
+        """Whether the messages of a batch run as batches of one: it failed as a whole, or hung so to the end."""
+        return offset in self.alone or max(self.fails.get(row[0], 0) for row in run.rows) > self.sim.retry.times
 
     def ended(self, call: "Call", verdict: str) -> None:
         sim, times, call.verdict = self.sim, self.sim.retry.times, verdict
@@ -470,7 +474,9 @@ class Hold:
             if last or not sim.retry.ordered:
                 self.alone.update(rows)
             for offset in rows:
-                if last:
+                if call.hung and (last or not sim.retry.ordered):
+                    self.fails[offset] = times + 1
+                elif last:
                     self.fails[offset] = max(self.fails.get(offset, 0), times)
                 elif sim.retry.ordered:
                     self.fails[offset] = self.fails.get(offset, 0) + 1
@@ -562,7 +568,8 @@ class Call:
         self.member = hold.member
         sim.calls += 1
         self.id = sim.calls
-        self.whole = sim.batch and msgs[0].row[0] not in hold.alone
+        self.whole = sim.batch and not hold.apart(run, msgs[0].row[0])
+        self.hung = False
         self.action = next((a for m in msgs if (a := m.action(hold.attempt(m))) != "ok"), "ok")
         self.manner = sim.rng.choice(("raise", "raise", "raise", "convert", "swallow"))
         self.steps = sim.rng.choice((1, 2, 3) if sim.theme == "suspects" else (0, 0, 1, 2))
@@ -881,10 +888,11 @@ class Member:
         slot = self.slot_of(call.run)
         if self.sim.awaited:
             self.crew.cancel(slot, call.run, "timeout")
-        elif (id(call.run), call.first) not in self.crew.late:
-            self.crew.late.add((id(call.run), call.first))
-        elif self.sim.rng.random() < 0.3 and not self.fetching and not self.sim.batch:
-            call.over = True  # it does not return: its process ends without it
+            return
+        self.crew.late.add((id(call.run), call.first))
+        if self.sim.rng.random() < 0.5 and not self.fetching:
+            call.over = call.hung = True  # it does not return: its process ends without it
+            call.whole = call.whole and len(call.run.rows) > 1
             self.active.remove(call)
             call.struck = "timeout"
             call.hold.ended(call, "fail")
@@ -1158,7 +1166,7 @@ class Sim:
                 if row is None:
                     raise Wrong(f"the batch of {run.rows} has no {value}")
                 msgs.append(self.home_of(hold.at, row[0]))
-            first = msgs[0].row[0] if msgs[0].row[0] in hold.alone else run.rows[0][0]
+            first = msgs[0].row[0] if hold.apart(run, msgs[0].row[0]) else run.rows[0][0]
         else:
             msgs = [self.home_of(hold.at, hand.row[0])]
             first = hand.row[0]

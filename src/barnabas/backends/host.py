@@ -153,7 +153,10 @@ class Life:
         return base
 
     def abandon(self) -> None:
-        """In a forked child: let go without unlocking what is the parent's."""
+        """In a forked child: let go without unlocking what is the parent's. (The map has a descriptor of its own, which would
+        keep the lock beyond the parent's death.)"""
+        self.box.release()
+        self._map.close()
         os.close(self._fd)
 
     def close(self) -> None:

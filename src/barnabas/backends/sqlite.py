@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from importlib.resources import files
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -23,6 +22,7 @@ from barnabas.backends.host import Bell, Turn
 from barnabas.backends.neighbours import Neighbours
 from barnabas.backends.shares import by_target
 from barnabas.backends.sqlite_admin import SqliteAdmin
+from barnabas.backends.sqlite_open import check_library, check_place, migrate
 from barnabas.backends.sqlite_read import SHIFT, connect, explain, one
 from barnabas.errors import BackendError, BufferFull, DeclarationError, SendError, UnknownTopic
 from barnabas.message import Outgoing, OutgoingJob
@@ -30,7 +30,6 @@ from barnabas.ports import Listener, Source
 
 T = TypeVar("T")
 log = logging.getLogger("barnabas")
-SCHEMA = 1
 DEFAULT_PARTITIONS = 6
 BATCH_COUNT, BATCH_BYTES = 1000, 256 * 1024  # the most a record holds
 _encode = msgspec.msgpack.Encoder().encode
@@ -52,17 +51,22 @@ class SqliteBackend(SqliteAdmin):
         self.url = url
         self.closed = False
         self.clock = clock
-        path = url.removeprefix("sqlite:///")
+        path = os.path.realpath(url.removeprefix("sqlite:///"))  # under another name it would have other locks
         self._send_timeout: float = settings.send_timeout
         self._most = (settings.buffer_messages, settings.buffer_bytes)
         if not os.path.isdir(os.path.dirname(path)):
             raise BackendError(f"{path}: its folder does not exist; create it, or change the URL")
+        check_library(apsw.sqlitelibversion())
+        check_place(path)
         self._mutex = threading.RLock()  # the writing connection
         self._turn = Turn(path)
         self._bell = Bell(path)
         with self._turn.take():  # SQLite lets two that make a new file a WAL file at once meet SQLITE_BUSY without waiting
             self._db = connect(path)
-            self._migrate(path)
+            try:
+                migrate(self._db, path)
+            except apsw.Error as error:
+                raise explain(path, error) from error
         super().__init__(path)
         self._names: dict[tuple[str, str], int] = {}
         self.retention: dict[str, Any] = {}
@@ -79,16 +83,6 @@ class SqliteBackend(SqliteAdmin):
         self._watchers: list[Callable[[], None]] = []
         self._listening = False
         self.refresh()
-
-    def _migrate(self, path: str) -> None:
-        version = self._db.pragma("user_version")
-        if version == 0:
-            with self._db:
-                self._db.execute(files("barnabas.backends").joinpath("sqlite.sql").read_text())
-        elif version > SCHEMA:
-            raise BackendError(
-                f"{path} has schema {version}, this Barnabas knows {SCHEMA}: upgrade Barnabas, or use another file"
-            )
 
     # Writing.
 
@@ -480,6 +474,7 @@ def _in_child() -> None:
     """After a fork: the parent's handles are its own; the child opens new ones at its next use."""
     for backend in list(_open):
         backend.closed = True
+        backend._turn.close()  # its locks, too, go with the parent
         if backend.neighbours.life is not None:
             backend.neighbours.life.abandon()
         _inherited.append((backend, backend._db, backend._reader))

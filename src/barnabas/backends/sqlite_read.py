@@ -35,7 +35,9 @@ def connect(path: str) -> apsw.Connection:
     try:
         db = apsw.Connection(path)
         db.set_busy_timeout(10_000)  # against outside tools only: our own writers take turns
-        db.execute("PRAGMA journal_mode=WAL").fetchall()  # a statement that is not read to its end stops the next one
+        [(mode,)] = db.execute("PRAGMA journal_mode=WAL").fetchall()  # (a statement not read to its end stops the next one)
+        if mode != "wal":
+            raise BackendError(f"{path}: its file system has no shared memory, which SQLite's WAL needs; put it on a local disk")
         db.execute("PRAGMA synchronous=FULL").fetchall()
         return db
     except apsw.Error as error:

@@ -311,6 +311,7 @@ class SqliteLog(_Fetcher):
             self.home.write(self._leave)
 
     def _leave(self, db: apsw.Connection) -> None:
+        db.execute("UPDATE positions SET member = NULL WHERE member = ?", (self._member,))  # where giving them up failed
         db.execute("DELETE FROM members WHERE id = ?", (self._member,))
         self.home.stir(db, "gid = ?", (self._signal,))
 

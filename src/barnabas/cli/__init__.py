@@ -30,11 +30,12 @@ COMMANDS = {
     "resume": ("processes", "Resume what was paused."),
     "top": ("top", "Show groups, queues and processes, live."),
     "check": ("show", "Check the settings and what the app declares."),
+    "db": ("db", "Check, back up or compact the SQLite file."),
 }
 EPILOG = """\b
 Exit status: 0 it worked, 1 it failed (the reason is on stderr), 2 it was called
-wrongly; `run`: 75 a handler hangs and the process made way for another, 130 a
-second Ctrl-C.
+wrongly; `run`: 75 the process made way for another (a handler hangs, or max_memory),
+130 a second Ctrl-C.
 
 \b
 Shell completion: eval "$(_BARNABAS_COMPLETE=bash_source barnabas)"

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from types import FrameType
 
 from barnabas.app import App
-from barnabas.errors import BackendError, BarnabasError
+from barnabas.cli import draw
+from barnabas.errors import BackendError, BarnabasError, SettingError
 from barnabas.supervisor import STOPS, Lifeline
-from barnabas.worker import RECYCLE, Worker
+from barnabas.worker import RECYCLE, Worker, memory
 
 log = logging.getLogger("barnabas")
 Tell = Callable[[dict[str, float]], None]  # gets the counts, about once a second
@@ -54,7 +55,14 @@ class Stopper:
 
 
 def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: Lifeline | None) -> int:
-    """Run a worker until it is asked to stop, drained, failed or hanging; returns the exit status of its process."""
+    """Run a worker until it is asked to stop, drained, failed, hanging or too large; returns the exit status of its process.
+
+    Raises SettingError if `max_memory` is less than what the app uses before its first message.
+    """
+    most = worker.app.settings.max_memory
+    if 0 < most < (used := memory()):  # it would make way again and again
+        sizes = f"max_memory is {draw.size(most)}, but this app uses {draw.size(used)} before its first message"
+        raise SettingError(f"{sizes}; give it more, or 0 for no limit")
     worker.start()
     _tune()
     if lifeline is not None:
@@ -63,9 +71,9 @@ def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
     if why == "stop":
         timeout = worker.app.settings.stop_timeout
         log.info("%s: finishing what is in work, within %.0f s (a second Ctrl-C ends at once)", stopper.name, timeout)
-    held = worker.stop(HURRY if why == "recycle" else None)
+    held = worker.stop(HURRY if why == "hangs" else None)
     tell(worker.counts())
-    if why == "recycle":  # in order, or what else is in work would count as in work at a crash
+    if why == "hangs":  # in order, or what else is in work would count as in work at a crash
         end_now(worker.app, RECYCLE)
     for text in held:
         log.error("the stop was held up by %s\nit is given back and will run again", text.rstrip())
@@ -74,22 +82,29 @@ def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
         log.error("this process ends: %s", error)
         if lifeline is not None:
             lifeline.say("failed")
-    status = 0 if error is None else 1
+    if why == "drained" and lifeline is not None:
+        lifeline.say("drained")
+    status = 1 if error is not None else RECYCLE if why == "large" else 0
     if held:  # the interpreter would wait for their threads
         end_now(worker.app, status)
     return status
 
 
 def _wait(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: Lifeline | None) -> str:
-    """Why the worker is to end: "stop", "failed", "recycle" or "drained"."""
+    """Why the worker is to end: "stop", "failed", "hangs", "large" (it uses too much memory) or "drained"."""
     told, said = time.monotonic(), not drain
+    most, large = worker.app.settings.max_memory, False
     while not stopper.event.wait(TICK):
         if worker.failed() is not None:
             return "failed"
-        if worker.recycling is not None and (lifeline is None or lifeline.may_recycle()):
-            return "recycle"
+        if (large or worker.recycling is not None) and (lifeline is None or lifeline.may_recycle()):
+            return "hangs" if worker.recycling is not None else "large"
         if stopper.quiet:
             worker.hush("SIGTSTP")
+        if most and not large and time.monotonic() >= told + 1.0 and (used := memory()) > most:
+            large = True
+            sizes = f"{draw.size(used)}, over max_memory ({draw.size(most)})"
+            log.warning("this process uses %s: it finishes what is in work and makes way for another", sizes)
         with contextlib.suppress(BackendError):  # away for a while: the runners say so, and go on when it is back
             if drain and worker.drained():
                 return "drained"

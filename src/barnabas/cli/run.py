@@ -90,7 +90,7 @@ def supervise(app: App, target: str | None, drain: bool, reloads: bool, **given:
     command += ["--drain"] if drain else []
     status = Status()
     patience = settings.stop_timeout + GRACE
-    supervisor = Supervisor(spawner(command), settings.processes, drain=drain, reload=reloads, patience=patience, tell=status)
+    supervisor = Supervisor(spawner(command), settings.processes, reload=reloads, patience=patience, tell=status)
     if reloads:
         _watch(supervisor.restart)
     code = supervisor.run()

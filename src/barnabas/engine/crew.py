@@ -208,7 +208,7 @@ class Crew:
         (monotonic seconds; negative: stop, it is given back)."""
         if self.current[slot] is not run:
             return STOP
-        if self.handler.awaited and (self.cancelled or isinstance(error, asyncio.CancelledError)):
+        if self.handler.awaited and (slot in self.cancelled or isinstance(error, asyncio.CancelledError)):
             why = self._uncancel(slot)
             if why == "release":
                 return STOP
@@ -249,17 +249,21 @@ class Crew:
         self.wake()
 
     def abandon(self, slot: int, run: Run) -> None:
-        """A sync handler did not return after twice its timeout: its delivery has failed, whatever it does later.
+        """A handler did not return after twice its timeout: its delivery has failed, whatever it does later.
 
-        Only for a process that is about to end: the thread cannot be ended.
+        Only for a process that is about to end: the thread, or loop, cannot be had back.
         """
-        offset = self.box[slot * SLOT + self.base + 1]
+        at = slot * SLOT + self.base + 1
+        offset, whole = self.box[at], self.box[at + 1] > 1
         self.late.discard((id(run), offset))
+        self.cancelled.pop(slot, None)
+        error = TimedOut(f"did not return after twice its timeout of {self.handler.limit(run)} s")
         for done, row in enumerate(run.rows):
             if row[0] == offset:
-                parked = self.failed(
-                    slot, run, row, TimedOut(f"did not return after twice its timeout of {self.handler.limit(run)} s")
-                )
+                parked = self.failed(slot, run, row, error, whole)
+                if whole and parked is None:  # the next process is to run each alone
+                    run.part.attempts.update({row[0]: self.handler.consumer.retry.times + 1 for row in run.rows})
+                    parked = self.monotonic()
                 self.end(slot, run, done + (parked is None), parked)
                 return
 
@@ -335,6 +339,10 @@ class Crew:
     def cancel(self, slot: int, run: Run, why: str) -> bool:
         """Cancel what this worker has in hand ("timeout" or "release"); False where that cannot be done (threads)."""
         return False
+
+    def blocked(self, slot: int) -> bool:
+        """Whether it is what this worker runs that does not come back, and not another beside it."""
+        return True
 
     def start(self) -> None:
         """Begin to work."""

@@ -181,6 +181,10 @@ class LoopCrew(Crew):
         self.loop.call_soon_threadsafe(now)
         return True
 
+    def blocked(self, slot: int) -> bool:
+        running = asyncio.current_task(self.loop)
+        return running is self.tasks[slot] or (running is None and slot in self.cancelled)  # it swallowed its cancellation
+
     def stop(self) -> None:
         super().stop()
 

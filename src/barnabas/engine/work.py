@@ -80,6 +80,7 @@ async def work_batches(crew: "Crew", slot: int) -> None:
     """The same for batch handlers: one call a run. A failing batch is retried whole; when its attempts are spent its
     messages run as batches of one, so that only culprits die."""
     monotonic, box, at_box = crew.monotonic, crew.box, slot * SLOT + crew.base + 1
+    times = crew.handler.consumer.retry.times
     while True:
         run = crew.take(slot)
         if run is None:
@@ -90,17 +91,20 @@ async def work_batches(crew: "Crew", slot: int) -> None:
             crew.end(slot, run, 0, None)
             continue
         rows = run.rows
-        box[at_box], box[at_box + 1] = rows[0][0], rows[-1][0] - rows[0][0] + 1  # the span: a lane's rows have gaps
-        error = await _call(crew, slot, run, rows)
-        done, parked = len(rows), None
-        if error is not None:
-            done, parked = 0, _failed(crew, slot, run, rows[0], error, True)
-            while parked is None and done < len(rows) and crew.breathe(slot, run, done) >= 0:
-                box[at_box], box[at_box + 1] = rows[done][0], 1
-                error = await _call(crew, slot, run, [rows[done]])
-                if error is not None:
-                    parked = _failed(crew, slot, run, rows[done], error)
-                done += parked is None
+        done, parked, attempts = 0, None, run.part.attempts
+        if not attempts or not any(attempts.get(row[0], 0) > times for row in rows):  # else it hung as a whole (`abandon`)
+            box[at_box], box[at_box + 1] = rows[0][0], rows[-1][0] - rows[0][0] + 1  # the span: a lane's rows have gaps
+            error = await _call(crew, slot, run, rows)
+            if error is None:
+                done = len(rows)
+            else:
+                parked = _failed(crew, slot, run, rows[0], error, True)
+        while parked is None and done < len(rows) and crew.breathe(slot, run, done) >= 0:
+            box[at_box], box[at_box + 1] = rows[done][0], 1
+            error = await _call(crew, slot, run, [rows[done]])
+            if error is not None:
+                parked = _failed(crew, slot, run, rows[done], error)
+            done += parked is None
         crew.end(slot, run, done, parked)
 
 
