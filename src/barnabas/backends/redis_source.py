@@ -147,9 +147,15 @@ class RedisQueues:
         self._suspects: list[tuple[Part, Row]] = []  # each is to run with nothing beside it
         self._alone: int | None = None
         self._closing = False
-        self.life.join()
-        self._assign()
-        self.life.start()
+        try:
+            self.life.join()
+            self._assign()
+            self.life.start()
+        except BaseException:
+            self.landing.close()
+            with suppress(BackendError):  # what was begun may be known there
+                home.script("recover", self.name, "0")
+            raise
         home.sources.append(self)
 
     def _assign(self) -> None:
