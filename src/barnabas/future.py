@@ -11,8 +11,6 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from barnabas.errors import WaitInHandler
-
 T = TypeVar("T")
 _PENDING: Any = object()
 _LOCK = threading.Lock()  # guards the registration of waiters, of all futures: a rare and short act
@@ -59,9 +57,9 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
     def result(self, timeout: float | None = None) -> T:
         """Wait for the outcome, at most `timeout` seconds (TimeoutError), and return it or raise its error."""
         if self._value is _PENDING:
-            self._refuse_in_handler()
+            self._ask_hand(True)
             event = threading.Event()
-            if self._watch(event.set) and not event.wait(timeout):
+            if self._value is _PENDING and self._watch(event.set) and not event.wait(timeout):
                 raise TimeoutError(f"not durable after {timeout} s; it may still become so: see barnabas check")
         return self._outcome()
 
@@ -82,7 +80,7 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
 
     def __await__(self) -> Generator[Any, None, T]:
         if self._value is _PENDING:
-            self._refuse_in_handler()
+            self._ask_hand(False)
             import asyncio
 
             loop = asyncio.get_running_loop()
@@ -130,13 +128,11 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
             self._wake()
         return True
 
-    def _refuse_in_handler(self) -> None:
+    def _ask_hand(self, blocking: bool) -> None:
+        """Somebody is about to wait: the handler that sent this refuses it, a sink may do its work at once."""
         hand = self._hand
-        if hand is not None and hand.is_current():
-            raise WaitInHandler(
-                "a send inside a handler leaves after the handler returned, so waiting for it here would never end; "
-                "to send at once, whatever becomes of this message, use send(..., now=True)"
-            )
+        if hand is not None:
+            hand.awaited(self, blocking)
 
     def _outcome(self) -> T:
         value = self._value

@@ -124,6 +124,7 @@ def frozen(team: Team, place: int, seconds: float) -> Iterator[None]:
 def blow(kind: str, team: Team, server: RedisServer, proxy: Proxy, dice: random.Random) -> None:
     time.sleep(dice.uniform(0.02, 0.3))
     place = dice.randrange(1, WORKERS)  # (the first one is frozen once)
+    assert all(worker.poll() is None for worker in team.workers), "a worker ended by itself; see workers.log"
     if kind == "worker":
         team.kill(place)
     elif kind == "redis":
@@ -166,7 +167,8 @@ def check(folder: Path, kills: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 for future in futures:
                     future.result(60)
         client, end = app.jobs.client, time.monotonic() + STUCK
-        left = lambda: app.jobs.open_work({}, ["notes", "tasks"]) + client.zcard("retry") + client.zcard("schedule")  # noqa: E731
+        work = lambda: app.jobs.open_work({}, ["notes", "tasks"])  # noqa: E731
+        left = lambda: work() or client.zcard("retry") + client.zcard("schedule") or work()  # noqa: E731
         while left() and time.monotonic() < end:
             time.sleep(0.2)
         stuck = left()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
+from barnabas.errors import WaitInHandler
 from barnabas.future import Future
 from barnabas.message import Key, Outgoing, OutgoingJob, Row
 from barnabas.ports import Part
@@ -43,9 +44,13 @@ class Hand:
         if tables is not None:
             self.tables, self.names, self.cells = tables, tables.names, {}
 
-    def is_current(self) -> bool:
-        """Whether the caller is the handler (or a task it started) whose sends are held back here."""
-        return self.open and CURRENT.get() is self
+    def awaited(self, future: Future[Any], blocking: bool) -> None:
+        """Refuse a wait by the handler (or a task it started) whose sends are held back here."""
+        if self.open and CURRENT.get() is self:
+            raise WaitInHandler(
+                "a send inside a handler leaves after the handler returned, so waiting for it here would never end; "
+                "to send at once, whatever becomes of this message, use send(..., now=True)"
+            )
 
     def add(self, output: Outgoing | OutgoingJob) -> None:
         """Hold this back until the handler returns."""

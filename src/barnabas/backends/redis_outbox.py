@@ -1,0 +1,291 @@
+"""Jobs on their way to Redis. Who waits for a future sends what is pending himself, in his own thread: that is a third of
+the time that handing it to another thread takes; a thread of its own sends what nobody waits for, many at a time."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import hiredis
+from redis.exceptions import ResponseError
+
+from barnabas.errors import BufferFull, SendError
+from barnabas.jobs.payload import PayloadError, enqueued
+from barnabas.message import OutgoingJob
+
+if TYPE_CHECKING:
+    from barnabas.backends.redis import RedisBackend
+
+log = logging.getLogger("barnabas")
+GROUP_COUNT, GROUP_BYTES = 1000, 1 << 20  # jobs that leave in one go
+PAUSES = (0.02, 1.0)  # seconds between tries while Redis is away: the first, and the longest
+LINGER = 0.001  # seconds that sends gather while they come thick
+AWAKE = 0.05  # seconds without a send after which the thread has to be woken
+# Refusals that pass: the same command is good a little later, or on another connection.
+PASSING = ("READONLY", "LOADING", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED", "TRYAGAIN", "BUSY")
+
+
+class Command:
+    """One command that stores jobs: its bytes, the number of its answers, and when the first of the jobs is due."""
+
+    __slots__ = ("answers", "data", "due", "jobs")
+
+    def __init__(self, data: bytes, answers: int, jobs: list[OutgoingJob], due: float | None = None) -> None:
+        self.data, self.answers, self.jobs, self.due = data, answers, jobs, due
+
+
+class Outbox:
+    """What waits to be stored. `send` from any thread; one connection, which one thread at a time uses."""
+
+    def __init__(self, home: "RedisBackend", settings: Any) -> None:
+        self._home = home
+        self._timeout: float = settings.send_timeout
+        self._most = (settings.buffer_messages, settings.buffer_bytes)
+        lock = threading.Lock()
+        self._room, self._bell = threading.Condition(lock), threading.Condition(lock)  # who waits for room; the thread
+        self._last = 0.0  # when somebody sent last
+        self._pending: deque[tuple[float, Sequence[OutgoingJob]]] = deque()
+        self._split = False  # the first of those is the rest of a call's, the beginning of which has left
+        self._waiting = [0, 0]  # jobs and bytes that are not stored yet
+        self._asleep = self._hurry = False  # the thread; and what it is told
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._end = threading.Event()
+        # What only the holder of the line touches:
+        self._line = threading.Lock()
+        self._link: Any = None
+        self._batch: tuple[list[Command], float, int, int] = ([], 0.0, 0, 0)  # to be stored, until when, of jobs, bytes
+        self._failed: BaseException | None = None
+
+    def send(self, jobs: Sequence[OutgoingJob]) -> None:
+        """Take these. Raises BufferFull when there was no room for them for `send_timeout` seconds."""
+        if self._closed or self._home.closed:
+            raise SendError(f"{self._home.where.name} was closed; the app opens it again at its next use")
+        count, size = len(jobs), sum([len(job[1]) for job in jobs])
+        with self._room:
+            waiting, (most, most_bytes) = self._waiting, self._most
+            if waiting[0] and (waiting[0] + count > most or waiting[1] + size > most_bytes):
+                self._wait_for_room(count, size)
+            waiting[0] += count
+            waiting[1] += size
+            future = jobs[-1][4]
+            if future is not None and future._hand is None:
+                future._hand = self
+            self._last = now = time.monotonic()
+            self._pending.append((now + self._timeout, jobs))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="barnabas-send", daemon=True)
+                self._thread.start()
+            elif self._asleep:
+                self._bell.notify()
+
+    def _wait_for_room(self, count: int, size: int) -> None:
+        """On an event-loop thread nobody may block: twice the limit is the end there."""
+        import asyncio
+
+        timeout, waiting, (most, most_bytes) = self._timeout, self._waiting, self._most
+        if asyncio._get_running_loop() is not None:
+            if waiting[0] + count <= 2 * most and waiting[1] + size <= 2 * most_bytes:
+                return
+            timeout = 0.0
+        room = lambda: not waiting[0] or (waiting[0] + count <= most and waiting[1] + size <= most_bytes)  # noqa: E731
+        if not self._room.wait_for(room, timeout):
+            why = f" (the last try failed: {self._failed})" if self._failed else ""
+            raise BufferFull(
+                f"the send buffer of {self._home.where.name} was full for {timeout} s: {waiting[0]} jobs, {waiting[1]} bytes wait"
+                f"{why}; send slower, or raise buffer_messages, buffer_bytes or send_timeout"
+            )
+
+    def awaited(self, future: Any, blocking: bool) -> None:
+        """Somebody is about to wait for this future: store what is pending in his thread, after whoever is at it."""
+        if blocking and self._failed is None and self._line.acquire(timeout=0.05):
+            try:
+                while not future.done() and self._push() is None:
+                    if not self._pending:
+                        break
+            finally:
+                self._line.release()
+        if not future.done():
+            self._wake()
+
+    def _wake(self) -> None:
+        """Let the thread go at once, as somebody waits."""
+        with self._room:
+            self._hurry = True
+            self._bell.notify()
+
+    def _run(self) -> None:
+        pause = 0.0
+        while True:
+            with self._bell:
+                while not self._batch[0] and not self._hurry and not (self._closed and self._pending):
+                    if self._closed:
+                        break
+                    now = time.monotonic()
+                    age = now - self._pending[0][0] + self._timeout if self._pending else 0.0
+                    if (self._asleep and self._pending) or age >= LINGER:
+                        break
+                    self._asleep = not self._pending and now > self._last + AWAKE
+                    self._bell.wait(None if self._asleep else LINGER - age)
+                self._asleep = self._hurry = False
+                if self._closed and not self._pending and not self._batch[0]:
+                    break
+            with self._line:
+                error = self._push()
+            pause = 0.0 if error is None else min(PAUSES[1], max(PAUSES[0], 2 * pause))
+            if pause:
+                self._end.wait(pause)
+        if self._link is not None:
+            self._link.disconnect()
+
+    def _push(self) -> BaseException | None:
+        """Store the next of what is pending; the error if it has to be tried again. Hold the line."""
+        commands, deadline, count, size = self._batch
+        if not commands:
+            with self._room:
+                if not self._pending:
+                    return None
+                jobs, deadline = self._take()
+            count, size = len(jobs), sum([len(job[1]) for job in jobs])
+            commands = self._commands(jobs)
+            self._batch = (commands, deadline, count, size)
+        error: Any
+        try:
+            if self._link is None:
+                self._link = self._home.where.pool.make_connection()
+            error = self._attempt(self._link, commands)
+        except Exception as lost:
+            error = lost
+        if commands:
+            self._again(commands, deadline, error)
+        elif self._failed is not None:
+            self._failed = None
+            log.warning("%s: jobs are stored again", self._home.where.name)
+        if not commands:
+            with self._room:
+                self._waiting[0] -= count
+                self._waiting[1] -= size
+                self._room.notify_all()
+            return None
+        return error  # type: ignore[no-any-return]
+
+    def _again(self, commands: list[Command], deadline: float, error: BaseException) -> None:
+        """Not all was stored: look for the server anew; too late, give up."""
+        where = self._home.where.name
+        if self._link is not None:
+            self._link.disconnect()
+        if self._failed is None:
+            log.error("%s: jobs cannot be stored, trying again: %s", where, error)
+        self._failed = error
+        if time.monotonic() > deadline or self._end.is_set():
+            why = self._home.explain(error)
+            for command in commands:
+                for job in command.jobs:
+                    self._lose(job, SendError(f"the job was not stored within {self._timeout} s: {why}"))
+            commands.clear()
+
+    def _take(self) -> tuple[list[OutgoingJob], float]:
+        """What leaves together, and until when the oldest of it may take. Hold the condition."""
+        jobs: list[OutgoingJob] = []
+        deadline, size, pending = self._pending[0][0], 0, self._pending
+        while pending and len(jobs) < GROUP_COUNT and size < GROUP_BYTES:
+            until, batch = pending.popleft()
+            room = GROUP_COUNT - len(jobs)
+            self._split = len(batch) > room
+            if self._split:
+                pending.appendleft((until, batch[room:]))
+                batch = batch[:room]
+            jobs += batch
+            size += sum([len(job[1]) for job in batch])
+        return jobs, deadline
+
+    def _commands(self, jobs: list[OutgoingJob]) -> list[Command]:
+        """The commands that store these. SADD comes with every push: a queue that somebody deleted is to be seen again."""
+        pack: Any = hiredis.pack_command
+        now, key = self._home.clock.now(), self._home.key
+        queues: dict[str, tuple[list[bytes], list[OutgoingJob]]] = {}
+        later: list[OutgoingJob] = []
+        for job in jobs:
+            queue, payload, at, _, _ = job
+            if at is not None:
+                if at > now:
+                    later.append(job)
+                    continue
+                with suppress(PayloadError):  # it was built just now
+                    payload = enqueued(payload, now)
+            found = queues.get(queue)
+            if found is None:
+                found = queues[queue] = ([], [])
+            found[0].append(payload)
+            found[1].append(job)
+        commands = [
+            Command(pack(("SADD", key("queues"), queue)) + pack(("LPUSH", key(f"queue:{queue}"), *payloads)), 2, stored)
+            for queue, (payloads, stored) in queues.items()
+        ]
+        if later:
+            pairs = [part for job in later for part in (repr(float(job[2] or 0)), job[1])]
+            commands.append(Command(pack(("ZADD", key("schedule"), *pairs)), 1, later, min(job[2] or 0 for job in later)))
+        return commands
+
+    def _attempt(self, link: Any, commands: list[Command]) -> BaseException | None:
+        """Send commands and read their answers; returns why those that are still in the list are to be tried again. What is
+        done is taken off at once: a lost connection must repeat as little as can be."""
+        link.send_packed_command([b"".join([command.data for command in commands])])
+        at, last = 0, None
+        while at < len(commands):
+            command, error = commands[at], None  # type: Command, BaseException | None
+            for _ in range(command.answers):
+                try:
+                    link.read_response()
+                except ResponseError as refused:
+                    error = refused
+            if error is not None and str(error).startswith(PASSING):
+                last = error
+                at += 1
+                continue
+            del commands[at]
+            for job in command.jobs:
+                if error is not None:
+                    self._lose(job, SendError(f"the job was not stored: {self._home.explain(error)}"))
+                elif job[4] is not None:
+                    job[4].resolve(job[3])
+            if command.due is not None:
+                self._home.due(command.due)
+        return last
+
+    def _lose(self, job: OutgoingJob, error: SendError) -> None:
+        """A job is not stored; and then none that was sent after it in the same call, whose future speaks for all."""
+        with self._room:
+            rest = self._pending.popleft()[1] if self._split else ()
+            self._split = False
+            self._waiting[0] -= len(rest)
+            self._waiting[1] -= sum([len(other[1]) for other in rest])
+        for lost in (job, *rest):
+            if lost[4] is not None:
+                lost[4].fail(error)
+            else:
+                log.error("job %s for queue %r is not stored: %s", lost[3], lost[0], error)
+
+    def flush(self, timeout: float) -> int:
+        """Wait until all is stored, at most so many seconds; the number of jobs that are not."""
+        if timeout:
+            self._wake()
+        with self._room:
+            if timeout:
+                self._room.wait_for(lambda: not self._waiting[0], timeout)
+            return self._waiting[0]
+
+    def close(self) -> None:
+        """Store what is waiting, at most `send_timeout` seconds, and say what could not be."""
+        left = self.flush(self._timeout)
+        if left:
+            log.error("%s: %d jobs could not be stored before the end: %s", self._home.where.name, left, self._failed)
+        self._end.set()
+        with self._room:
+            self._closed = True
+            self._bell.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(5.0)
