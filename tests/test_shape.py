@@ -26,7 +26,7 @@ FLOORS = {
     "backends": "backends",
     "processes": "app topic consumer job worker supervisor systemd",
     "face": "__init__",
-    "windows": "inspect lag processes observers web proxy cli testing killing __main__",
+    "windows": "inspect queues dead replay lag processes observers web proxy cli testing killing __main__",
 }
 FLOOR = {name: level for level, names in enumerate(FLOORS.values()) for name in names.split()}
 STRANGERS = {("jobs", "state"), ("state", "jobs"), ("engine", "jobs"), ("engine", "state")}

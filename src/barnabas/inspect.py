@@ -7,11 +7,12 @@ import difflib
 import heapq
 import inspect
 import itertools
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -25,6 +26,7 @@ from barnabas.topic import Retention, Topic
 
 CHUNK = 1000  # rows of one partition that are read at once
 
+Item = TypeVar("Item")
 Stored = Message[bytes | None]  # as it is stored: the value's bytes
 Start = str | int | datetime  # "earliest", "latest", an offset, or a time
 
@@ -163,10 +165,10 @@ def read(
         raise DeclarationError(f"an offset ({start}) belongs to one partition; say which (--partition), or give a time")
     numbers = range(len(partitions)) if partition is None else [partition]
     spans = {n: (begin(events, states[name], n, start), partitions[n][1]) for n in numbers}
-    streams = [_partition(events, name, n, *span) for n, span in spans.items()]
+    streams = [span(events, name, n, *within) for n, within in spans.items()]
     found: Iterator[Stored] = heapq.merge(*streams, key=attrgetter("timestamp"))
     if follow:
-        found = itertools.chain(found, _follow(events, name, {n: max(span) for n, span in spans.items()}))
+        found = itertools.chain(found, _follow(events, name, {n: max(within) for n, within in spans.items()}))
     if key is not None:
         keys = (key, key.encode())
         found = (message for message in found if message.key in keys)
@@ -180,12 +182,13 @@ def begin(events: Backend, state: TopicState, number: int, start: Start) -> int:
     if isinstance(start, datetime):
         # Timestamps may be the sender's own, so they need not rise: no bisection.
         since = start.timestamp()
-        rows = _partition(events, state.name, number, first, end)
+        rows = span(events, state.name, number, first, end)
         return next((m.offset for m in rows if m.timestamp is not None and m.timestamp >= since), end)
     return end if start == "latest" else first
 
 
-def _partition(events: Backend, topic: str, number: int, offset: int, end: int) -> Iterator[Stored]:
+def span(events: Backend, topic: str, number: int, offset: int, end: int) -> Iterator[Stored]:
+    """The stored messages of one partition from `offset` up to `end`."""
     while offset < end:
         rows = events.read(topic, number, offset, min(CHUNK, end - offset))
         if not rows:
@@ -197,6 +200,27 @@ def _partition(events: Backend, topic: str, number: int, offset: int, end: int) 
         offset = rows[-1][0] + 1
 
 
+def find(events: Backend, topic: str, partition: int, offset: int) -> Stored | None:
+    """The message that is stored at this address, if any."""
+    stored = next((state.partitions for state in events.topics() if state.name == topic), [])
+    if partition >= len(stored) or not stored[partition][0] <= offset < stored[partition][1]:
+        return None
+    return next(span(events, topic, partition, offset, offset + 1), None)
+
+
+def address(text: str) -> tuple[str, int, int] | None:
+    """Topic, partition and offset of TOPIC[PARTITION]@OFFSET; None for what is written otherwise."""
+    found = re.fullmatch(r"(.+)\[(\d+)\]@(\d+)", text)
+    return (found[1], int(found[2]), int(found[3])) if found else None
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of at most `size`."""
+    left = iter(items)
+    while some := list(itertools.islice(left, size)):
+        yield some
+
+
 def _follow(events: Backend, topic: str, at: dict[int, int]) -> Iterator[Stored]:
     """What comes from these offsets on, as it comes."""
     ring = threading.Event()
@@ -206,7 +230,7 @@ def _follow(events: Backend, topic: str, at: dict[int, int]) -> Iterator[Stored]
             ring.clear()
             quiet = True
             for number, offset in at.items():
-                for message in _partition(events, topic, number, offset, offset + CHUNK):
+                for message in span(events, topic, number, offset, offset + CHUNK):
                     quiet = False
                     at[number] = message.offset + 1
                     yield message

@@ -1,7 +1,7 @@
 """What commands print: tables for people, JSON lines for programs."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -84,3 +84,17 @@ def age(seconds: float) -> str:
     if whole < 86400:
         return (f"{whole // 3600}:{whole // 60 % 60:02}" if whole >= 3600 else f"{whole // 60}") + f":{whole % 60:02}"
     return f"{whole // 86400} d {whole // 3600 % 24:02}:{whole // 60 % 60:02}"
+
+
+def text(value: Any) -> str:
+    """A value for people: a text as it is, all else as JSON."""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def pairs(values: Mapping[str, Any]) -> None:
+    """Print names and values, one a line; what is None is left out, long texts are indented below their names."""
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        if value is not None:
+            lines = text(value).rstrip("\n").split("\n")
+            print(f"{name:<{width}}  {lines[0]}" if len(lines) == 1 else "\n  ".join([name, *lines]))

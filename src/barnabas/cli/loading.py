@@ -118,6 +118,7 @@ _NAMES: dict[str, Callable[[App], Iterable[str]]] = {
     "tables": lambda app: app.tables,
     "groups": lambda app: sorted({at.group for at in app.events.positions()}),
     "queues": lambda app: [f"queue:{state.name}" for state in app.jobs.queue_states() if state.name],
+    "bare queues": lambda app: [*(job.queue for job in app.job_handlers.values()), *(q.name for q in app.jobs.queue_states())],
     "processes": _processes,
 }
 

@@ -66,29 +66,34 @@ def read(app: App, topic: str, start: inspect.Start | None, follow: bool, as_jso
 
 
 def as_line(message: inspect.Stored) -> bytes:
-    """A message as JSON. `value` is the JSON that is stored; "encoding" says so where it is other text, or base64."""
-    value, encoding = _shown(message.value)
-    key, key_encoding = _text(message.key)
+    """A message as JSON."""
+    return msgspec.json.encode(as_fields(message))
+
+
+def as_fields(message: inspect.Stored) -> dict[str, Any]:
+    """A message for JSON. `value` is the JSON that is stored; "encoding" says so where it is other text, or base64."""
+    value, encoding = shown(message.value)
+    key, key_encoding = text_of(message.key)
     fields = {
         "topic": message.topic,
         "partition": message.partition,
         "offset": message.offset,
         "key": key,
         "value": value,
-        "headers": [[name, _text(data)[0]] for name, data in message.headers],
+        "headers": [[name, text_of(data)[0]] for name, data in message.headers],
         "timestamp": message.timestamp,
     }
     if encoding:
         fields["encoding"] = encoding
     if key_encoding == "base64":
         fields["key_encoding"] = key_encoding
-    return msgspec.json.encode(fields)
+    return fields
 
 
 def as_text(message: inspect.Stored) -> bytes:
     """A message as a line: address, time, key, value."""
-    key, _ = _text(message.key)
-    text, encoding = _text(message.value)
+    key, _ = text_of(message.key)
+    text, encoding = text_of(message.value)
     if encoding == "base64":
         text = f"({len(message.value or b'')} bytes) {text}"
     where = f"{message.topic}[{message.partition}]@{message.offset}"
@@ -96,18 +101,20 @@ def as_text(message: inspect.Stored) -> bytes:
     return f"{where} {time} {'-' if key is None else key} {'(null)' if text is None else text}".encode()
 
 
-def _shown(data: bytes | None) -> tuple[Any, str]:
+def shown(data: bytes | None) -> tuple[Any, str]:
+    """Stored bytes for JSON, and what they are if no JSON: "text" or "base64"."""
     if data is None:
         return None, ""
     try:
         value = _decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _text(data)
+        return text_of(data)
     # As it is stored, so that no number changes on its way; but a line is to stay one line.
     return (value if b"\n" in data else msgspec.Raw(data)), ""
 
 
-def _text(data: str | bytes | None) -> tuple[str | None, str]:
+def text_of(data: str | bytes | None) -> tuple[str | None, str]:
+    """Bytes as text, and whether they had to be written as base64."""
     if not isinstance(data, bytes):
         return data, ""
     try:

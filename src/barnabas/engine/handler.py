@@ -178,16 +178,16 @@ class Handler:
         offset, key, _, headers, timestamp = row
         attempt = part.attempts.get(offset, 0) + 1
         if headers and part.retries:
-            origin, headers = _origin(headers)
+            first, headers = origin(headers)
             return Delivery(
-                origin["topic"].decode(),
-                int(origin["partition"]),
-                int(origin["offset"]),
+                first["topic"].decode(),
+                int(first["partition"]),
+                int(first["offset"]),
                 key,
                 value,
                 headers,
                 timestamp,
-                int(origin["attempts"]) + attempt,
+                int(first["attempts"]) + attempt,
                 self.group,
             )
         return Delivery(part.topic, part.partition, offset, key, value, list(headers or ()), timestamp, attempt, self.group)
@@ -270,9 +270,9 @@ class Handler:
             if whole:  # each alone, at once: only the culprits go through the retry topic
                 return None
             first = self.delivery(part, row, None)
-            origin = (first.topic, first.partition, first.offset)
+            at = (first.topic, first.partition, first.offset)
             topic = self.routes[part.topic].topic
-            run.outputs.append(to_retry(topic, self.group, origin, attempt, verdict.at, row, first.headers))
+            run.outputs.append(to_retry(topic, self.group, at, attempt, verdict.at, row, first.headers))
             run.others[offset] = verdict
             self._say(part, offset, attempt, "retry topic", f"{type(error).__name__}: {error}", error)
             return None
@@ -337,16 +337,16 @@ class Handler:
 
 
 def to_retry(
-    topic: Any, group: str, origin: tuple[str, int, int], attempts: int, at: float, row: Row, headers: Headers
+    topic: Any, group: str, first: tuple[str, int, int], attempts: int, at: float, row: Row, headers: Headers
 ) -> Outgoing:
     """A row on its way through its group's retry topic, with its first address, its failed runs and when it is due."""
     names = ("topic", "partition", "offset", "attempts", "at")
-    values = (*origin, attempts, repr(at))
+    values = (*first, attempts, repr(at))
     marks = [(RETRIED + name, str(value).encode()) for name, value in zip(names, values, strict=True)]
     return (topic.retry_topic(group), None, row[1], row[2], [*headers, *marks], row[4], None)
 
 
-def _origin(headers: Headers) -> tuple[dict[str, bytes], list[tuple[str, bytes]]]:
+def origin(headers: Headers) -> tuple[dict[str, bytes], list[tuple[str, bytes]]]:
     """The first address of a message in a retry topic, and its own headers."""
     cut = len(RETRIED)
     return (
@@ -357,7 +357,7 @@ def _origin(headers: Headers) -> tuple[dict[str, bytes], list[tuple[str, bytes]]
 
 def retry_at(row: Row) -> float:
     """When a message of a retry topic is due (epoch seconds)."""
-    return float(_origin(row[3] or ())[0].get("at", b"0"))
+    return float(origin(row[3] or ())[0].get("at", b"0"))
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

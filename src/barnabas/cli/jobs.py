@@ -1,0 +1,181 @@
+"""`barnabas queues` and `barnabas jobs`: what waits, what is in work, what failed, and what is to become of it."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime
+from itertools import chain, islice
+from typing import Any
+
+import click
+import msgspec
+
+from barnabas import queues as stored
+from barnabas.app import App
+from barnabas.cli import draw
+from barnabas.cli.loading import json_option, known, with_app
+from barnabas.cli.read import as_time, shown
+from barnabas.queues import Entry
+
+STATES = ("ready", "work", "scheduled", "retry", "dead")
+COLUMNS = ("job", "queue", "state", "class", "arguments", "failed#", "when", "error")
+WIDTH = 100  # characters of a long text in a table
+
+
+@click.command()
+@json_option
+@with_app
+def queues(app: App, as_json: bool) -> None:
+    """Show the queues: their jobs by state, and how long the first that is ready waits (latency)."""
+    columns = ("queue", "ready#", "work#", "scheduled#", "retry#", "dead#", "latency#", "state")
+
+    def row(queue: stored.QueueInfo) -> tuple[Any, ...]:
+        counts = (queue.ready, queue.work, queue.scheduled, queue.retry, queue.dead)
+        return (queue.name or "(all)", *counts, draw.age(queue.latency), "paused" if queue.paused else "ok")
+
+    draw.listing(as_json, stored.queues(app), columns, row, "there is no queue, and the app declares no job")
+
+
+@click.group()
+def jobs() -> None:
+    """List, show, retry and drop stored jobs."""
+
+
+_FILTERS = [
+    click.option("--queue", metavar="NAME", help="Only of this queue.", shell_complete=known("bare queues")),
+    click.option("--class", "name", metavar="NAME", help="Only jobs of this name.", shell_complete=known("jobs")),
+    click.option("--error", metavar="TEXT", help="Only those that failed with this text in class or message."),
+    click.option("--since", callback=as_time, metavar="TIME", help="Only what moved or failed since then (ISO 8601)."),
+]
+
+
+def options(*added: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add these options, in this order."""
+    return lambda function: functools.reduce(lambda inner, option: option(inner), reversed(added), function)
+
+
+state_option = click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
+limit_option = click.option("--limit", type=click.IntRange(0), default=50, metavar="N", help="At most so many. [50]")
+dry_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+
+
+@jobs.command("list")
+@options(*_FILTERS, state_option, limit_option)
+@json_option
+@with_app
+def list_(app: App, as_json: bool, limit: int, **which: Any) -> None:
+    """List stored jobs. Those in work come first; of each state, those that run first."""
+    found = islice(stored.jobs(app, **which), limit + 1)
+    if as_json:
+        for entry in islice(found, limit):
+            draw.json_line(fields(entry))
+        return
+    shown = list(found)
+    draw.listing(False, shown[:limit], COLUMNS, _row, "no job matches")
+    if len(shown) > limit:
+        click.echo(f"there are more than {limit}: add --limit N, or filters; --json streams them", err=True)
+
+
+def when(time: float | None) -> str:
+    """A point in time for people."""
+    return "-" if not time else datetime.fromtimestamp(time).isoformat(" ", "seconds")
+
+
+def short(text: str) -> str:
+    """As much of a text as a table bears."""
+    line = text.partition("\n")[0]
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+
+
+def _row(entry: Entry) -> tuple[Any, ...]:
+    job = entry.job
+    at = when(job.at if job.at is not None else entry.time)
+    return (job.jid, job.queue, job.state, entry.name, short(entry.args), entry.runs, at, short(entry.error))
+
+
+def fields(entry: Entry) -> dict[str, Any]:
+    """A stored job for JSON; `payload` is what is stored."""
+    job = entry.job
+    known = {name: getattr(job, name) for name in ("jid", "queue", "state", "at", "crashes", "owner")}
+    payload, encoding = shown(job.payload)
+    more = {"encoding": encoding} if encoding else {}
+    return known | {"class": entry.name, "failed": entry.runs, "error": entry.error, "payload": payload} | more
+
+
+@jobs.command()
+@click.argument("jid", nargs=-1, required=True)
+@json_option
+@with_app
+def show(app: App, jid: tuple[str, ...], as_json: bool) -> int:
+    """Show jobs by their ids, with all that is stored of them."""
+    found = list(stored.jobs(app, jid))
+    for entry in found:
+        if as_json:
+            draw.json_line(fields(entry))
+        else:
+            show_job(entry)
+    return _absent(set(jid) - {entry.job.jid for entry in found})
+
+
+def show_job(entry: Entry) -> None:
+    """Print a job: what the backend knows of it, then what it says itself."""
+    job = entry.job
+    lines = {"job": job.jid, "state": job.state, "queue": job.queue, "owner": job.owner, "crashes": job.crashes or None}
+    lines |= {"due" if job.state in ("scheduled", "retry") else "died": when(job.at)} if job.at is not None else {}
+    draw.pairs(lines | (msgspec.json.decode(job.payload) if entry.name != "?" else {"payload": entry.args, "error": entry.error}))
+    click.echo()
+
+
+def _absent(jids: set[str]) -> int:
+    for jid in sorted(jids):
+        click.echo(f"Error: no job {jid} is stored (it is done, or was dropped)", err=True)
+    if jids:
+        click.echo("Next, try: barnabas jobs list", err=True)
+    return 1 if jids else 0
+
+
+def _acting(name: str, doc: str, to: str | None, done: str) -> None:
+    """Declare `jobs retry` or `jobs drop`."""
+
+    @jobs.command(name, help=doc)
+    @click.argument("jid", nargs=-1)
+    @click.option("--all", "everything", is_flag=True, help="All, or all that match the filters.")
+    @options(*_FILTERS, state_option, dry_option)
+    @json_option
+    @with_app
+    def act(app: App, jid: tuple[str, ...], everything: bool, dry_run: bool, as_json: bool, **which: Any) -> int:
+        filtered = any(value is not None for value in which.values())
+        if bool(jid) == everything or (jid and filtered):
+            raise click.UsageError("name jobs by their ids, or give --all with filters (--queue, --class, --error, ...)")
+        found = stored.jobs(app, jid, **which)
+        if to == "ready" and everything and which["state"] is None:
+            found = chain.from_iterable(stored.jobs(app, **which | {"state": state}) for state in ("retry", "dead"))
+        named = list(found) if jid else []
+        first = named or list(islice(found, 50 if dry_run else 0))
+        if dry_run and not as_json:
+            draw.listing(False, first, COLUMNS, _row, "no job matches")
+        counts = stored.move(app, chain(first, found), to, dry_run=dry_run)
+        tell(done, counts, dry_run, as_json)
+        absent = _absent({*jid} - {entry.job.jid for entry in named})
+        return 0 if counts["moved"] and not absent else 1
+
+
+def tell(done: str, counts: Counter[str], dry_run: bool, as_json: bool) -> None:
+    """Say what was done: "retried" or "dropped"."""
+    if as_json:
+        names = {"in work": "in_work", "ready": "ready", "gone": "gone"}
+        draw.json_line({done: counts["moved"]} | {name: counts[key] for key, name in names.items()} | {"dry_run": dry_run})
+        return
+    left = {
+        "in work": "in work, which is left alone: it ends by itself, or with its process (barnabas stop)",
+        "ready": "ready already",
+        "gone": "changed meanwhile, by a worker or another operator",
+    }
+    click.echo(f"{'would be ' if dry_run else ''}{done}: {counts['moved']:,}")
+    for key, text in left.items():
+        if counts[key]:
+            click.echo(f"not {done}: {counts[key]:,} {text}", err=True)
+
+
+_acting("retry", "Make jobs ready now. --all means those to be retried and the dead, or those in --state.", "ready", "retried")
+_acting("drop", "Drop jobs for good. Those in work are left alone.", None, "dropped")

@@ -1,0 +1,127 @@
+"""Queues and the jobs in them: what `barnabas queues` and `barnabas jobs` show and do."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from barnabas.app import App
+from barnabas.inspect import chunks
+from barnabas.jobs.payload import seconds
+from barnabas.ports import QueueState, StoredJob
+
+CHUNK = 1000  # jobs moved at once
+
+
+class QueueInfo(msgspec.Struct, frozen=True):
+    """A queue: its jobs by state, how long the first ready one waits (seconds, 0 where there is none), whether it is paused.
+
+    Under the name "" are jobs that the backend does not keep by queue.
+    """
+
+    name: str
+    ready: int
+    work: int
+    scheduled: int
+    retry: int
+    dead: int
+    latency: float
+    paused: bool
+
+
+def queues(app: App) -> list[QueueInfo]:
+    """All queues, stored or declared, by name."""
+    asked, now = app.jobs.control(), app.clock.now()
+    states = {state.name: state for state in app.jobs.queue_states()}
+    found = []
+    for name in sorted({*states, *(job.queue for job in app.job_handlers.values())}):
+        _, ready, work, scheduled, retry, dead, since = states.get(name) or QueueState(name, 0, 0, 0, 0, 0, None)
+        latency = 0.0 if since is None else max(0.0, now - since)
+        found.append(QueueInfo(name, ready, work, scheduled, retry, dead, latency, f"pause queue:{name}" in asked))
+    return found
+
+
+class _Fields(msgspec.Struct):
+    name: Any = msgspec.field(name="class", default="?")
+    args: msgspec.Raw = msgspec.Raw(b"")
+    retry_count: Any = None
+    error_class: Any = None
+    error_message: Any = None
+    created_at: Any = None
+    enqueued_at: Any = None
+    failed_at: Any = None
+    retried_at: Any = None
+
+
+_fields = msgspec.json.Decoder(_Fields).decode
+_BROKEN = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A stored job: what the backend knows of it, and what it says itself ("?" as the name of bytes that are no job).
+
+    args: its arguments' JSON. runs: how often it has failed. error: class and message of the last failure, "" for none.
+    time: when something happened to it last (epoch seconds).
+    """
+
+    job: StoredJob
+    name: str
+    args: str
+    runs: int
+    error: str
+    time: float
+
+
+def entry(job: StoredJob) -> Entry:
+    """Read a stored job."""
+    try:
+        said = _fields(job.payload)
+    except _BROKEN as error:
+        return Entry(job, "?", job.payload.decode(errors="backslashreplace"), 0, f"not a job: {error}", job.at or 0.0)
+    failure = f"{said.error_class}: {said.error_message}" if said.error_class is not None else ""
+    stamps = (said.created_at, said.enqueued_at, said.failed_at, said.retried_at)
+    time = max([seconds(stamp) or 0.0 for stamp in stamps] + [job.at or 0.0 if job.state == "dead" else 0.0])
+    runs = said.retry_count + 1 if type(said.retry_count) is int else 0
+    return Entry(job, str(said.name), bytes(said.args).decode(errors="backslashreplace"), runs, failure, time)
+
+
+def jobs(
+    app: App,
+    jids: Iterable[str] = (),
+    *,
+    queue: str | None = None,
+    state: str | None = None,
+    name: str | None = None,
+    error: str | None = None,
+    since: datetime | None = None,
+) -> Iterator[Entry]:
+    """The stored jobs, streamed: first to run first within a state. jids: only these (a repeated send stores an id twice).
+    error: a text in the class or message of the last failure; since: something happened to it not before."""
+    wanted, begin = frozenset(jids), since.timestamp() if since is not None else 0.0
+    for job in app.jobs.find_jobs(state, queue):
+        if wanted and job.jid not in wanted:
+            continue
+        found = entry(job)
+        if (name is None or found.name == name) and (error is None or error in found.error) and found.time >= begin:
+            yield found
+
+
+def move(app: App, found: Iterable[Entry], to: str | None, *, dry_run: bool = False) -> Counter[str]:
+    """Make jobs "ready" now, as Sidekiq's "Retry now" does, or drop them (None). How many were: "moved", "in work" (which
+    are left alone), "ready" already, or "gone" (somebody else was quicker). dry_run: only count."""
+    counts: Counter[str] = Counter()
+
+    def movable() -> Iterator[Any]:
+        for each in found:
+            if each.job.state == "work" or each.job.state == to:
+                counts["in work" if each.job.state == "work" else to] += 1  # type: ignore[index]
+            else:
+                yield each.job.ref
+
+    for refs in chunks(movable(), CHUNK):
+        moved = len(refs) if dry_run else app.jobs.move_jobs(refs, to)
+        counts["moved"] += moved
+        counts["gone"] += len(refs) - moved
+    return counts
