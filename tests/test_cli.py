@@ -541,8 +541,10 @@ def test_db_backup_and_compact(shell):
     assert copied["bytes"] == (shell.folder / "copy.db").stat().st_size
     assert "copied to other.db and checked" in shell("db", "backup", "other.db").stdout
     assert "copy.db exists, and nothing is overwritten" in shell("db", "backup", "copy.db", status=1).stderr
-    assert re.search(r"is in use by process \d+ \(pid \d+\); stop them first", shell("db", "compact", status=1).stderr)
-    run.signal(signal.SIGTERM).end()
+    refused = shell("db", "compact", status=1).stderr
+    assert "Next, try: barnabas processes" in refused
+    shell("stop", re.search(r"is in use by (\S+); stop them first: barnabas stop NAME", refused)[1])
+    run.end()
     [sizes] = shell.json("db", "compact")
     assert sizes["after"] <= sizes["before"]
     assert " now" in shell("db", "compact").stdout

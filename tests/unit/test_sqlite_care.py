@@ -226,7 +226,7 @@ def test_a_schema_that_living_processes_use_is_not_changed(path):
     worker = Worker(app)
     worker.start()
     with closing(apsw.Connection(str(path))) as db:
-        with pytest.raises(BackendError, match=rf"process \d \(pid {os.getpid()}\) of an older Barnabas still use it"):
+        with pytest.raises(BackendError, match=rf":{os.getpid()}:\d of an older Barnabas still use it"):
             migrate(db, str(path), STEPS)
         worker.stop()
         app.close()
@@ -390,7 +390,7 @@ def test_compact_is_refused_while_a_worker_lives(path):
     app = open_app(path)
     worker = Worker(app)
     worker.start()
-    with pytest.raises(Refused, match=rf"in use by process \d \(pid {os.getpid()}\); stop them first: `barnabas processes`"):
+    with pytest.raises(Refused, match=rf"in use by \S+:{os.getpid()}:\d; stop them first: barnabas stop NAME"):
         compact(str(path))
     worker.stop()
     app.close()

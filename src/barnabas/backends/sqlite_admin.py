@@ -40,7 +40,7 @@ _PLACED = (
 _PROCESS = "r.id, r.pid, r.info"
 
 
-def _name(number: Any, pid: Any, info: Any) -> str | None:
+def name_of(number: Any, pid: Any, info: Any) -> str | None:
     """A process's name, from the columns of _PROCESS; None for none."""
     return None if number is None else f"{json.loads(info or '{}').get('host', HOST)}:{pid}:{number}"
 
@@ -72,7 +72,7 @@ class SqliteAdmin(SqliteReader):
             state = json.loads(open_ or "{}")
             done = [(a, b) for a, b in state.get("done", ())]
             attempts, crashes = numbers(state.get("attempts", {})), numbers(state.get("crashes", {}))
-            found.append(Position(group, topic, number, first, end, offset, done, attempts, crashes, _name(*process)))
+            found.append(Position(group, topic, number, first, end, offset, done, attempts, crashes, name_of(*process)))
         return found
 
     def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
@@ -88,7 +88,7 @@ class SqliteAdmin(SqliteReader):
                 (group,),
             ).fetchall()
             if rows:
-                raise Refused(f"group {group!r} has members: {', '.join(str(_name(*row)) for row in rows)}; stop them first")
+                raise Refused(f"group {group!r} has members: {', '.join(str(name_of(*row)) for row in rows)}; stop them first")
         for at in positions:
             where = (self.name_id(db, "group", at.group), self._head(db, at.topic, at.partition)[0])
             if at.offset is None:
@@ -149,7 +149,7 @@ class SqliteAdmin(SqliteReader):
             for gid in queues if kind == "ready" or queue is not None else (None,):
                 for id_, at, died, jid, name, number, crashes, payload, *process in self._pages(kind, gid):
                     when = died if at is None else at
-                    yield StoredJob((id_, jid, number), jid, name, STATES[number], when, crashes, _name(*process), payload)
+                    yield StoredJob((id_, jid, number), jid, name, STATES[number], when, crashes, name_of(*process), payload)
 
     def _pages(self, kind: str, gid: int | None) -> Iterator[Any]:
         """The jobs of a state (and queue), a page at a time: the file is not held meanwhile."""
@@ -191,7 +191,7 @@ class SqliteAdmin(SqliteReader):
             dead, silent, _ = look(self.path, number)
             if not dead:
                 said = json.loads(info or "{}")
-                found.append(Process(str(_name(number, pid, info)), pid, said.pop("host", HOST), started, silent, said))
+                found.append(Process(str(name_of(number, pid, info)), pid, said.pop("host", HOST), started, silent, said))
         return found
 
     def report(self, info: Mapping[str, Any]) -> None:
@@ -208,7 +208,7 @@ class SqliteAdmin(SqliteReader):
         def act(db: apsw.Connection) -> None:
             if name.startswith("process:") and value is not None:
                 rows = db.execute(f"SELECT {_PROCESS} FROM processes r").fetchall()
-                if name.removeprefix("process:") not in [_name(*row) for row in rows]:
+                if name.removeprefix("process:") not in [name_of(*row) for row in rows]:
                     raise Refused(f"there is no worker process {name.removeprefix('process:')!r} (any more)")
             self.store(db, (), {(CONTROL, name): None if value is None else value.encode()})
 

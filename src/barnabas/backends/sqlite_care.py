@@ -175,7 +175,7 @@ def compact(path: str) -> tuple[int, int]:
             if db.pragma("user_version") != SCHEMA:
                 raise Refused(f"{path} has another schema than {SCHEMA}: barnabas db check")
             if users := living(db, path):
-                raise Refused(f"{path} is in use by {', '.join(users)}; stop them first: `barnabas processes`, `barnabas stop`")
+                raise Refused(f"{path} is in use by {', '.join(users)}; stop them first: barnabas stop NAME")
             before = os.path.getsize(path)
             db.execute("VACUUM").fetchall()
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()

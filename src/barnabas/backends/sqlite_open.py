@@ -11,6 +11,7 @@ from typing import Any
 import apsw
 
 from barnabas.backends.host import look
+from barnabas.backends.sqlite_admin import name_of
 from barnabas.errors import BackendError
 
 log = logging.getLogger("barnabas")
@@ -59,9 +60,9 @@ def check_place(path: str, table: str | None = None) -> None:
 
 
 def living(db: apsw.Connection, path: str) -> list[str]:
-    """The worker processes that use the file now, in words."""
-    rows: list[Any] = db.execute("SELECT id, pid FROM processes ORDER BY id").fetchall()
-    return [f"process {number} (pid {pid})" for number, pid in rows if not look(path, number)[0]]
+    """The names of the worker processes that use the file now."""
+    rows: list[Any] = db.execute("SELECT id, pid, info FROM processes ORDER BY id").fetchall()
+    return [str(name_of(*row)) for row in rows if not look(path, row[0])[0]]
 
 
 def migrate(db: apsw.Connection, path: str, steps: Sequence[str] = STEPS) -> None:

@@ -12,6 +12,7 @@ import click
 from barnabas.app import App
 from barnabas.cli import draw
 from barnabas.cli.loading import Wrong, json_option, with_app
+from barnabas.errors import Refused
 
 
 @click.group()
@@ -74,7 +75,10 @@ def backup(app: App, file: str, of: str | None, as_json: bool) -> None:
         raise Wrong(what if paths else f"{of} are not in a sqlite: file", misuse=True)
     began = monotonic()
     with _bar(as_json) as tell:
-        size = backup(paths[0], os.path.abspath(file), tell)
+        try:
+            size = backup(paths[0], os.path.abspath(file), tell)
+        except Refused as error:  # no process is in its way
+            raise Wrong(str(error), "barnabas db backup --help") from None
     if as_json:
         draw.json_line({"file": paths[0], "backup": os.path.abspath(file), "bytes": size, "seconds": monotonic() - began})
     else:
