@@ -20,7 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SRC = HERE.parent / "src"
-THEMES = ("topics", "jobs", "engine", "start")  # a file each
+THEMES = ("topics", "jobs", "failover", "engine", "start")  # a file each
 HEAD = ["what", "target", "reached", "", "raw", "Barnabas"]
 sys.path.insert(0, str(SRC))
 

@@ -1,0 +1,122 @@
+"""Take-over on one SQLite file: how long the partitions of a process that is killed or frozen see nothing handled."""
+
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from statistics import quantiles
+from tempfile import TemporaryDirectory
+from threading import Event, Thread
+from time import monotonic, sleep
+from typing import Any
+
+from kit import SPAWN, WAIT, Figure, Row, bench
+
+from barnabas import App, Delivery
+from barnabas.worker import Worker
+
+PARTITIONS, WORKERS = 6, 3
+EVERY = 0.01  # seconds between two messages of a partition
+
+
+def shop(path: str, session: float) -> tuple[App, Any]:
+    app = App("bench", events=f"sqlite:///{path}", jobs=f"sqlite:///{path}", session_timeout=session)
+    return app, app.topic("ticks", int, partitions=PARTITIONS)
+
+
+def work(path: str, session: float, owner: Any, since: Any) -> None:
+    """A worker that says from when on it handled what of each partition."""
+    app, ticks = shop(path, session)
+    me = os.getpid()
+
+    @app.consumer(ticks)
+    def tick(n: int, delivery: Delivery[int]) -> None:
+        if owner[delivery.partition] != me:
+            since[delivery.partition] = monotonic()
+            owner[delivery.partition] = me
+
+    Worker(app).start()
+    Event().wait()
+
+
+class Group:
+    """Workers on a file, and a thread that sends to every partition all the time."""
+
+    def __init__(self, path: str, session: float) -> None:
+        self._owner, self._since = SPAWN.Array("q", PARTITIONS, lock=False), SPAWN.Array("d", PARTITIONS, lock=False)
+        self._args = (path, session, self._owner, self._since)
+        self._app, self._ticks = shop(path, session)
+        self._end = Event()
+        self._workers = [self._start() for _ in range(WORKERS)]
+        Thread(target=self._send, daemon=True).start()
+        self.settle()
+
+    def _start(self) -> BaseProcess:
+        worker = SPAWN.Process(target=work, args=self._args, daemon=True)
+        worker.start()
+        return worker
+
+    def _send(self) -> None:
+        while not self._end.wait(EVERY):
+            for partition in range(PARTITIONS):
+                self._ticks.send(1, partition=partition)
+
+    def settle(self) -> None:
+        """Wait until every worker has its share."""
+        wait(lambda: all(list(self._owner).count(worker.pid) == PARTITIONS // WORKERS for worker in self._workers))
+
+    def hit(self, number: signal.Signals) -> float:
+        """Send the signal to a worker; the seconds until all its partitions are handled by others."""
+        worker = self._workers.pop(0)
+        sleep(0.137)  # at no particular instant of what happens twice a second
+        lost = [n for n in range(PARTITIONS) if self._owner[n] == worker.pid]
+        began = monotonic()
+        os.kill(worker.pid or 0, number)
+        wait(lambda: worker.pid not in list(self._owner))
+        if number == signal.SIGKILL:
+            worker.join()
+            worker = self._start()
+        else:
+            os.kill(worker.pid or 0, signal.SIGCONT)
+        self._workers.append(worker)
+        seconds = max(self._since[n] for n in lost) - began
+        self.settle()
+        return seconds
+
+    def close(self) -> None:
+        """End all of it."""
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        self._end.set()
+        self._app.close()
+
+
+def wait(done: Callable[[], bool]) -> None:
+    until = monotonic() + WAIT
+    while not done():
+        if monotonic() > until:
+            raise TimeoutError(f"no take-over within {WAIT} s")
+        sleep(0.001)
+
+
+@bench(
+    30,
+    2,
+    Row("from SIGKILL of a process to the handling of all its partitions by others, p99", 2000, "ms", "ms", at_most=True),
+    Row("of which: median", None, "ms", "ms"),
+    Row("the same after SIGSTOP, session 10 s", 12_000, "ms", "ms", at_most=True),
+)
+def failover(n: int, turn: int) -> list[Figure]:
+    found = []
+    for number, count in ((signal.SIGKILL, n), (signal.SIGSTOP, 1)):
+        with TemporaryDirectory(dir=Path.cwd()) as folder:
+            group = Group(f"{folder}/file.db", 10.0 if n > 2 else 2.0)
+            try:
+                found.append([1000 * group.hit(number) for _ in range(count)])
+            finally:
+                group.close()
+    kills, [frozen] = found
+    cuts = quantiles(kills, n=100, method="inclusive")
+    return [Figure(ms, None, ms) for ms in (cuts[98], cuts[49], frozen)]
