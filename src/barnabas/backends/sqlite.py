@@ -477,6 +477,7 @@ def _in_child() -> None:
         backend._turn.close()  # its locks, too, go with the parent
         if backend.neighbours.life is not None:
             backend.neighbours.life.abandon()
+        backend._turn.close()  # without unlocking: while our copy is open, a turn that the parent holds outlives it
         _inherited.append((backend, backend._db, backend._reader))
     _open.clear()
 
