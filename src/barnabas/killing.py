@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from barnabas.app import App
+from barnabas.backends.host import holder
 from barnabas.cli.loading import load as load_app
 
 APP, LEAD = "KILL_APP", "KILL_WITNESS"
@@ -84,7 +85,7 @@ def kill(
                 future = load(loaded, n)
                 if future is not None:
                     future.result(60)
-                team.strike(loaded.events, f"{room}/kill.db-turn")
+                team.strike(loaded.events, f"{room}/kill.db")
             if not _until(lambda: not _open_work(loaded), patience):
                 raise Lost(f"{_open_work(loaded)} messages or jobs are stuck after {patience} s")
             team.end()
@@ -122,14 +123,14 @@ class _Team:
         with self._log.open("ab") as log:
             return subprocess.Popen(self._command, stdout=log, stderr=log)
 
-    def strike(self, backend: Any, turn: str) -> None:
+    def strike(self, backend: Any, path: str) -> None:
         """Kill a process; a worker is started again, a supervisor's child is left to it."""
         dice = self._dice
         time.sleep(dice.uniform(*PAUSE))
         aim = dice.choice(("at random", "in a commit", "in a take-over"))
         victim = 0
         if aim == "in a commit":
-            victim = _until(lambda: _holder(turn, self._pids()), AIM, 0.0)
+            victim = _until(lambda: pid if (pid := holder(path)) in self._pids() else 0, AIM, 0.0)
         elif aim == "in a take-over" and self._victim:
             last = "SELECT 1 FROM processes WHERE pid = ?"
             gone = _until(lambda: not backend.query(last, (self._victim,)), AIM, 0.001)
@@ -164,17 +165,6 @@ class _Team:
             except subprocess.TimeoutExpired:
                 worker.kill()
                 worker.wait()
-
-
-def _holder(turn: str, pids: list[int]) -> int:
-    """Which of the processes is in a write transaction now, where the system tells."""
-    with suppress(OSError):
-        inode = f":{os.stat(turn).st_ino}"
-        for line in Path("/proc/locks").read_text().splitlines():
-            _, kind, _, _, pid, file, *_ = line.split()
-            if kind == "FLOCK" and file.endswith(inode) and int(pid) in pids:
-                return int(pid)
-    return 0
 
 
 def _until(look: Callable[[], T], seconds: float, pause: float = 0.05) -> T:

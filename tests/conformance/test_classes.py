@@ -260,7 +260,7 @@ def test_a_failing_set_up_ends_the_start_and_leaves_nothing_behind(place, app):
     with pytest.raises(RuntimeError, match="no database"), place.running(app):
         pytest.fail("it started")
     assert log == ["up", "down", "stop"]
-    wait_for(lambda: threading.active_count() <= before + (1 if place.name == "sqlite" else 0) + 1, "threads to end")
+    wait_for(lambda: threading.active_count() <= before + (2 if place.name == "sqlite" else 0) + 1, "threads to end")
     broken = False
     place.drain(app)
     assert 1 in log

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from barnabas import App
 from barnabas.clock import FakeClock
@@ -102,4 +103,31 @@ def test_a_child_that_a_killed_process_has_forked_holds_nobody_up(tmp_path: Path
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         parent.stdout.close()
+        app.close()
+
+
+STOP = """
+import os, signal, sys, time
+from barnabas import App
+app = App("stops", events=sys.argv[1], jobs=sys.argv[1])
+app.events.box(1)
+app.events.write(lambda db: os.kill(os.getpid(), signal.SIGSTOP))
+"""
+
+
+def test_a_process_stopped_in_the_middle_of_a_transaction_ends_after_a_session(tmp_path: Path, caplog: Any) -> None:
+    """Nothing else gives back its locks, and nobody could write."""
+    url = f"sqlite:///{tmp_path}/stops.db"
+    app = App("waits", events=url, jobs=url, session_timeout=2.0)
+    app.events.box(1)  # as a worker does: it looks after its neighbours
+    stopped = subprocess.Popen([sys.executable, "-c", STOP, url])
+    try:
+        os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
+        began = time.monotonic()
+        app.topic("t", int).send(1).result(20)
+        assert 1.0 < time.monotonic() - began < 6.0
+        assert stopped.wait(10) == -signal.SIGKILL
+        assert "lets nobody write, silent for 2" in caplog.text
+    finally:
+        stopped.kill()
         app.close()

@@ -16,6 +16,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 BOX_NUMBERS = 64 * 1024  # 64-bit numbers in a process's box: place for 21,000 workers
@@ -29,17 +30,20 @@ class Turn:
     """
 
     def __init__(self, path: str) -> None:
+        self.since = 0.0  # when a thread of this process began to wait (monotonic seconds); 0: none waits
         self._next = os.open(path + "-next", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._main = os.open(path + "-turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     @contextlib.contextmanager
     def take(self) -> Iterator[None]:
         """Hold the turn."""
+        self.since = time.monotonic()
         fcntl.flock(self._next, fcntl.LOCK_EX)
         try:
             fcntl.flock(self._main, fcntl.LOCK_EX)
         finally:
             fcntl.flock(self._next, fcntl.LOCK_UN)
+            self.since = 0.0
         try:
             yield
         finally:
@@ -49,6 +53,18 @@ class Turn:
         """Let go of the files."""
         os.close(self._next)
         os.close(self._main)
+
+
+def holder(path: str) -> int:
+    """The process that has the turn, or is to have it next; 0: nobody has, or the system does not tell (Linux does)."""
+    with contextlib.suppress(OSError):
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        for name in ("-turn", "-next"):
+            inode = f":{os.stat(path + name).st_ino}"
+            for _, kind, _, _, pid, file, *_ in locks:
+                if kind == "FLOCK" and file.endswith(inode):
+                    return int(pid)
+    return 0
 
 
 class Bell:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from functools import partial
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import apsw
 
-from barnabas.backends.host import Life, forget, look
+from barnabas.backends.host import Life, forget, holder, look
 from barnabas.backends.shares import HOST
 from barnabas.backends.sqlite_expire import EVERY, expire
 from barnabas.errors import BackendError
@@ -30,14 +31,16 @@ class Neighbours:
         self.number = 0
         self.life: Life | None = None
         self._end = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._told = 0.0
 
     def join(self) -> None:
         """Be a process that owns things: a row, a file with a lock, and a thread that gives signs of life."""
         if self.life is None:
             self.number, self.life = self.home.write(self._register)
-            self._thread = threading.Thread(target=self._keep, name="barnabas-keeper", daemon=True)
-            self._thread.start()
+            for act in (self._keep, self._care):
+                self._threads.append(threading.Thread(target=act, name="barnabas-keeper", daemon=True))
+                self._threads[-1].start()
 
     def _register(self, db: apsw.Connection) -> tuple[int, Life]:
         info = json.dumps({"host": HOST})
@@ -47,20 +50,21 @@ class Neighbours:
 
     def leave(self) -> None:
         """End in order: nothing is owned any more."""
-        self._end.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(5.0)
         if self.life is not None:
             try:
                 self.home.write(lambda db: self._let_go(db, self.number))  # a stop that overran has left things owned
             except (BackendError, OSError) as error:
                 log.debug("leaving %s failed: %s", self.home.path, error)
+        self._end.set()  # only now: they see to it that the write does not wait for ever
+        for thread in self._threads:
+            thread.join(5.0)
+        if self.life is not None:
             self.life.close()
 
     def _keep(self) -> None:
-        """Signs of life, and a look whether the others still give theirs: twice a second."""
+        """Signs of life, twice a second: this waits for nobody, or a process that cannot write would count as silent."""
+        assert self.life is not None
         last = time.monotonic()
-        swept = 0.0
         while not self._end.wait(0.5):
             now = time.monotonic()
             if now - last > self.session / 2:  # we were frozen: nothing is ours until the group confirms it
@@ -68,14 +72,40 @@ class Neighbours:
                 for source in list(self.home.sources):
                     source.lapse()
             last = now
-            assert self.life is not None
             self.life.beat()
             for source in list(self.home.sources):
                 source.extend(now + self.session * 0.7)
             try:
+                self._unblock(now)
+            except (BackendError, OSError) as error:
+                log.debug("looking for the process that has the turn failed: %s", error)
+
+    def _unblock(self, now: float) -> None:
+        """A process that is stopped while it has the turn lets nobody write: after a session without a sign of life it is
+        killed. Only its end gives back the turn and SQLite's own lock."""
+        since = self.home.turn.since
+        if not since or now - since < 1.0:
+            return
+        pid = holder(self.home.path)
+        for (number,) in self.home.query("SELECT id FROM processes WHERE pid = ? AND info ->> 'host' = ?", (pid, HOST)):
+            dead, silent, _ = look(self.home.path, number)
+            if not dead and silent > self.session:
+                log.error("process %d (pid %d) lets nobody write, silent for %.1f s: it is killed", number, pid, silent)
+                os.kill(pid, signal.SIGKILL)
+                return
+        if now - since > self.session and since != self._told:
+            self._told = since
+            who = f"process {pid} has the turn: let it go on (kill -CONT {pid}), or end it" if pid else "a process has the turn"
+            log.error("%s: nobody could write for %.0f s; %s", self.home.path, now - since, who)
+
+    def _care(self) -> None:
+        """A look whether the others still give signs of life, twice a second; retention."""
+        swept = 0.0
+        while not self._end.wait(0.5):
+            try:
                 self.look_around()
-                if now - swept > EVERY:
-                    swept = now
+                if time.monotonic() - swept > EVERY:
+                    swept = time.monotonic()
                     expire(self.home, self.home.clock.now())
             except (BackendError, OSError) as error:
                 log.debug("looking at other processes failed: %s", error)

@@ -59,9 +59,9 @@ class SqliteBackend(SqliteAdmin):
         check_library(apsw.sqlitelibversion())
         check_place(path)
         self._mutex = threading.RLock()  # the writing connection
-        self._turn = Turn(path)
+        self.turn = Turn(path)
         self._bell = Bell(path)
-        with self._turn.take():  # SQLite lets two that make a new file a WAL file at once meet SQLITE_BUSY without waiting
+        with self.turn.take():  # SQLite lets two that make a new file a WAL file at once meet SQLITE_BUSY without waiting
             self._db = connect(path)
             try:
                 migrate(self._db, path)
@@ -88,7 +88,7 @@ class SqliteBackend(SqliteAdmin):
 
     def write(self, act: Callable[[apsw.Connection], T]) -> T:
         """Run `act` in one durable transaction, in turn, together with whatever is waiting in the send buffer."""
-        with self._mutex, self._turn.take():
+        with self._mutex, self.turn.take():
             result = self._commit(act, self._take_pending())
         if self._stir:
             self._stir = False
@@ -339,7 +339,7 @@ class SqliteBackend(SqliteAdmin):
             pending = self._take_pending()
             for index, out in enumerate(pending):
                 try:
-                    with self._turn.take():
+                    with self.turn.take():
                         self._commit(lambda db: None, [out])
                 except Exception as error:
                     with self._room:
@@ -454,7 +454,7 @@ class SqliteBackend(SqliteAdmin):
             self._bell.close()
             self._reader.close()
             self._db.close()
-            self._turn.close()
+            self.turn.close()
         _open.discard(self)
 
 
@@ -477,7 +477,7 @@ def _in_child() -> None:
         backend._turn.close()  # its locks, too, go with the parent
         if backend.neighbours.life is not None:
             backend.neighbours.life.abandon()
-        backend._turn.close()  # without unlocking: while our copy is open, a turn that the parent holds outlives it
+        backend.turn.close()  # without unlocking: while our copy is open, a turn that the parent holds outlives it
         _inherited.append((backend, backend._db, backend._reader))
     _open.clear()
 
