@@ -28,7 +28,7 @@ from barnabas.cli.loading import load as load_app
 APP, LEAD = "KILL_APP", "KILL_WITNESS"
 T = TypeVar("T")
 PAUSE = (0.02, 0.4)  # seconds between kills
-AIM = 1.0  # seconds to wait for the instant aimed at
+START, AIM = 10.0, 1.0  # seconds to wait, at most: until all have started, and for the instant aimed at
 
 
 class Report(NamedTuple):
@@ -60,12 +60,13 @@ def kill(
 ) -> Report:
     """Kill `workers` processes of MODULE:NAME at random instants while `load(app, n)` sends before the n-th kill.
 
-    A third of the kills is aimed at a process that is committing, a third at the time in which others take over from one
-    killed before. load: called in this process; waits for the futures of what it sends, or returns one. processes: more
-    than one makes each worker a supervisor with so many children, and all of them are killed. folder: where the file lies
-    that is used instead of the app's own (a temporary one by default). patience: seconds that the workers have to finish
-    after the last kill. Prints the seed. Raises Lost if a message was not handled, if first handlings of a key are out of
-    order, if work is stuck, or if a worker ends by itself or outlives its supervisor.
+    A third of the kills is aimed at a process that is committing, a third at the time in which others take over from the
+    one killed before; a quarter of the time not all have started. load: called in this process; waits for the futures of
+    what it sends, or returns one. processes: more than one makes each worker a supervisor with so many children, and all of
+    them are killed. folder: where the file lies that is used instead of the app's own (a temporary one by default).
+    patience: seconds after the last kill in which nothing gets finished, for work to count as stuck. Prints the seed.
+    Raises Lost if a message was not handled, if first handlings of a key are out of order, if work is stuck, or if a worker
+    ends by itself or outlives its supervisor.
     """
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
     print(f"kill test of {app}: seed {seed}", flush=True)
@@ -78,16 +79,16 @@ def kill(
         loaded = load_app(app)
         stack.enter_context(_moved(loaded, url))
         command = [sys.executable, "-m", "barnabas", "run", "barnabas.killing:witnessed", "--processes", str(processes)]
-        team = _Team([*command, "--events", url, "--jobs", url], workers, log, random.Random(seed))
+        team = _Team([*command, "--events", url, "--jobs", url], workers, processes, log, random.Random(seed))
         stack.callback(team.end)
         try:
             for n in range(kills):
+                team.gather(loaded.events)
                 future = load(loaded, n)
                 if future is not None:
                     future.result(60)
                 team.strike(loaded.events, f"{room}/kill.db")
-            if not _until(lambda: not _open_work(loaded), patience):
-                raise Lost(f"{_open_work(loaded)} messages or jobs are stuck after {patience} s")
+            _drain(loaded, patience)
             team.end()
             if not _until(lambda: _unlocked(witnesses), patience):
                 raise Lost(f"a worker still lives, {patience} s after all supervisors ended")
@@ -113,15 +114,21 @@ def _moved(app: App, url: str) -> Iterator[None]:
 class _Team:
     """Workers that are killed and started again."""
 
-    def __init__(self, command: list[str], count: int, log: Path, dice: random.Random) -> None:
+    def __init__(self, command: list[str], count: int, processes: int, log: Path, dice: random.Random) -> None:
         self.kills: Counter[str] = Counter()
         self._command, self._log, self._dice = command, log, dice
         self._victim = 0
+        self._size = count * processes
         self._workers = [self._start() for _ in range(count)]
 
     def _start(self) -> "subprocess.Popen[bytes]":
         with self._log.open("ab") as log:
             return subprocess.Popen(self._command, stdout=log, stderr=log)
+
+    def gather(self, backend: Any) -> None:
+        """Wait until all are there, mostly: who is killed at each start gets nothing done."""
+        if self._dice.random() < 0.75:
+            _until(lambda: len({p.pid for p in backend.processes()} & set(self._pids())) >= self._size, START)
 
     def strike(self, backend: Any, path: str) -> None:
         """Kill a process; a worker is started again, a supervisor's child is left to it."""
@@ -175,9 +182,16 @@ def _until(look: Callable[[], T], seconds: float, pause: float = 0.05) -> T:
     return found
 
 
-def _open_work(app: App) -> int:
+def _drain(app: App, patience: float) -> None:
     groups = {c.group: [t.name for t in c.subscriptions] for c in app.consumers.values()}
-    return app.events.open_work(groups, sorted({job.queue for job in app.job_handlers.values()}))
+    queues = sorted({job.queue for job in app.job_handlers.values()})
+    least, since = sys.maxsize, time.monotonic()
+    while left := app.events.open_work(groups, queues):
+        if left < least:
+            least, since = left, time.monotonic()
+        elif time.monotonic() - since > patience:
+            raise Lost(f"{left} messages or jobs are stuck, for {patience} s")
+        time.sleep(0.05)
 
 
 # Witnesses.
