@@ -61,11 +61,14 @@ def reading(app: App, folder: Path) -> Iterator[App]:
         app.settings = settings
 
 
+def stored(app: App, topic: str) -> list[bytes]:
+    """All values of a topic, in the order of each partition."""
+    [parts] = [state.partitions for state in app.events.topics() if state.name == topic]
+    return [row[2] for n, (low, high, _) in enumerate(parts) for row in app.events.read(topic, n, low, high - low)]
+
+
 def values(app: App, topic: Any) -> list[Any]:
-    """All that is stored of a topic, in the order of each partition."""
-    [parts] = [state.partitions for state in app.events.topics() if state.name == topic.name]
-    rows = [row for n, (low, high, _) in enumerate(parts) for row in app.events.read(topic.name, n, low, high - low)]
-    return [topic.decode(row[2]) for row in rows]
+    return [topic.decode(value) for value in stored(app, topic.name)]
 
 
 def run(app: str, folder: Path, **options: Any) -> Report:
@@ -207,3 +210,21 @@ def test_the_tool_sees_what_is_lost_or_out_of_order(folder: Path) -> None:
             path.write_text("".join(wrong))
             with pytest.raises(Lost, match=error):
                 check(app, path, 0, {})
+
+
+@pytest.mark.slow
+def test_of_a_batch_that_kills_its_process_one_message_dies(folder: Path) -> None:
+    """It comes again in smaller batches, so that few are suspected; those run alone, and the culprit is dead."""
+    import room
+
+    url = f"sqlite:///{folder}/kill.db"
+    with reading(room.app, folder) as app:
+        sent = [room.Item(n, "poison" if n == 1500 else f"k{n % room.KEYS}") for n in range(3000)]
+        room.items.send_many(sent).result(10)
+        command = [sys.executable, "-m", "barnabas", "run", "room:app", "--processes", "2", "--drain"]
+        done = subprocess.run([*command, "--events", url, "--jobs", url], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert [room.steps.decode(value).id for value in stored(app, "steps.dead")] == [1500]
+        assert stored(app, "items.dead") == []
+    assert 1 <= done.stderr.count("batches: steps") <= 30, done.stderr
+    assert "at 4 crashes of its process, the last time alone" in done.stderr

@@ -424,6 +424,9 @@ class Hold:
         if (suspects and self.member.active) or any(c.suspect for c in self.member.active):
             raise Wrong(f"{call} runs beside {self.member.active}, one of them has crashed processes")
         call.suspect = bool(suspects)
+        crashes = max(self.crashes.get(m.row[0], 0) for m in call.msgs)
+        if self.sim.batch and len(call.msgs) > max(1, self.sim.consumer.batch.max // 10**crashes):
+            raise Wrong(f"{call} was in work at {crashes} crashes and is as large again")
         if suspects and any(self.member.crew.hauls):
             raise Wrong(f"{call} has crashed processes, and other workers have something in hand")
         for msg in call.msgs:

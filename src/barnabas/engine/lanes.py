@@ -101,7 +101,7 @@ class Lanes:
 
     def _ripen(self, run: Run) -> None:
         """Make a waiting run ready: now, or when its batch is full or old enough."""
-        run.fills = self.wait > 0 and len(run.rows) < self.most
+        run.fills = self.wait > 0 and len(run.rows) < self.most and not run.part.crashes
         if run.fills:
             self._park(run, self._monotonic() + self.wait)
         else:
@@ -142,9 +142,12 @@ class Lanes:
                     ready.appendleft(Run(part, LOOSE, rows[count:]))
                     run.rows = rows[:count]
                 return run
-            if len(rows) > self.most:
-                part.lanes[run.key] = Run(part, run.key, rows[self.most :])
-                run.rows = rows[: self.most]
+            most = self.most
+            if part.crashes:  # a batch that was in work at a crash comes again as smaller ones: fewer are in work at the next
+                most = max(1, most // 10 ** max(part.crashes.get(row[0], 0) for row in rows[:most]))
+            if len(rows) > most:
+                part.lanes[run.key] = Run(part, run.key, rows[most:])
+                run.rows = rows[:most]
             else:
                 part.lanes[run.key] = None
             return run
