@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,38 +71,6 @@ def test_a_report_is_stored_when_it_changed_and_at_most_every_two_seconds(tmp_pa
         told.append(home.processes()[0].info["rss"])
     assert told == [1, 1, 1, 3, 3, 4, 4]
     app.close()
-
-
-FORK = """
-import os, signal, sys, time
-from barnabas import App
-app = App("forks", events=sys.argv[1], jobs=sys.argv[1])
-def act(db):
-    if os.fork():
-        os.kill(os.getpid(), signal.SIGKILL)
-    print(os.getpid(), flush=True)
-    time.sleep(20)
-app.events.write(act)
-"""
-
-
-def test_a_child_that_a_killed_process_has_forked_holds_nobody_up(tmp_path: Path) -> None:
-    """It has its parent's descriptors, and with them the locks that its parent held."""
-    url = f"sqlite:///{tmp_path}/forks.db"
-    parent = subprocess.Popen([sys.executable, "-W", "ignore", "-c", FORK, url], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    assert parent.wait(10) == -signal.SIGKILL
-    began = time.monotonic()
-    app = App("heirs", events=url, jobs=url)
-    try:
-        app.topic("t", int).send(1).result(5)
-        assert time.monotonic() - began < 5
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        parent.stdout.close()
-        app.close()
 
 
 STOP = """

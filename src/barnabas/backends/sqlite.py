@@ -474,10 +474,9 @@ def _in_child() -> None:
     """After a fork: the parent's handles are its own; the child opens new ones at its next use."""
     for backend in list(_open):
         backend.closed = True
-        backend._turn.close()  # its locks, too, go with the parent
+        backend.turn.close()  # its locks, too, go with the parent
         if backend.neighbours.life is not None:
             backend.neighbours.life.abandon()
-        backend.turn.close()  # without unlocking: while our copy is open, a turn that the parent holds outlives it
         _inherited.append((backend, backend._db, backend._reader))
     _open.clear()
 
