@@ -67,6 +67,10 @@ def work(do: str, id: int) -> None:
 def begin() -> None:
     if os.environ.get("BAD_START"):
         ctypes.string_at(0)
+
+@app.on_stop
+async def end() -> None:  # a loop that hangs cannot run it, which must not hold the end up
+    await asyncio.sleep(0)
 """
 TOPIC = {"handle": "things", "several": "batches", "swing": "loops"}
 
