@@ -16,6 +16,7 @@ from barnabas.message import Outgoing, Row
 from barnabas.ports import Position, Process, QueueState, StoredJob, TopicState
 
 PAGE = 500  # jobs read or moved in one step
+QUIET = 10.0  # seconds between two heartbeats of a Sidekiq process: so long nobody is silent
 REPORTS = 2.0  # seconds between two reports that are stored
 SETS = {"scheduled": "schedule", "retry": "retry", "dead": "dead"}
 SIGNALS = {"quiet": "TSTP", "stop": "TERM"}  # what Sidekiq's web page sends
@@ -188,18 +189,17 @@ class RedisAdmin:
             names = sorted(name.decode() for name in self.client.smembers(self.key("processes")))
             pipe = self.client.pipeline(transaction=False)
             for name in names:
-                pipe.hgetall(self.key(name))
-            found = []
-            for name, fields in zip(names, pipe.execute(), strict=True):
-                if b"info" not in fields:  # dead for a minute
-                    continue
-                told = json.loads(fields[b"info"])
+                pipe.hgetall(self.key(name)).hgetall(self.key(f"{name}:work")).hgetall(self.key(f"{name}:workers"))
+            answers = pipe.execute()
+        found = []
+        for name, fields, new, old in zip(names, answers[::3], answers[1::3], answers[2::3], strict=True):
+            if b"info" in fields:  # else it is dead for a minute
+                told, now = json.loads(fields[b"info"]), time.time()
                 ours = json.loads(fields.get(b"barnabas", b"null"))
-                quiet, busy = fields.get(b"quiet") == b"true", int(fields.get(b"busy", 0))
-                info = told | {"busy": busy, "quiet": quiet} if ours is None else ours
-                silent = max(0.0, time.time() - float(fields.get(b"beat", 0)))
+                silent = max(0.0, now - float(fields.get(b"beat", 0)) - QUIET)
+                info = _sidekiq(told, fields, new or old, now) if ours is None else ours
                 found.append(Process(name, int(told["pid"]), told["hostname"], float(told["started_at"]), silent, info))
-            return found
+        return found
 
     def report(self, info: Mapping[str, Any]) -> None:
         now = time.monotonic()
@@ -229,6 +229,22 @@ class RedisAdmin:
                 pipe.lpush(self.key(f"{what}-signals"), SIGNALS[value or ""]).expire(self.key(f"{what}-signals"), 60).execute()
             else:
                 raise Refused(f"{name!r}: {self.where.name} keeps jobs; groups are paused where the topics are")
+
+
+def _sidekiq(told: dict[str, Any], fields: dict[bytes, bytes], works: dict[bytes, bytes], now: float) -> dict[str, Any]:
+    """What a Ruby process says of itself, in the words of `Worker.report`."""
+    work = []
+    for entry in works.values():
+        job = json.loads(entry)
+        payload = job["payload"] if isinstance(job["payload"], dict) else json.loads(job["payload"])
+        work.append([str(payload.get("wrapped") or payload.get("class")), job["queue"], -1, 0, max(0.0, now - job["run_at"])])
+    return {
+        "app": told.get("tag") or "sidekiq",
+        "queues": dict.fromkeys(told.get("queues", ()), 0),
+        "work": work,
+        "rss": 1024 * int(fields.get(b"rss", 0)),
+        "quiet": fields.get(b"quiet") == b"true",
+    }
 
 
 def _queue(payload: bytes) -> str:

@@ -75,6 +75,10 @@ class Life:
         self.until = 0.0
         self.source.wake()
 
+    def quiet(self) -> bool:
+        """Whether the process takes nothing new, but lives."""
+        return self.asked == "quiet" or (self.asked is None and bool(self.info.get("quiet")))
+
     def start(self) -> None:
         """Begin."""
         with self.home.edge():

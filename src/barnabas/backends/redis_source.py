@@ -209,7 +209,7 @@ class RedisQueues:
             self._shut = shut
             self.wake()
 
-    def _claim(self, room: int, landed: bool, settled: Sequence[Any] = (), finished: Sequence[int] = ()) -> Found:
+    def _claim(self, room: int, landed: bool, settled: Any = (), finished: Any = (), back: int = 0) -> Found:
         """Settle, and take up to `room` jobs (of those that landed first): one step of the server."""
         home, names = self.home, self._order.next()
         now = home.clock.now()
@@ -224,8 +224,8 @@ class RedisQueues:
         for number in finished:
             self.work.pop(number, None)
             self._crashes.pop(number, None)
-        if count < len(finished):
-            log.warning("%d jobs were no longer ours when they had ended, and run again", len(finished) - count)
+        if count < len(finished) - back:
+            log.warning("%d jobs were no longer ours when they had ended, and run again", len(finished) - back - count)
         if not alive:
             self.life.forget()
             return []
@@ -296,6 +296,7 @@ class RedisQueues:
         done: list[str] = []
         later: list[Any] = []
         dead: list[Any] = []
+        back: list[int] = []
         finished: list[int] = []
         soonest = None
         for result in results:
@@ -304,19 +305,22 @@ class RedisQueues:
                 number = row[0]
                 finished.append(number)
                 verdict = others.get(number) if others else None
-                if isinstance(verdict, Again):
-                    later += (f"{number}{tail}", repr(float(verdict.at)), verdict.payload or row[2])
+                if isinstance(verdict, Again) and verdict.payload is None:  # not begun: the process is to be quiet
+                    back.append(number)
+                elif isinstance(verdict, Again):
+                    later += (f"{number}{tail}", repr(float(verdict.at)), verdict.payload)
                     soonest = verdict.at if soonest is None else min(soonest, verdict.at)
                 elif isinstance(verdict, Dead) and verdict.payload is not None:
                     dead += (f"{number}{tail}", verdict.payload)
                 else:
                     done.append(f"{number}{tail}")
         counted = [sha1(self.work[n][1]).hexdigest() for n in finished if n in self._crashes and n in self.work]
-        oldest = self.home.clock.now() - DEAD_AGE
-        settled = (len(done), *done, len(later) // 3, *later, oldest, DEAD_MOST, len(dead) // 2, *dead, 0, len(counted), *counted)
+        oldest, fields = self.home.clock.now() - DEAD_AGE, self._fields(back)
+        settled = [len(done), *done, len(later) // 3, *later, oldest, DEAD_MOST, len(dead) // 2, *dead]
+        settled += (len(fields) // 2, *fields, len(counted), *counted)
         room = 0 if self._room() == 0 else min(MOST, max(0, self._limit - len(self.work) + len(finished)))
         with self.home.edge():
-            self._claimed += self._claim(room, False, settled, finished)
+            self._claimed += self._claim(room, False, settled, finished, len(back))
         if self._alone in finished:
             self._alone = None
         if soonest is not None:
@@ -327,17 +331,20 @@ class RedisQueues:
         the process ends (`leave`): nobody else is to begin it meanwhile."""
         self._closing = True
         running = self.home.in_work() & self.work.keys()
-        back: list[str] = []
-        for number in sorted(self.work.keys() - running, reverse=True):
-            back += (f"{number}:{self.work[number][0]}", self.work[number][0])
+        back = self.work.keys() - running
         try:
             with self.home.edge():
                 self.landing.end()
-                self._claim(0, True, (0, 0, 0, 0, 0, len(back) // 2, *back, 0))
-                if not running:
+                self._claim(0, True, (0, 0, 0, 0, 0, len(back), *self._fields(back), 0))
+                if not running and not self.life.quiet():  # a quiet process is still to be seen, and to be stopped
                     self.leave()
         finally:
             self.landing.close()
+
+    def _fields(self, numbers: Iterable[int]) -> list[str]:
+        """Where these stand in Redis's account of what we have, and their queues: the youngest first."""
+        mine = sorted((n for n in numbers if n in self.work), reverse=True)
+        return [text for n in mine for text in (f"{n}:{self.work[n][0]}", self.work[n][0])]
 
     def leave(self) -> None:
         """Be no longer a process that has anything."""
