@@ -123,3 +123,19 @@ def test_a_stop_while_the_other_home_is_out_of_reach_loses_nothing(place, app):
     assert ran == []
     place.drain(app)
     assert sorted(set(ran)) == list(range(5))
+
+
+def test_jobs_of_a_handler_arrive_in_memory(place, tmp_path):
+    place.events = f"sqlite:///{tmp_path}/events.db" if place.events == "memory:" else place.events
+    place.jobs = "memory:"
+    app, ran = place.app(), []
+    numbers = app.topic("numbers", int)
+    job = app.job(ran.append, name="double")
+
+    @app.consumer(numbers)
+    def read(n: int):
+        job.enqueue(2 * n)
+
+    numbers.send(1).result(5)
+    place.drain(app)
+    assert ran == [2]

@@ -48,7 +48,8 @@ def _flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> None:
     tries = []
     for output in outputs:
         future: Future[Any] = Future()
-        tries.append(((*output[:-1], future), output[-1], future))
+        own = output._replace(future=future) if isinstance(output, OutgoingJob) else (*output[:-1], future)
+        tries.append((own, output[-1], future))
     sink.send([output for output, _, _ in tries])
     for output, _, future in tries:
         try:
