@@ -74,12 +74,12 @@ class Group:
         began = monotonic()
         os.kill(worker.pid or 0, number)
         wait(lambda: worker.pid not in list(self._owner))
-        if number == signal.SIGKILL:
-            worker.join()
-            worker = self._start()
-        else:
+        if number == signal.SIGSTOP:
             os.kill(worker.pid or 0, signal.SIGCONT)
-        self._workers.append(worker)
+            worker.join(0.1)  # one that was stopped in a transaction has been killed by the others
+        else:
+            worker.join()
+        self._workers.append(worker if worker.is_alive() else self._start())
         seconds = max(self._since[n] for n in lost) - began
         self.settle()
         return seconds
