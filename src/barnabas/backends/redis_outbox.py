@@ -233,6 +233,7 @@ class Outbox:
     def _attempt(self, link: Any, commands: list[Command]) -> BaseException | None:
         """Send commands and read their answers; returns why those that are still in the list are to be tried again. What is
         done is taken off at once: a lost connection must repeat as little as can be."""
+        link.connect()  # (a Sentinel's connection finds its master here only)
         link.send_packed_command([b"".join([command.data for command in commands])])
         at, last = 0, None
         while at < len(commands):

@@ -70,6 +70,7 @@ class Landing:
             link, _ = self._links.get(queue, (None, 0))
             if link is None:
                 link = self._home.where.pool.make_connection()
+                link.connect()
                 link.send_command("CLIENT", "ID")
                 self._links[queue] = (link, link.read_response())
             land = key(f"barnabas:landing:{self._name}:{queue}")
