@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from functools import cache
@@ -75,3 +76,33 @@ def shared_redis() -> RedisServer:
 
     atexit.register(end)
     return server
+
+
+@cache
+def shared_kafka() -> str:
+    """The bootstrap servers of one broker for all tests that bring a prefix of their own: a running one, if
+    BARNABAS_TEST_KAFKA names it, else one from `dev/kafka`."""
+    if "BARNABAS_TEST_KAFKA" in os.environ:
+        return os.environ["BARNABAS_TEST_KAFKA"]
+    need("java", "mvn")
+    folder = tempfile.TemporaryDirectory()
+    command = [sys.executable, str(Path(__file__).parents[1] / "dev" / "kafka")]
+    atexit.register(subprocess.run, [*command, "stop", "--dir", f"{folder.name}/kafka"], check=True)
+    started = subprocess.run(
+        [*command, "start", "--session", "3", "--dir", f"{folder.name}/kafka"], stdout=subprocess.PIPE, check=True, text=True
+    )
+    return started.stdout.strip()
+
+
+def murmur2(data: bytes) -> int:
+    """The hash by which Kafka's clients choose partitions, from its definition."""
+    m, mask = 0x5BD1E995, 0xFFFFFFFF
+    h = 0x9747B28C ^ len(data)
+    whole = len(data) // 4 * 4
+    for at in range(0, whole, 4):
+        k = int.from_bytes(data[at : at + 4], "little") * m & mask
+        h = (h * m & mask) ^ ((k ^ k >> 24) * m & mask)
+    if data[whole:]:
+        h = (h ^ int.from_bytes(data[whole:], "little")) * m & mask
+    h = (h ^ h >> 13) * m & mask
+    return h ^ h >> 15

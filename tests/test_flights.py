@@ -2,11 +2,13 @@
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from servers import shared_kafka
 
 import data
 
@@ -32,6 +34,16 @@ def test_departures_are_in_order_of_time_and_distinct():
     assert times == sorted(times)
     assert len({each.id for each in departures}) == len(departures) == 336_776
     assert sum(each.tailnum is None for each in departures) == 2_512
+
+
+def test_the_demo_finds_them_on_kafka(tmp_path: Path):
+    url = f"kafka://{shared_kafka()}?prefix={secrets.token_hex(4)}-"
+    command = [sys.executable, DEMO, f"--build={tmp_path}", "--limit=5000", f"--events={url}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, wanted = json.loads((tmp_path / "flights.json").read_text()), data.expected(5000)
+    assert "left out here" in done.stdout and found["carriers"] == {}
+    assert {name: found[name] for name in wanted if name != "carriers"} == {n: v for n, v in wanted.items() if n != "carriers"}
 
 
 @pytest.mark.parametrize("limit", [5_000, None], ids=["part", "all"])

@@ -33,6 +33,10 @@ class UnknownTopic(SendError):
     """A topic or partition that does not exist in the backend."""
 
 
+class NotAuthorised(SendError, BackendError):
+    """The broker does not let this user do what it was asked to."""
+
+
 class WaitInHandler(BarnabasError):
     """A handler waited for a future of its own send, which leaves only after the handler returned."""
 

@@ -47,6 +47,12 @@ def _number(option: "Option", value: Any) -> Any:
     return float(value) if real else value
 
 
+def _yes(option: "Option", value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
 def _choice(option: "Option", value: Any) -> Any:
     for choice in option.choices:
         if str(value).lower() == choice.lower():
@@ -122,6 +128,8 @@ class Option:
 
 TOPIC = {
     "partitions": Option(_number, None, "partitions of the topic, instead of the code's", low=1, high=10_000),
+    "replication": Option(_number, None, "on kafka: copies of each partition, instead of the broker's default", low=1),
+    "compact": Option(_yes, None, "on kafka: keep the last message of each key instead of all for a time"),
     "retention_age": Option(_number, None, "messages are kept this long", "seconds"),
     "retention_size": Option(_number, None, "and while the topic is not larger than this", "bytes"),
 }
@@ -159,6 +167,7 @@ class Settings:
     topics: dict[str, dict[str, Any]] = _option(
         _table, {}, "per topic, over the code", entries={"*": Option(_table, {}, ", ".join(TOPIC), entries=TOPIC)}
     )
+    create_topics: bool = _option(_yes, False, "on kafka: create missing topics without asking, in development")
     kafka: dict[str, Any] = _option(_table, {}, "options of librdkafka, as it spells them", entries=DRIVER)
     redis: dict[str, Any] = _option(_table, {}, "options of redis-py, as it spells them", entries=DRIVER)
 

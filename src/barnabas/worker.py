@@ -147,6 +147,7 @@ class Worker:
         app, events = self.app, self.app.events
         handler = consumer.compile(app.observers, [*app.hooks, *consumer.hooks])
         if consumer.tables:
+            events.cell(consumer.tables[0].name, "")  # a backend without tables says so now
             rekeyed = any(t.rekeyed for t in consumer.topics)
             handler.tables = Cells((t.name for t in consumer.tables), rekeyed, events.cell)
         crew = self._crew(handler, consumer.order, consumer.concurrency, events)

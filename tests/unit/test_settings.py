@@ -52,6 +52,7 @@ def test_defaults(folder: Path) -> None:
         "buffer_messages": 10_000,
         "buffer_bytes": 67_108_864,
         "value_limit": 1_048_576,
+        "create_topics": False,
         "max_memory": 0,
         "session_timeout": 10.0,
         "checkpoint_interval": 0.1,
@@ -375,7 +376,7 @@ def test_a_wrong_value_is_refused_at_declaration(name: str, value: object, reaso
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        (3, "topics.o = 3 (from code) must be a table: partitions, retention_age, retention_size."),
+        (3, "topics.o = 3 (from code) must be a table: partitions, replication, compact, retention_age, retention_size."),
         ({"partitions": 0}, "topics.o.partitions = 0 (from code) must be a whole number from 1 to 10,000."),
         ({"retention_age": "7d"}, "topics.o.retention_age = '7d' (from code) must be a number of seconds from 0 up."),
         (

@@ -31,6 +31,7 @@ log = logging.getLogger("barnabas")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this consumer, job or queue:NAME; repeatable.")
 @click.option("--except", "skip", multiple=True, metavar="NAME", help="Not this one; repeatable.")
 @click.option("--processes", type=int, metavar="N", help="Worker processes under a supervisor. [default: 1]")
+@click.option("--create-topics", is_flag=True, help="On Kafka: create missing topics, in development.")
 @click.option("--drain", is_flag=True, help="End when there is nothing left to do.")
 @click.option("--reload", "reloads", is_flag=True, help="Start again when a file changes (needs watchfiles).")
 @click.option("--child", type=int, hidden=True)
@@ -50,7 +51,10 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
     stopper = Stopper()
     if child is not None:
         stopper.install()
-    app = override(load(target or spec), events=options["events"], jobs=options["jobs"], processes=processes)
+    flags = {"create_topics": options.pop("create_topics") or None, "processes": processes}
+    app = override(load(target or spec), events=options["events"], jobs=options["jobs"], **flags)
+    if child is not None and "group.instance.id" in app.settings.kafka:  # two processes of one name would fence each other
+        app.settings.kafka["group.instance.id"] += f"-{child}"
     logs.set_up(app, child)
     if child is None:
         _announce(app, options["only"], options["skip"])
@@ -88,6 +92,7 @@ def supervise(app: App, target: str | None, drain: bool, reloads: bool, **given:
     command += [word for name in given["skip"] for word in ("--except", name)]
     command += [word for kind in ("events", "jobs") if given[kind] for word in (f"--{kind}", given[kind])]
     command += ["--drain"] if drain else []
+    command += ["--create-topics"] if settings.create_topics else []
     status = Status()
     patience = settings.stop_timeout + GRACE
     supervisor = Supervisor(spawner(command), settings.processes, reload=reloads, patience=patience, tell=status)

@@ -16,13 +16,17 @@ from barnabas.topic import Retention
 
 
 @click.command()
+@click.argument("act", type=click.Choice(["list", "plan", "apply"]), default="list")
 @json_option
 @with_app
-def topics(app: App, as_json: bool) -> None:
+def topics(app: App, act: str, as_json: bool) -> None:
     """List the stored topics: partitions, messages, bytes, retention, and whether the app declares them.
 
-    Dead-letter and retry topics are shown where they hold something (with --json always).
+    Dead-letter and retry topics are shown where they hold something (with --json always). On Kafka `plan` shows what is to
+    be done so that they are stored as declared, and `apply` does it: nothing is ever deleted.
     """
+    if act != "list":
+        return _arrange(app, act, as_json)
     found = inspect.topics(app)
     if as_json:
         for topic in found:
@@ -33,6 +37,31 @@ def topics(app: App, as_json: bool) -> None:
     shown = [topic for topic in found if topic.messages or topic.declared in ("yes", "no")]
     rows = [(t.name, t.partitions, t.messages, draw.size(t.bytes), _kept(t.retention), t.declared) for t in shown]
     draw.table(("topic", "partitions#", "messages#", "bytes#", "retention", "declared"), rows)
+
+
+def _arrange(app: App, act: str, as_json: bool) -> None:
+    """`topics plan` and `topics apply`."""
+    events: Any = app.events
+    if not hasattr(events, "plan"):
+        raise Wrong(f"{app.settings.events} creates its topics itself, at the first use", "barnabas topics")
+    changes = events.plan(app.all_topics())
+    for kind, topic, what, more in changes:
+        if as_json:
+            draw.json_line({"change": kind, "topic": topic, "what": what, "more": more})
+        elif kind == "create":
+            click.echo(f"create {topic}: {what} partitions, replication {more[0] if more[0] > 0 else 'as the broker does'}")
+        elif kind == "set":
+            click.echo(f"set {topic}: {what} from {more[0]} to {more[1]}")
+        elif kind == "raise":
+            click.echo(f"raise {topic}: from {more} to {what} partitions; most keys move to another one, so their order is")
+            click.echo("    kept only if consumers have caught up before")
+        else:
+            click.echo(f"keep {topic}: it has {more} partitions, {what} are declared; Kafka cannot take partitions away")
+    changes = [change for change in changes if change.kind != "keep"]
+    if act == "apply":
+        events.apply(changes)
+    if not as_json:
+        click.echo("nothing to do" if not changes else "done" if act == "apply" else "to do it: barnabas topics apply")
 
 
 def _kept(retention: Retention | None) -> str:

@@ -1,0 +1,336 @@
+"""`kafka://HOST:PORT,...`: topics in Apache Kafka, through confluent-kafka's synchronous client (librdkafka).
+
+`?prefix=NAME` in the URL goes before every topic and group there: several environments in one cluster. A process has one
+producer, opened at its first send; librdkafka's own queue is the send buffer.
+"""
+
+import atexit
+import functools
+import itertools
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+from urllib.parse import parse_qs
+
+import confluent_kafka as driver
+from confluent_kafka import KafkaError, KafkaException
+
+from barnabas.backends.kafka_doors import KafkaDoors
+from barnabas.backends.kafka_options import PRODUCER, Quiet, check_options
+from barnabas.backends.kafka_words import as_key, explain
+from barnabas.errors import BufferFull, DeclarationError, SendError, SettingError
+from barnabas.future import Future
+from barnabas.message import Outgoing, OutgoingJob
+from barnabas.ports import Listener, Source
+
+log = logging.getLogger("barnabas")
+SERVE = 64  # sends between two looks at delivery reports
+NO_JOBS = "kafka: carries topics, not queues; set jobs=redis://HOST or jobs=sqlite:///FILE.db beside events=kafka://..."
+NO_TABLES = "tables cannot be kept on kafka: yet; set events=sqlite:///FILE.db, or keep the state in a store of your own"
+_open: "weakref.WeakSet[KafkaBackend]" = weakref.WeakSet()
+_inherited: list[Any] = []  # a forked child keeps its parent's clients untouched, here
+
+
+def open_backend(url: str, settings: Any, clock: Any) -> "KafkaBackend":
+    """A cluster; it is reached for at the first use."""
+    backend = KafkaBackend(url, settings, clock)
+    _open.add(backend)
+    return backend
+
+
+class _Chunk:
+    """Messages whose last one alone has a future: it resolves when all are stored."""
+
+    __slots__ = ("count", "error", "future", "home", "row", "stored")
+
+    def __init__(self, home: "KafkaBackend", count: int, future: Any) -> None:
+        self.home, self.count, self.future = home, count, future
+        self.error: Exception | None = None
+        self.row: Any = None
+        self.stored = itertools.count(1)  # reports are served by several threads: `next` is one step
+
+    def report(self, error: Any, message: Any) -> None:
+        """One of them has its outcome."""
+        if error is not None:
+            self.error = self.home.refusal(error, message.topic())
+        if next(self.stored) == self.count:
+            if self.future is None:
+                if self.error is not None:
+                    log.error("messages could not be stored: %s", self.error)
+            elif self.error is not None:
+                self.future.fail(self.error)
+            else:
+                self.future.resolve(self.row)
+
+    def last(self, out: Outgoing, milliseconds: int, error: Any, message: Any) -> None:
+        """The last of them has."""
+        if error is None:
+            self.row = _row(out, milliseconds, message)
+        self.report(error, message)
+
+
+def _row(out: Outgoing, milliseconds: int, message: Any) -> tuple[Any, ...]:
+    key = out[2]
+    if type(key) is bytes:
+        key = as_key(key)
+    return (out[0], message.partition(), message.offset(), key, out[3], out[4], milliseconds / 1000)
+
+
+class KafkaBackend(KafkaDoors):
+    """A cluster, as this process sees it."""
+
+    def __init__(self, url: str, settings: Any, clock: Any) -> None:
+        self.closed = False
+        self.clock = clock
+        address, _, query = url.partition("//")[2].partition("?")
+        given = parse_qs(query)
+        if set(given) - {"prefix"}:
+            raise SettingError(f"events={url!r}: after the ? it knows prefix=NAME alone; driver options go into kafka={{...}}")
+        super().__init__(url, address.rstrip("/"), given.get("prefix", [""])[0], settings.create_topics)
+        self.options = check_options(settings.kafka)
+        self.session: float = settings.session_timeout
+        self._send_timeout: float = settings.send_timeout
+        self._most: int = settings.buffer_messages
+        self._most_bytes: int = settings.buffer_bytes
+        self._lock = threading.RLock()
+        self._producer: Any = None
+        self._sent = self._served = 0
+        self._end = threading.Event()
+        self.sources: list[Any] = []
+
+    # Clients.
+
+    def client(self, kind: Callable[..., Any], own: Mapping[str, Any], **fixed: Any) -> Any:
+        """A client of the driver: our defaults, the user's options over them, and what cannot be otherwise.
+
+        Raises SettingError for what the driver refuses.
+        """
+        config = {**own, **self.options, **fixed, "bootstrap.servers": self.servers, "error_cb": self.trouble}
+        if str(config.get("group.protocol", "classic")).lower() == "consumer":  # the broker's to decide
+            for name in ("session.timeout.ms", "heartbeat.interval.ms", "partition.assignment.strategy"):
+                if name not in self.options:
+                    config.pop(name, None)
+        try:
+            return kind(config, logger=Quiet)
+        except KafkaException as error:
+            raise SettingError(f"kafka={{...}}: the driver refuses an option: {error.args[0].str()}") from None
+
+    def _start(self) -> Any:
+        with self._lock:
+            if self.closed:
+                raise SendError(f"{self.servers} was closed; the app opens it again at its next use")
+            if self._producer is None:
+                limits = {"queue.buffering.max.messages": max(2 * self._most, 100_000)}
+                limits["queue.buffering.max.kbytes"] = max(1024, 2 * self._most_bytes // 1024)
+                producer = self.client(driver.Producer, PRODUCER | limits)
+                threading.Thread(target=self._serve, args=(producer,), name="barnabas-reports", daemon=True).start()
+                self._producer = producer
+            return self._producer
+
+    def _serve(self, producer: Any) -> None:
+        """Serve delivery reports as they come. Whoever sends a lot serves them too, and is not to be disturbed."""
+        seen = 0
+        while not self._end.is_set() and (producer is self._producer or self._producer is None):
+            busy, seen = self._sent - seen > SERVE // 2, self._sent
+            if busy:
+                self._end.wait(0.001)
+            else:
+                producer.poll(0.2)
+
+    # The sink.
+
+    def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
+        producer = self._producer or self._start()
+        count = len(outgoing)
+        if len(producer) + count > self._most:
+            self._wait_for_room(producer, count)
+        if count == 1:
+            out: Any = outgoing[0]
+            self._produce(producer, out, self._stored if out[6] is not None else self._unseen)
+        else:
+            chunk: Any = None
+            plain = sum([1 for out in outgoing if out[-1] is None])
+            last = len(outgoing) - 1
+            if plain:
+                future = outgoing[last][-1]
+                chunk = _Chunk(self, plain + (future is not None), future)
+            for index, each in enumerate(outgoing):
+                if each[-1] is None:
+                    self._produce(producer, each, None, chunk.report)
+                else:
+                    self._produce(producer, each, chunk.last if chunk is not None and index == last else self._stored)
+        self._sent += count
+        if self._sent - self._served > SERVE:
+            self._served = self._sent
+            producer.poll(0)
+
+    def _produce(self, producer: Any, out: Any, report: Any, shared: Any = None) -> None:
+        """Hand one message to the driver. What it refuses becomes the outcome, as if the broker had refused it."""
+        if len(out) != 7:
+            raise SendError(NO_JOBS)
+        topic, partition, key, value, headers, timestamp, _ = out
+        milliseconds = round(timestamp * 1000)
+        done = shared or functools.partial(report, out, milliseconds)
+        try:
+            name = self.names.get(topic.name) or self.find(topic)
+            where = -1 if partition is None else partition
+            while True:
+                try:
+                    producer.produce(name, value, key, where, done, done, milliseconds, headers or None)
+                    return
+                except BufferError:
+                    self._wait_for_room(producer, 1, full=True)
+        except BufferFull:
+            raise
+        except KafkaException as error:
+            done(error.args[0], _Refused(topic.name))
+        except (SendError, DeclarationError) as error:
+            done(error, _Refused(topic.name))
+
+    def _stored(self, out: Outgoing, milliseconds: int, error: Any, message: Any) -> None:
+        """The delivery report of a message with a future."""
+        if error is None:
+            out[6].resolve(_row(out, milliseconds, message))
+        else:
+            out[6].fail(self.refusal(error, message.topic()))
+
+    def _unseen(self, out: Outgoing, milliseconds: int, error: Any, message: Any) -> None:
+        """The delivery report of a message without a future."""
+        if error is not None:
+            log.error("a message could not be stored: %s", self.refusal(error, message.topic()))
+
+    def refusal(self, error: Any, name: str) -> Exception:
+        """Why a message could not be stored."""
+        if not isinstance(error, KafkaError):
+            return error  # type: ignore[no-any-return]
+        name = name.removeprefix(self.prefix)
+        if error.code() in (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART):
+            self.names.pop(name, None)
+        if error.code() == KafkaError._FATAL:
+            with self._lock:
+                self._producer = None  # it is of no use any more; the next send opens another
+        return explain(error, f"a message for topic {name!r}", self, sending=True)
+
+    def _wait_for_room(self, producer: Any, count: int, full: bool = False) -> None:
+        """On an event-loop thread nobody may block: twice the limit is the end there."""
+        import asyncio
+
+        timeout = self._send_timeout
+        if asyncio._get_running_loop() is not None:
+            if not full and len(producer) + count <= 2 * self._most:
+                return
+            timeout = 0.0
+        deadline = time.monotonic() + timeout
+        producer.poll(0)
+        while (waiting := len(producer)) and (full or waiting + count > self._most):
+            if time.monotonic() >= deadline:
+                raise BufferFull(
+                    f"the send buffer of {self.servers} was full for {timeout} s: {waiting} messages wait"
+                    f"{f' ({self.away})' if self.away else ''}; send slower, or raise buffer_messages, buffer_bytes or "
+                    "send_timeout"
+                )
+            producer.poll(0.02)
+            if full:
+                return
+
+    def deliver(self, outputs: Sequence[Outgoing]) -> None:
+        tries: list[Future[Any]] = [Future() for _ in outputs]
+        self.send([(*out[:6], future) for out, future in zip(outputs, tries, strict=True)])
+        for future in tries:
+            future.result(self._send_timeout)
+
+    def store(self, topic: str, key: str, value: bytes | None) -> None:
+        producer, future = self._producer or self._start(), Future[None]()
+
+        def report(error: Any, message: Any) -> None:
+            future.resolve(True) if error is None else future.fail(self.refusal(error, topic))
+
+        producer.produce(self.prefix + topic, value, key, 0, report)
+        future.result(self._send_timeout)
+
+    def flush(self, timeout: float) -> int:
+        producer = self._producer
+        if producer is None:
+            return 0
+        return len(producer) if timeout <= 0 else producer.flush(timeout)
+
+    # What consumers and workers use.
+
+    def log(self, group: str, topics: Sequence[Any], *, start: str, ordered: bool, listener: Listener) -> Source:
+        from barnabas.backends.kafka_log import KafkaLog
+
+        self.require([*self.declared.values(), *topics])
+        return KafkaLog(self, group, topics, start, ordered, listener)
+
+    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> Source:
+        raise DeclarationError(NO_JOBS)
+
+    def cell(self, table: str, key: Any) -> bytes | None:
+        raise DeclarationError(f"table {table!r}: {NO_TABLES}")
+
+    def cells(self, table: str) -> Iterable[tuple[Any, bytes]]:
+        raise DeclarationError(f"table {table!r}: {NO_TABLES}")
+
+    def box(self, workers: int) -> tuple[Any, int]:
+        from array import array
+
+        return array("q", bytes(8 * 3 * workers)), 0
+
+    def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
+        end = threading.Event()
+
+        def loop() -> None:
+            while not end.wait(0.2):
+                wake()
+
+        threading.Thread(target=loop, name="barnabas-watch", daemon=True).start()
+        return end.set
+
+    def close(self) -> None:
+        """Store what is still waiting, at most `send_timeout` seconds, say what could not be, and let go."""
+        if self.closed:
+            return
+        producer = self._producer
+        if producer is not None:
+            left = producer.flush(self._send_timeout)
+            if left:
+                why = f": {self.away}" if self.away else ""
+                log.error("%s: %d messages could not be stored before the end%s", self.servers, left, why)
+                producer.purge()
+                producer.flush(1.0)
+        self.closed = True
+        self._end.set()
+        self._producer = None
+        self.let_go()
+        _open.discard(self)
+
+
+class _Refused:
+    """Stands for the message of a delivery report that never came to be."""
+
+    def __init__(self, topic: str) -> None:
+        self._topic = topic
+
+    def topic(self) -> str:
+        return self._topic
+
+
+def _at_exit() -> None:
+    for backend in list(_open):
+        backend.close()
+
+
+def _in_child() -> None:
+    """After a fork: the parent's clients are its own; the child opens new ones at its next use."""
+    for backend in list(_open):
+        backend.closed = True
+        _inherited.append((backend, backend._producer, backend.clients(), list(backend.sources)))
+    _open.clear()
+
+
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_in_child)

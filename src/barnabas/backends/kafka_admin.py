@@ -1,0 +1,319 @@
+"""Kafka's topics and stored messages, as the admin client and a reader of its own see them."""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import confluent_kafka as driver
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+    NewTopic,
+    OffsetSpec,
+)
+
+from barnabas.backends.kafka_options import COMMON, CONSUMER, log
+from barnabas.backends.kafka_words import FORGOTTEN, as_row, explain, unpack
+from barnabas.errors import BackendError, DeclarationError, NotAuthorised, UnknownTopic
+from barnabas.message import Row
+from barnabas.ports import TopicState
+
+DEFAULT_PARTITIONS = 6
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
+PATIENCE = 10.0  # seconds an administrative request may take
+ROOM = 64 * 1024  # bytes that a stored message may have beyond its topic's limit: key, headers, framing
+
+
+class Change(NamedTuple):
+    """A step between what is stored and what is declared: "create" (partitions; replication and configuration), "raise"
+    (partitions; those there are), "keep" (fewer are declared: not done; those there are), "set" (an option; from, to)."""
+
+    kind: str
+    topic: str
+    what: Any
+    more: Any
+
+
+class KafkaAdmin:
+    """Topics and positions of a cluster."""
+
+    closed: bool
+
+    def __init__(self, url: str, servers: str, prefix: str, create: bool) -> None:
+        self.url = url
+        self.servers = servers
+        self.prefix = prefix
+        self.create = create
+        self.away = ""  # what is the matter with the cluster, if anything is
+        self.names: dict[str, str] = {}  # of topics that exist: as they are called in Kafka
+        self.declared: dict[str, Any] = {}
+        self._admin: Any = None
+        self._reader: Any = None
+        self._admin_lock = threading.RLock()
+
+    def client(self, kind: Callable[..., Any], own: Mapping[str, Any], **fixed: Any) -> Any:
+        """A client of the driver."""
+        raise NotImplementedError
+
+    def clients(self) -> list[Any]:
+        """Those that are open here."""
+        return [self._admin, self._reader]
+
+    def let_go(self) -> None:
+        """Close them."""
+        with self._admin_lock:
+            if self._reader is not None:
+                self._reader.close()
+            self._admin = self._reader = None
+
+    @property
+    def admin(self) -> Any:
+        """The admin client."""
+        with self._admin_lock:
+            if self._admin is None:
+                self._admin = self.client(AdminClient, COMMON)
+            return self._admin
+
+    # What the driver says of itself.
+
+    def trouble(self, error: KafkaError) -> None:
+        """The driver's error callback: one log line a change."""
+        if error.code() == KafkaError._TRANSPORT:  # one broker; that all are gone is another error
+            log.debug("%s: %s", self.servers, error.str())
+            return
+        what = f"{error.name().lstrip('_').lower().replace('_', ' ')}: {error.str()}"
+        if self.away.partition(":")[0] != what.partition(":")[0]:
+            self.away = what
+            again = "" if error.fatal() else "; trying again"
+            log.error("%s: %s%s", self.servers, what, again)
+
+    def works(self) -> None:
+        """The cluster did what it was asked to."""
+        if self.away:
+            self.away = ""
+            log.warning("%s: works again", self.servers)
+
+    def ask(self, what: str, futures: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The answers of the admin client's futures. Raises BackendError."""
+        try:
+            found = {key: future.result(PATIENCE) for key, future in futures.items()}
+        except KafkaException as error:
+            raise explain(error.args[0], what, self) from error
+        self.works()
+        return found
+
+    def metadata(self, timeout: float = PATIENCE) -> dict[str, int]:
+        """The topics of the cluster (with our prefix, which is left out) and their partitions."""
+        try:
+            found = self.admin.list_topics(timeout=timeout).topics
+        except KafkaException as error:
+            raise explain(error.args[0], "the list of topics", self) from error
+        cut = len(self.prefix)
+        return {name[cut:]: len(topic.partitions) for name, topic in found.items() if name.startswith(self.prefix)}
+
+    # Topics.
+
+    def declare(self, topics: Iterable[Any]) -> None:
+        topics = list(topics)
+        self.declared.update({topic.name: topic for topic in topics})
+        if self.create:
+            self.make(topics)
+
+    def missing(
+        self, topics: Iterable[Any], timeout: float = PATIENCE
+    ) -> tuple[list[tuple[Any, int]], list[tuple[Any, int, int]]]:
+        """Those that do not exist, with the partitions they are to have; those whose number differs: (topic, is, declared)."""
+        stored = self.metadata(timeout)
+        self.names.update({name: self.prefix + name for name in stored})
+        absent, differ = {}, []
+        for topic in topics:
+            if not _NAME.fullmatch(self.prefix + topic.name):
+                raise DeclarationError(
+                    f"topic {self.prefix + topic.name!r}: Kafka's names: up to 249 letters, digits, dots, dashes, underscores; "
+                    "where a group is in it, give its consumer a name= of these"
+                )
+            if topic.name not in stored:
+                parent = topic.parent
+                count = topic.partitions or (stored.get(parent.name) if parent is not None else 0)
+                absent[topic.name] = (topic, count or DEFAULT_PARTITIONS)
+            elif topic.partitions is not None and topic.partitions != stored[topic.name]:
+                differ.append((topic, stored[topic.name], topic.partitions))
+        return list(absent.values()), differ
+
+    def require(self, topics: Iterable[Any], timeout: float = PATIENCE) -> None:
+        """Refuse to go on without these topics, or with another number of partitions than declared."""
+        absent, differ = self.missing(topics, timeout)
+        if absent and self.create:
+            self.make([topic for topic, _ in absent])
+        elif absent:
+            names = ", ".join(repr(topic.name) for topic, _ in absent)
+            raise UnknownTopic(
+                f"{self.servers} has no topic {names}; create what is declared with `barnabas topics apply`, or, in development, "
+                "run with --create-topics"
+            )
+        self._refuse_other(differ)
+
+    def _refuse_other(self, differ: list[tuple[Any, int, int]]) -> None:
+        for topic, stored, declared in differ:
+            raise DeclarationError(
+                f"topic {topic.name!r}: partitions={declared}, but {self.servers} has it with {stored}; leave partitions out, "
+                "or change it on purpose: barnabas topics apply"
+            )
+
+    def make(self, topics: Sequence[Any]) -> None:
+        """Create what is missing of these."""
+        absent, differ = self.missing(topics)
+        self._refuse_other(differ)
+        if absent:
+            self.create_topics([(topic.name, count, *topic_config(topic)) for topic, count in absent])
+
+    def create_topics(self, topics: Sequence[tuple[str, int, int, dict[str, str]]]) -> None:
+        """Create these (name, partitions, replication or -1, configuration), and wait until they are known."""
+        new = [NewTopic(self.prefix + name, count, copies, config=config) for name, count, copies, config in topics]
+        for name, future in self.admin.create_topics(new).items() if new else ():
+            try:
+                future.result(PATIENCE)
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another process was faster
+                    raise explain(error.args[0], f"creating topic {name!r}", self) from error
+        deadline = time.monotonic() + PATIENCE
+        names = {name for name, _, _, _ in topics}
+        while names - self.metadata().keys() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.names.update({name: self.prefix + name for name in names})
+
+    def plan(self, topics: Iterable[Any]) -> list[Change]:
+        """What is to be done so that these are stored as they are declared. Nothing is ever deleted."""
+        topics = list(topics)
+        absent, differ = self.missing(topics)
+        changes = [Change("create", topic.name, count, topic_config(topic)) for topic, count in absent]
+        changes += [Change("raise" if stored < count else "keep", t.name, count, stored) for t, stored, count in differ]
+        known = {topic.name: topic for topic in topics if topic not in [topic for topic, _ in absent]}
+        places = {ConfigResource(ConfigResource.Type.TOPIC, self.prefix + name): name for name in known}
+        answers = self.ask("the configuration of topics", self.admin.describe_configs(list(places))) if places else {}
+        for place, name in places.items():
+            wanted = topic_config(known[name])[1]
+            given = {key: entry.value for key, entry in answers[place].items()}
+            changes += [Change("set", name, key, (given.get(key), v)) for key, v in wanted.items() if given.get(key) != v]
+        return changes
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        """Do what `plan` found."""
+        changes = list(changes)
+        self.create_topics([(c.topic, c.what, *c.more) for c in changes if c.kind == "create"])
+        more = [NewPartitions(self.prefix + c.topic, c.what) for c in changes if c.kind == "raise"]
+        if more:
+            self.ask("raising partitions", self.admin.create_partitions(more))
+        for change in changes:
+            if change.kind == "set":
+                entry = ConfigEntry(change.what, change.more[1], incremental_operation=AlterConfigOpType.SET)
+                place = ConfigResource(ConfigResource.Type.TOPIC, self.prefix + change.topic, incremental_configs=[entry])
+                self.ask(f"configuring {change.topic!r}", self.admin.incremental_alter_configs([place]))
+
+    def find(self, topic: Any) -> str:
+        """A topic's name in Kafka. Raises UnknownTopic if it does not exist; if nobody can say, it may."""
+        try:
+            self.require([topic], 2.0)
+        except BackendError as error:
+            if isinstance(error, NotAuthorised):
+                raise
+            log.debug("%s", error)
+        name: str = self.prefix + topic.name
+        return name
+
+    # What is stored.
+
+    def ends(self, where: Iterable[tuple[str, int]], spec: Any = None) -> dict[tuple[str, int], int]:
+        """The offset after the newest of each partition, or its first with OffsetSpec.earliest()."""
+        cut, at = len(self.prefix), OffsetSpec.latest() if spec is None else spec
+        asked = {TopicPartition(self.prefix + topic, number): at for topic, number in where}
+        if not asked:
+            return {}
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                found = self.ask("the ends of topics", self.admin.list_offsets(asked))
+                return {(tp.topic[cut:], tp.partition): info.offset for tp, info in found.items()}
+            except (BackendError, UnknownTopic):  # just created: not led by anybody yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+
+    def topics(self) -> list[TopicState]:
+        where = [(name, n) for name, count in self.metadata().items() if not name.startswith("__") for n in range(count)]
+        firsts, ends = self.ends(where, OffsetSpec.earliest()), self.ends(where)
+        found: dict[str, list[tuple[int, int, int]]] = {}
+        for at in sorted(where):
+            found.setdefault(at[0], []).append((firsts[at], ends[at], 0))
+        return [TopicState(name, parts) for name, parts in sorted(found.items())]
+
+    def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
+        with self._admin_lock:
+            if self._reader is None:
+                fixed = {"group.id": "barnabas-read", "enable.auto.commit": False, "enable.partition.eof": True}
+                fixed |= {"auto.offset.reset": "earliest", "group.protocol": "classic"}
+                self._reader = self.client(driver.Consumer, CONSUMER, **fixed)
+            reader = self._reader
+            reader.assign([TopicPartition(self.prefix + topic, partition, offset)])
+            rows: list[Row] = []
+            deadline = time.monotonic() + PATIENCE
+            try:
+                while len(rows) < limit and time.monotonic() < deadline:
+                    message = reader.poll(0.5)
+                    for each in () if message is None else (message, *reader.consume(min(1000, limit - len(rows)), 0)):
+                        error = each.error()
+                        if error is None:
+                            rows.append(as_row(each))
+                        elif error.code() == KafkaError._PARTITION_EOF:
+                            return rows[:limit]
+                        else:
+                            raise explain(error, f"reading {topic!r}", self)
+                return rows[:limit]
+            finally:
+                reader.unassign()
+
+    def committed(self, group: str, where: Iterable[tuple[str, int]]) -> dict[tuple[str, int], tuple[int, str]]:
+        """A group's positions where it has any: offset and what is kept beside it."""
+        asked = [TopicPartition(self.prefix + topic, number) for topic, number in where]
+        if not asked:
+            return {}
+        request = driver.ConsumerGroupTopicPartitions(self.prefix + group, asked)
+        answer = self.ask(f"the positions of {group!r}", self.admin.list_consumer_group_offsets([request]))
+        cut = len(self.prefix)
+        return {
+            (tp.topic[cut:], tp.partition): (tp.offset, tp.metadata or "")
+            for tp in answer[self.prefix + group].topic_partitions
+            if tp.offset >= 0 and tp.metadata != FORGOTTEN
+        }
+
+    def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
+        stored = self.metadata()
+        count = 0
+        for group, topics in groups.items():
+            where = [(topic, n) for topic in topics for n in range(stored.get(topic, 0))]
+            ends, positions = self.ends(where), self.committed(group, where)
+            fresh = self.ends([at for at in where if at not in positions], OffsetSpec.earliest())
+            for at in where:
+                offset, beside = positions.get(at) or (fresh[at], "")
+                done = unpack(offset, beside)[0]
+                count += max(0, ends[at] - offset - sum(b - a for a, b in done))
+        return count
+
+
+def topic_config(topic: Any) -> tuple[int, dict[str, str]]:
+    """How a topic is to be kept, in Kafka's words: its replication (-1: as the broker does), and its configuration."""
+    keep, over = topic.retention, topic.app.settings.topics.get((topic.parent or topic).name, {})
+    config = {
+        "retention.ms": str(-1 if keep.age is None else round(keep.age * 1000)),
+        "retention.bytes": str(-1 if keep.size is None else keep.size),
+        "max.message.bytes": str(topic.limit + ROOM),
+    }
+    if over.get("compact") and topic.parent is None:
+        config["cleanup.policy"] = "compact"
+    return over.get("replication", -1), config

@@ -1,0 +1,248 @@
+"""What operators see and do of Kafka: the doors of the port that no message passes.
+
+What they ask for, and what worker processes report, is kept in the compacted topic `<app>.control`.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import confluent_kafka as driver
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import OffsetSpec
+
+from barnabas.backends.kafka_admin import PATIENCE, KafkaAdmin
+from barnabas.backends.kafka_options import CONSUMER
+from barnabas.backends.kafka_words import FORGOTTEN, MARK, explain, pack, unpack
+from barnabas.backends.shares import HOST, by_partition, finished
+from barnabas.errors import Refused, UnknownTopic
+from barnabas.message import Outgoing
+from barnabas.ports import Position, Process, QueueState, StoredJob
+
+REPORTS, SIGNS = 2.0, 5.0  # seconds between two reports that are stored: changed ones, and signs of life
+GONE = 30.0  # seconds of silence after which a process is taken for dead
+_COMPACT = {"cleanup.policy": "compact", "segment.bytes": str(4 << 20), "min.cleanable.dirty.ratio": "0.1"}
+
+
+class KafkaDoors(KafkaAdmin):
+    """The operators' half of a KafkaBackend."""
+
+    name = ""
+    clock: Any
+    sources: list[Any]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._asked: dict[str, tuple[str, float]] = {}  # the control topic: value and time by key
+        self._watcher: Any = None
+        self._seen = 0
+        self._control_lock = threading.RLock()
+        self._reported: tuple[float, Mapping[str, Any]] = (0.0, {})
+        self._started = 0.0
+
+    def clients(self) -> list[Any]:
+        return [*super().clients(), self._watcher]
+
+    def let_go(self) -> None:
+        with self._control_lock:
+            if self._watcher is not None:
+                self._watcher.close()
+                self._watcher = None
+        super().let_go()
+
+    def send(self, outgoing: Sequence[Any], block: bool = True) -> None:
+        """The sink's."""
+        raise NotImplementedError
+
+    def store(self, topic: str, key: str, value: bytes | None) -> None:
+        """Send a message of our own, and wait until it is stored."""
+        raise NotImplementedError
+
+    # Positions.
+
+    def positions(self) -> list[Position]:
+        cut = len(self.prefix)
+        try:
+            groups = [g.group_id for g in self.admin.list_consumer_groups().result(PATIENCE).valid]
+        except KafkaException as error:
+            raise explain(error.args[0], "the list of groups", self) from error
+        groups = sorted(group for group in groups if group.startswith(self.prefix))
+        asked: dict[str, Any] = {}
+        for group in groups:
+            asked |= self.admin.list_consumer_group_offsets([driver.ConsumerGroupTopicPartitions(group)])
+        answers = self.ask("the positions of groups", asked)
+        owners = self._owners(groups)
+        found = []
+        where = {(tp.topic[cut:], tp.partition) for a in answers.values() for tp in a.topic_partitions if tp.offset >= 0}
+        stored = self.metadata()
+        where = {at for at in where if at[1] < stored.get(at[0], 0)}
+        firsts, ends = self.ends(where, OffsetSpec.earliest()), self.ends(where)
+        for group, answer in answers.items():
+            for tp in answer.topic_partitions:
+                at = (tp.topic[cut:], tp.partition)
+                if at in where and tp.offset >= 0 and tp.metadata != FORGOTTEN and tp.topic.startswith(self.prefix):
+                    done, attempts, crashes = unpack(tp.offset, tp.metadata)
+                    topic = tp.topic.removesuffix(f".retry.{group[cut:]}")  # its partitions go with those of its parent
+                    owner = owners.get((group, topic, tp.partition))
+                    span = (firsts[at], ends[at], tp.offset)
+                    found.append(Position(group[cut:], *at, *span, done, attempts, crashes, owner))
+        return sorted(found, key=lambda position: position[:3])
+
+    def _owners(self, groups: Sequence[str]) -> dict[tuple[str, str, int], str]:
+        """Which process has what of these groups."""
+        found = {}
+        for group, about in self._describe(groups).items():
+            for member in about.members:
+                for tp in member.assignment.topic_partitions if member.assignment else ():
+                    found[group, tp.topic, tp.partition] = member.client_id
+        return found
+
+    def _describe(self, groups: Sequence[str]) -> dict[str, Any]:
+        found = {}
+        for group, future in self.admin.describe_consumer_groups(list(groups)).items() if groups else ():
+            try:
+                found[group] = future.result(PATIENCE)
+            except KafkaException:  # it has never been, or is gone since it was listed
+                continue
+        return found
+
+    def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
+        wanted: dict[str, list[TopicPartition]] = {}
+        stored = self.metadata()
+        for at in positions:
+            if at.partition >= stored.get(at.topic, 0):
+                raise UnknownTopic(f"there is no partition {at.partition} of a topic {at.topic!r}")
+            beside = FORGOTTEN if at.offset is None else pack(at.offset, at.done, {}, {})
+            tp = TopicPartition(self.prefix + at.topic, at.partition, at.offset or 0, metadata=beside or MARK)
+            wanted.setdefault(at.group, []).append(tp)
+        for group, about in self._describe([self.prefix + group for group in wanted]).items():
+            if about.members:
+                names = ", ".join(sorted({member.client_id for member in about.members}))
+                raise Refused(f"group {group[len(self.prefix) :]!r} has members: {names}; stop them first")
+        for group, where in wanted.items():
+            self._alter(group, where)
+
+    def _alter(self, group: str, where: list[TopicPartition]) -> None:
+        request = driver.ConsumerGroupTopicPartitions(self.prefix + group, where)
+        answer = self.ask(f"setting the positions of {group!r}", self.admin.alter_consumer_group_offsets([request]))
+        for tp in answer[self.prefix + group].topic_partitions:
+            if tp.error is not None:
+                raise explain(tp.error, f"setting the positions of {group!r}", self)
+
+    def finish(self, group: str, letters: Sequence[tuple[str, int, int, Outgoing | None]]) -> int:
+        stored, count, where, outputs = self.metadata(), 0, [], []
+        with self._control_lock:
+            by = by_partition(letters)
+            for topic, number in by:
+                if number >= stored.get(topic, 0):
+                    raise UnknownTopic(f"there is no partition {number} of a topic {topic!r}")
+            firsts, known = self.ends(by, OffsetSpec.earliest()), self.committed(group, by)
+            for at, some in by.items():
+                offset, beside = known.get(at) or (firsts[at], "")
+                fresh, offset, done = finished(max(offset, firsts[at]), unpack(offset, beside)[0], some)
+                outputs += [out for out in map(some.get, fresh) if out is not None]
+                where.append(TopicPartition(self.prefix + at[0], at[1], offset, metadata=pack(offset, done, {}, {}) or MARK))
+                count += len(fresh)
+            if outputs:
+                self.deliver(outputs)
+            self._alter(group, where)
+        return count
+
+    def deliver(self, outputs: Sequence[Outgoing]) -> None:
+        """Send these and wait until they are stored."""
+        raise NotImplementedError
+
+    # Jobs: there are none.
+
+    def queue_states(self) -> list[QueueState]:
+        return []
+
+    def find_jobs(self, state: str | None = None, queue: str | None = None) -> Iterator[StoredJob]:
+        return iter(())
+
+    def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
+        return 0
+
+    # Processes, and what is asked of them.
+
+    @property
+    def _control(self) -> str:
+        """The name of the control topic."""
+        app = next((topic.app.name for topic in self.declared.values()), "barnabas")
+        return f"{app}.control"
+
+    def join(self) -> None:
+        """Be a worker process."""
+        if not self.name:
+            self.name, self._started = f"{HOST}:{os.getpid()}:1", self.clock.now()
+
+    def left(self) -> None:
+        """A source was closed: with the last one, the process is none any more."""
+        if not self.sources and self.name:
+            for key in (f"report:{self.name}", f"process:{self.name}"):
+                if key in self._asked:
+                    self.store(self._control, key, None)
+                    self._asked.pop(key, None)
+
+    def _look(self) -> dict[str, tuple[str, float]]:
+        """What the control topic says now."""
+        with self._control_lock:
+            name = self.prefix + self._control
+            if self._control not in self.metadata():
+                return {}
+            if self._watcher is None:
+                fixed = {"group.id": "barnabas-control", "enable.auto.commit": False, "group.protocol": "classic"}
+                self._watcher = self.client(driver.Consumer, CONSUMER, **fixed, **{"auto.offset.reset": "earliest"})
+                self._watcher.assign([TopicPartition(name, 0, 0)])
+                self._asked, self._seen = {}, 0
+            end = self.ends([(self._control, 0)])[self._control, 0]
+            deadline = time.monotonic() + PATIENCE
+            while self._seen < end and time.monotonic() < deadline:
+                first = self._watcher.poll(0.05)
+                for message in () if first is None else (first, *self._watcher.consume(1000, 0)):
+                    if message.error() is None:
+                        self._enter(message)
+                self._seen = max(self._seen, self._watcher.position([TopicPartition(name, 0)])[0].offset)
+            return self._asked
+
+    def _enter(self, message: Any) -> None:
+        key, value = message.key().decode(), message.value()
+        if value is None:
+            self._asked.pop(key, None)
+        else:
+            self._asked[key] = (value.decode(), message.timestamp()[1] / 1000)
+
+    def _say(self, key: str, value: str | None) -> None:
+        if self._control not in self.metadata():
+            self.create_topics([(self._control, 1, -1, _COMPACT)])
+        self.store(self._control, key, None if value is None else value.encode())
+
+    def processes(self) -> list[Process]:
+        found, now = [], time.time()
+        for key, (value, stamp) in sorted(self._look().items()):
+            if key.startswith("report:") and now - stamp < GONE:
+                said = json.loads(value)
+                host, pid, _ = key.removeprefix("report:").rsplit(":", 2)
+                info, silent = said["info"], max(0.0, now - stamp)
+                found.append(Process(key.removeprefix("report:"), int(pid), host, said["started"], silent, info))
+        return found
+
+    def report(self, info: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        if not self.sources or now - self._reported[0] < (REPORTS if info != self._reported[1] else SIGNS):
+            return
+        self._reported = (now, dict(info))
+        self._say(f"report:{self.name}", json.dumps({"started": self._started, "info": info}))
+
+    def control(self) -> dict[str, str]:
+        return {key: value for key, (value, _) in self._look().items() if not key.startswith("report:")}
+
+    def set_control(self, name: str, value: str | None) -> None:
+        process = name.removeprefix("process:")
+        if process != name and value is not None and process != self.name and f"report:{process}" not in self._look():
+            raise Refused(f"there is no worker process {process!r}")
+        if value is not None or name in self._look():
+            self._say(name, value)

@@ -1,0 +1,369 @@
+"""A member of a consumer group in Kafka: its claims on partitions, their accounts, commits and rebalances.
+
+Every call of the driver's consumer is made by the fetch thread: calls from several threads starve each other.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import confluent_kafka as driver
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import OffsetSpec
+
+from barnabas.backends.kafka_options import CONSUMER
+from barnabas.backends.kafka_words import FORGOTTEN, explain, pack, unpack
+from barnabas.backends.shares import close_books, open_account
+from barnabas.message import Row
+from barnabas.ports import Listener, Part, Result
+
+if TYPE_CHECKING:
+    from barnabas.backends.kafka import KafkaBackend
+
+log = logging.getLogger("barnabas")
+BUSY = 0.02  # seconds: the longest wait inside the driver, which nothing ends early, while something is in flight
+REQUEST = 10.0  # seconds a request to the coordinator may take
+_AGAIN = {  # a commit that a rebalance was in the way of
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.STALE_MEMBER_EPOCH,
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError._WAIT_COORD,
+    KafkaError._TRANSPORT,
+    KafkaError._TIMED_OUT,
+    KafkaError._IN_PROGRESS,
+    KafkaError.UNKNOWN_MEMBER_ID,
+    KafkaError.FENCED_MEMBER_EPOCH,
+}
+
+
+class Claim:
+    """A partition in hand: its Part and account, and the rows there was no room for yet."""
+
+    __slots__ = ("at", "behind", "full", "kept", "part", "paused", "root", "weight")
+
+    def __init__(self, part: Part, at: tuple[str, int], root: tuple[str, int]) -> None:
+        self.part = part
+        self.at = at  # its name in Kafka, and number
+        self.root = root  # the partition that the group gave us, with which it came
+        self.behind: list[Row] = []
+        self.full: float | None = None  # since when it has no room
+        self.paused = False
+        self.weight = 1.0  # bytes of a message of late
+        self.kept: Any = None  # what was committed last, or is on its way
+
+
+def _is_retry(topic: Any, group: str) -> bool:
+    return topic.parent is not None and topic.name == topic.parent.retry_name(group)
+
+
+class KafkaMember:
+    """A member of a consumer group."""
+
+    atomic = None
+
+    def __init__(
+        self, home: "KafkaBackend", group: str, topics: Sequence[Any], start: str, ordered: bool, listener: Listener
+    ) -> None:
+        self.home = home
+        self.group = group
+        self._start = start
+        self._ordered = ordered
+        self._listener = listener
+        # The partitions of a retry topic go with those of its topic: an assignor that mixes them would give somebody only
+        # what is idle most of the time.
+        self._retries = {home.prefix + t.parent.name: home.prefix + t.name for t in topics if _is_retry(t, group)}
+        self._names = [home.prefix + t.name for t in topics if not _is_retry(t, group)]
+        self._policy = str(home.options.get("auto.offset.reset", "earliest"))
+        session = home.options.get("session.timeout.ms")
+        self._session = float(session) / 1000 if session is not None else home.session
+        self._claims: dict[tuple[str, int], Claim] = {}
+        self._numbers = 0
+        self._dirty: dict[Claim, None] = {}
+        self._sent: list[Claim] = []  # a commit is on its way
+        self._committed_at = 0.0
+        self._until = 0.0
+        self._lapsed = False
+        self._closing = False
+        self._error: BaseException | None = None
+        self._broken = False
+        self._woken = threading.Event()
+        self.wake: Callable[[], None] = self._woken.set
+        self._join()
+        home.sources.append(self)
+
+    def _join(self) -> None:
+        home = self.home
+        fixed = {
+            "group.id": home.prefix + self.group,
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "error",
+            "allow.auto.create.topics": False,
+            "on_commit": self._on_commit,
+        }
+        home.join()
+        fixed["client.id"] = home.name
+        if instance := home.options.get("group.instance.id"):
+            fixed["group.instance.id"] = f"{instance}-{self.group}"
+        own = {"session.timeout.ms": round(self._session * 1000), "queued.max.messages.kbytes": 16384}
+        self._consumer = home.client(driver.Consumer, CONSUMER | own, **fixed)
+        strategy = str(home.options.get("partition.assignment.strategy", "cooperative"))
+        classic = str(home.options.get("group.protocol", "classic")).lower() == "classic"
+        self._eager = classic and not strategy.startswith("cooperative")
+        self._consumer.subscribe(
+            self._names,
+            on_assign=self._safe(self._on_assign),
+            on_revoke=self._safe(self._on_revoke),
+            on_lost=self._safe(self._on_lost),
+        )
+
+    def _safe(self, callback: Any) -> Any:
+        """The driver crashes where a callback raises: the error waits for the next fetch, which makes a new consumer."""
+
+        def call(*args: Any) -> None:
+            try:
+                callback(*args)
+            except BaseException as error:
+                self._error, self._broken = error, True
+
+        return call
+
+    def _join_anew(self) -> None:
+        """This consumer is of no use any more: leave without a commit, and begin again."""
+        self._broken = False
+        claims = list(self._claims.values())
+        for claim in claims:
+            claim.part.closed = True
+        self._listener.revoked([claim.part for claim in claims])
+        self._forget(claims)
+        self._closing = True
+        self._consumer.close()
+        self._closing, self._lapsed, self._sent = False, False, []
+        self._join()
+
+    # Settling.
+
+    def settle(self, results: Sequence[Result]) -> None:
+        """Enter them into the accounts; the positions are committed in the background."""
+        for part in close_books(results):
+            claim = self._claims.get((self.home.prefix + part.topic, part.partition))
+            if claim is not None and claim.part is part:
+                self._dirty[claim] = None
+
+    def _offsets(self, claims: Sequence[Claim]) -> list[TopicPartition]:
+        """What is to be committed of these."""
+        found = []
+        for claim in claims:
+            part = claim.part
+            offset, done = part.held.position()
+            claim.kept = (offset, pack(offset, done, part.attempts, part.crashes))
+            found.append(TopicPartition(*claim.at, offset, metadata=claim.kept[1]))
+        return found
+
+    def _commit(self) -> None:
+        """Send what is to be committed; one request at a time, for all partitions."""
+        if self._sent:
+            return
+        self._committed_at = self.home.clock.monotonic()
+        claims = list(self._dirty)
+        self._dirty.clear()
+        try:
+            self._consumer.commit(offsets=self._offsets(claims), asynchronous=True)
+            self._sent = claims
+        except KafkaException as error:
+            self._dirty.update(dict.fromkeys(claims))
+            log.debug("%s: %s", self.group, error)
+
+    def _on_commit(self, error: KafkaError | None, where: list[TopicPartition]) -> None:
+        """The driver's answer: what could not be committed is tried again with the next."""
+        sent, self._sent = self._sent, []
+        failed = {(tp.topic, tp.partition) for tp in where if error is not None or tp.error is not None}
+        self._dirty.update({claim: None for claim in sent if claim.at in failed and self._claims.get(claim.at) is claim})
+        if not failed:
+            self.home.works()
+        elif error is None or error.code() not in _AGAIN:
+            why = error or next(tp.error for tp in where if tp.error is not None)
+            log.warning("%s: positions could not be committed, trying again: %s", self.group, why.str())
+
+    def _commit_now(self, claims: Sequence[Claim]) -> KafkaError | None:
+        """Commit these and wait; the error, if any."""
+        offsets = self._offsets(claims)
+        for claim in claims:
+            self._dirty.pop(claim, None)
+        if not offsets:
+            return None
+        try:
+            answers = self._consumer.commit(offsets=offsets, asynchronous=False)
+            return next((tp.error for tp in answers if tp.error is not None), None)
+        except KafkaException as error:
+            return error.args[0]
+
+    # Rebalances: called by the driver inside poll or close, on the fetch thread.
+
+    def _on_assign(self, consumer: Any, where: list[TopicPartition]) -> None:
+        roots = {(tp.topic, tp.partition): (tp.topic, tp.partition) for tp in where}
+        roots |= self._with_retries(where)
+        where = [TopicPartition(*at) for at in roots]
+        came = self._begin(where, roots) if where and not self._closing else []
+        (consumer.assign if self._eager else consumer.incremental_assign)(where)
+        if came:
+            self._until = self.home.clock.monotonic() + self._session / 2
+            for claim in came:
+                claim.part.until = self._until
+                self._claims[claim.at] = claim
+            self._listener.assigned([claim.part for claim in came])
+
+    def _with_retries(self, where: list[TopicPartition]) -> dict[tuple[str, int], tuple[str, int]]:
+        """The partitions of retry topics that go with these, and with which."""
+        stored = self.home.metadata() if where and self._retries else {}
+        cut, found = len(self.home.prefix), {}
+        for tp in where:
+            retry = self._retries.get(tp.topic, "")
+            step = max(stored.get(tp.topic[cut:], 1), tp.partition + 1)
+            for number in range(tp.partition, stored.get(retry[cut:], 0), step):
+                found[retry, number] = (tp.topic, tp.partition)
+        return found
+
+    def _begin(self, where: list[TopicPartition], roots: dict[tuple[str, int], tuple[str, int]]) -> list[Claim]:
+        """Open the accounts of partitions where their last owner left off; their offsets are set."""
+        kept = {}
+        for stored in self._consumer.committed(where, timeout=REQUEST):
+            if stored.error is not None:
+                raise explain(stored.error, f"the positions of {self.group!r}", self.home)
+            kept[stored.topic, stored.partition] = stored
+        for tp in where:
+            known = kept[tp.topic, tp.partition]
+            tp.offset = driver.OFFSET_INVALID if known.metadata == FORGOTTEN else known.offset
+        cut = len(self.home.prefix)
+        fresh = {(tp.topic[cut:], tp.partition) for tp in where if tp.offset < 0}
+        begins = self.home.ends(fresh, OffsetSpec.earliest())
+        if self._start == "latest":  # but for what came to the group's own retry topics
+            begins |= self.home.ends([at for at in fresh if self.home.prefix + at[0] in self._names])
+        claims = []
+        for tp in where:
+            at = (tp.topic[cut:], tp.partition)
+            if at in fresh:
+                tp.offset = begins[at]
+            place = (tp.topic, tp.partition)
+            claim = self._claim(place, roots[place], tp.offset, kept[place].metadata)
+            if at in fresh:
+                self._dirty[claim] = None  # from now on the group has a position
+            claims.append(claim)
+        return claims
+
+    def _claim(self, at: tuple[str, int], root: tuple[str, int], offset: int, beside: str | None) -> Claim:
+        self._numbers += 1
+        part = Part(at[0][len(self.home.prefix) :], at[1], self._numbers, self.group)
+        done, attempts, crashes = unpack(offset, beside)
+        open_account(part, self._ordered, offset, done, attempts)
+        part.crashes.update(crashes)
+        return Claim(part, at, root)
+
+    def _on_revoke(self, consumer: Any, where: list[TopicPartition]) -> None:
+        claims = self._going(where)
+        if claims:
+            self._listener.revoked([claim.part for claim in claims])
+            error = self._commit_now(claims)
+            if error is not None:
+                log.warning("%s: what was done of revoked partitions may run again: %s", self.group, error.str())
+            else:
+                self._renew()  # however long the grace took, we are members
+        self._let_go(where, claims)
+
+    def _on_lost(self, consumer: Any, where: list[TopicPartition]) -> None:
+        claims = self._going(where)
+        if claims:
+            log.warning("%s lost %d partitions; what it did since its last commit may run again", self.group, len(claims))
+            for claim in claims:
+                claim.part.closed = True
+            self._listener.revoked([claim.part for claim in claims])
+        self._let_go(where, claims)
+
+    def _going(self, where: list[TopicPartition]) -> list[Claim]:
+        """What we have of these, and of what came with them."""
+        roots = {(tp.topic, tp.partition) for tp in where}
+        return [claim for claim in self._claims.values() if claim.root in roots]
+
+    def _let_go(self, where: list[TopicPartition], claims: Sequence[Claim]) -> None:
+        self._forget(claims)
+        if self._eager:
+            self._consumer.unassign()
+            return
+        gone = {(tp.topic, tp.partition) for tp in where} | {claim.at for claim in claims}
+        mine = {(tp.topic, tp.partition) for tp in self._consumer.assignment()}
+        self._consumer.incremental_unassign([TopicPartition(*at) for at in (mine if self._closing else mine & gone)])
+
+    def _forget(self, claims: Sequence[Claim]) -> None:
+        for claim in claims:
+            del self._claims[claim.at]
+            self._dirty.pop(claim, None)
+
+    # Doubts about the claim.
+
+    def _renew(self) -> None:
+        self._until = self.home.clock.monotonic() + self._session / 2
+        for claim in self._claims.values():
+            claim.part.until = self._until
+
+    def _lapse(self) -> None:
+        """The loop stood still for half a session: nothing goes on until the group has confirmed that the claims hold."""
+        if not self._lapsed:
+            self._lapsed = True
+            self._listener.revoked([claim.part for claim in self._claims.values()])
+        self._consumer.poll(BUSY)  # may say that they are lost; whatever else comes will come again
+        claims = list(self._claims.values())
+        error = self._commit_now(claims)
+        if error is not None:
+            if error.code() in _AGAIN:  # it will say, or take the claims away
+                return
+            raise explain(error, f"group {self.group!r}", self.home)
+        self._lapsed = False
+        came = []
+        for old in claims:
+            came.append(self._again(old))
+        self._renew()
+        if came:
+            self._listener.assigned([claim.part for claim in came])
+
+    def _again(self, old: Claim) -> Claim:
+        """The claim holds: go on from its position."""
+        offset, beside = old.kept
+        self._claims[old.at] = claim = self._claim(old.at, old.root, offset, beside)
+        self.go_to(TopicPartition(*old.at, offset))
+        return claim
+
+    def go_to(self, where: TopicPartition) -> None:
+        """Fetch from there. (The driver's `seek` fails on a partition that it does not fetch at the time.)"""
+        if not self._eager:
+            self._consumer.incremental_unassign([where])
+            self._consumer.incremental_assign([where])
+            return
+        others = [TopicPartition(*at) for at in self._claims if at != (where.topic, where.partition)]
+        self._consumer.assign([where, *self._consumer.position(others)])
+
+    # Leaving.
+
+    def close(self) -> None:
+        """Commit what is settled and leave the group. A commit waits behind a rebalance, so polling goes on until it is
+        through."""
+        self.home.sources.remove(self)
+        consumer, monotonic = self._consumer, self.home.clock.monotonic
+        deadline = monotonic() + REQUEST
+        self._listener.revoked([claim.part for claim in self._claims.values()])
+        for claim in self._claims.values():
+            claim.behind = []
+        if self._claims:
+            consumer.pause([TopicPartition(*at) for at in self._claims])
+        self._closing = True
+        while self._claims and (error := self._commit_now(list(self._claims.values()))) is not None:
+            if error.code() not in _AGAIN or monotonic() > deadline:
+                log.error("%s: what was done since the last commit may run again: %s", self.group, error.str())
+                break
+            consumer.poll(0.05)
+        self._claims = {}
+        consumer.close()
+        self.home.left()

@@ -1,0 +1,196 @@
+"""The topics of a consumer group in Kafka, as one member sees them: what is fetched, and what there is room for."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import OffsetSpec
+
+from barnabas.backends.kafka_group import BUSY, Claim, KafkaMember
+from barnabas.backends.kafka_words import MOST, as_row, explain
+from barnabas.errors import BackendError
+from barnabas.message import Row
+from barnabas.ports import Part
+
+log = logging.getLogger("barnabas")
+COMMIT, QUIET = 1.0, 0.1  # seconds between two commits under load, and when nothing is in flight
+SLICE = 0.1  # seconds: the longest wait inside the driver when nothing is in flight
+BATCH = 499  # rows taken at once; larger batches overlap worse
+PATIENCE = 1.0  # seconds to wait for room before pausing, which throws away what the driver has fetched ahead
+FLIGHT_BYTES = 8 * 1024 * 1024  # bytes of one partition in flight, at least one message
+
+
+class KafkaLog(KafkaMember):
+    """A source of deliveries."""
+
+    _limit = 1
+    _looked = 0.0
+
+    # Fetching.
+
+    def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
+        if self._error is not None:
+            error, self._error = self._error, None
+            if self._broken:
+                self._join_anew()
+            raise error
+        self._limit = limit
+        now = self.home.clock.monotonic()
+        if self._lapsed or (self._claims and now > self._until - self._session / 20):
+            self._lapse()
+            return []
+        if now > self._until - self._session * 0.4:
+            self._renew()
+        found, wait = self._hand_out(now), timeout
+        busy = any(len(claim.part.held) for claim in self._claims.values())
+        if self._dirty and now - self._committed_at >= (COMMIT if busy else QUIET):
+            self._commit()
+        if found:
+            wait = 0.0
+        choked = self._choked(now)
+        if choked is not None:
+            if wait > 0:
+                self._woken.wait(min(wait, choked))
+            self._woken.clear()
+            return found
+        self._woken.clear()
+        messages = self._poll(min(wait, BUSY if busy or self._dirty else SLICE))
+        if self._broken:
+            return found
+        if messages:
+            self._take(messages)
+            now = self.home.clock.monotonic()
+            if now > self._until - self._session / 20:  # frozen in between: others may have these by now
+                self._lapse()
+                return found
+            found += self._hand_out(now)
+        elif not busy and self._claims:
+            self._pass_gaps()
+        return found
+
+    def _poll(self, wait: float) -> list[Any]:
+        """Up to BATCH messages, waiting for the first. The driver's `consume` alone would wait until it has them all."""
+        try:
+            first = self._consumer.poll(wait)
+            if first is None:
+                return []
+            return [first, *self._consumer.consume(BATCH, 0)]
+        except KafkaException as error:
+            raise explain(error.args[0], f"group {self.group!r}", self.home) from error
+
+    def _take(self, messages: list[Any]) -> None:
+        """Sort messages by partition."""
+        claims, bad = self._claims, []
+        size = sum(map(len, messages)) / len(messages)
+        at, last, add = None, None, None
+        for message in messages:
+            at = (message.topic(), message.partition())
+            if at != last:
+                claim = claims.get(at)
+                last = at
+                if claim is not None:
+                    claim.weight = size
+                    add = claim.behind.append
+                else:
+                    add = None
+            if message.error() is not None:
+                bad.append(message)
+            elif add is not None:
+                add(as_row(message))
+        for message in bad:
+            self._problem(message)
+
+    def _hand_out(self, now: float) -> list[tuple[Part, Sequence[Row]]]:
+        found: list[tuple[Part, Sequence[Row]]] = []
+        for claim in self._claims.values():
+            rows, account = claim.behind, claim.part.held
+            if not rows and claim.full is None:
+                continue
+            room = min(self._limit, int(FLIGHT_BYTES / claim.weight) + 1) - len(account)
+            if claim.kept is not None and len(claim.kept[1]) > MOST * 3 // 4:
+                room = 0  # the account is about to outgrow what can be committed
+            if room <= 0:
+                claim.full = claim.full or now
+                continue
+            if len(rows) > room:
+                rows, claim.behind = rows[:room], rows[room:]
+            else:
+                claim.behind = []
+            if rows:
+                account.next = rows[-1][0] + 1
+                todo = account.add(rows)
+                if todo:
+                    found.append((claim.part, todo))
+                elif not len(account):
+                    self._dirty[claim] = None
+            claim.full = now if len(account) >= self._limit or claim.behind else None
+            if claim.paused and claim.full is None:
+                self._resume(claim)
+        return found
+
+    def _choked(self, now: float) -> float | None:
+        """Seconds to wait for room before anything is paused; None if there is room, or that wait is over."""
+        waits = []
+        for claim in self._claims.values():
+            if claim.full is not None and not claim.paused:
+                left = claim.full + PATIENCE - now
+                if left > 0:
+                    waits.append(left)
+                else:
+                    self._consumer.pause([TopicPartition(*claim.at)])
+                    claim.paused = True
+        return min(waits, default=None)
+
+    def _resume(self, claim: Claim) -> None:
+        claim.paused = False
+        where = TopicPartition(*claim.at)
+        self._consumer.resume([where])
+        with suppress(KafkaException):  # without this the driver may wait for up to a second
+            self._consumer.get_watermark_offsets(where, timeout=0.001)
+
+    def _pass_gaps(self) -> None:
+        """Nothing comes and nothing is in flight: step over what will never come (aborted or compacted messages)."""
+        now = self.home.clock.monotonic()
+        if now - self._looked < 1.0:
+            return
+        self._looked = now
+        for where in self._consumer.position([TopicPartition(*claim.at) for claim in self._claims.values() if not claim.behind]):
+            claim = self._claims[where.topic, where.partition]
+            if where.offset > claim.part.held.next:
+                claim.part.held.next = where.offset
+                self._dirty[claim] = None
+
+    # Troubles with a partition.
+
+    def _problem(self, message: Any) -> None:
+        error, at = message.error(), (message.topic(), message.partition())
+        code = error.code()
+        if code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE) and at in self._claims:
+            self._out_of_range(self._claims[at], error)
+        elif code != KafkaError._PARTITION_EOF:
+            self._error = explain(error, f"group {self.group!r}", self.home)
+
+    def _out_of_range(self, claim: Claim, error: KafkaError) -> None:
+        """Its position is no longer stored: the topic's retention was faster, or it was made anew."""
+        name, number = claim.part.topic, claim.part.partition
+        latest = self._policy in ("latest", "largest")
+        if self._policy == "error":
+            self._error = BackendError(
+                f"{name}[{number}]: the position of {self.group!r} is no longer stored ({error.str()}); set it with `barnabas "
+                "reset`, or choose kafka={'auto.offset.reset': 'earliest'}"
+            )
+            return
+        target = self.home.ends([(name, number)], OffsetSpec.latest() if latest else OffsetSpec.earliest())[name, number]
+        log.error(
+            "%s: its position %d in %s[%d] is no longer stored (%s); it goes on at the %s, %d",
+            self.group, claim.part.held.next, name, number, error.str(), "latest" if latest else "earliest", target,
+        )  # fmt: skip
+        self._listener.revoked([claim.part])
+        self._forget([claim])
+        self._claims[claim.at] = fresh = self._claim(claim.at, claim.root, target, None)
+        fresh.part.until = self._until
+        self._dirty[fresh] = None
+        self.go_to(TopicPartition(*claim.at, target))
+        self._listener.assigned([fresh.part])

@@ -1,0 +1,93 @@
+"""Driver options: our defaults (measured), and what may not be set because a guarantee rests on it."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from barnabas.errors import SettingError
+
+log = logging.getLogger("barnabas.kafka")
+
+COMMON = {"enable.metrics.push": False, "socket.keepalive.enable": True, "log.connection.close": False}
+PRODUCER: dict[str, Any] = {
+    **COMMON,
+    "enable.idempotence": True,
+    "acks": "all",
+    "linger.ms": 2,
+    "partitioner": "murmur2_random",  # as Java's
+    "sticky.partitioning.linger.ms": 0,  # messages without a key are spread
+    "message.max.bytes": 1_000_000_000,  # a topic's own limit decides
+    "client.id": "barnabas",
+}
+CONSUMER: dict[str, Any] = {
+    **COMMON,
+    "fetch.queue.backoff.ms": 10,  # the driver's 1000 costs a factor of six at a backlog
+    "fetch.wait.max.ms": 100,
+    "partition.assignment.strategy": "cooperative-sticky",
+    "heartbeat.interval.ms": 1000,
+    "client.id": "barnabas",
+}
+
+_POSITIONS = "positions are committed when handlers have finished, never before"
+_ALWAYS = {
+    "bootstrap.servers": "the URL says it",
+    "metadata.broker.list": "the URL says it",
+    "group.id": "a consumer's group= says it",
+    "enable.auto.commit": _POSITIONS,
+    "auto.commit.enable": _POSITIONS,
+    "enable.auto.offset.store": _POSITIONS,
+    "auto.commit.interval.ms": _POSITIONS,
+    "transactional.id": "outputs and positions are not settled in Kafka's transactions; a repeat carries the same id instead",
+    "enable.partition.eof": "it is Barnabas' own",
+}
+_UNLESS: dict[str, tuple[tuple[str, ...], str]] = {
+    "enable.idempotence": (("true",), "without it a send that is tried again can be stored twice or out of order"),
+    "acks": (("all", "-1"), "a send is durable when all replicas in sync have it"),
+    "request.required.acks": (("all", "-1"), "a send is durable when all replicas in sync have it"),
+    "allow.auto.create.topics": (("false",), "a mistyped name would become a topic; use `barnabas topics apply`"),
+    "auto.offset.reset": (
+        ("earliest", "smallest", "latest", "largest", "error"),
+        "it says where to go on when the position is no longer stored: earliest, latest, or error to stop",
+    ),
+}
+
+
+def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's options, with secrets fetched from where `env:NAME` or `file:PATH` says. Raises SettingError for those
+    that would break a guarantee."""
+    options = {}
+    for name, value in given.items():
+        why = _ALWAYS.get(name)
+        if name in _UNLESS and str(value).lower() not in _UNLESS[name][0]:
+            why = _UNLESS[name][1]
+        if why is None and callable(value):
+            why = "callbacks are Barnabas' own; app.observe(...) tells what happens"
+        if why is not None:
+            raise SettingError(f"kafka={{{name!r}: ...}} cannot be set: {why}. Remove it.")
+        options[name] = _secret(name, value) if isinstance(value, str) else value
+    return options
+
+
+def _secret(name: str, value: str) -> str:
+    kind, colon, place = value.partition(":")
+    if not colon or kind not in ("env", "file"):
+        return value
+    if kind == "env":
+        if place not in os.environ:
+            raise SettingError(f"kafka={{{name!r}: {value!r}}}: the variable {place} is not set; set it, or change the option")
+        return os.environ[place]
+    try:
+        with open(place) as file:
+            return file.read().strip()
+    except OSError as error:
+        raise SettingError(f"kafka={{{name!r}: {value!r}}}: the file cannot be read: {error.strerror}") from None
+
+
+class Quiet:
+    """The driver's own log lines: for who looks for them. What matters comes through its error callback, once a change."""
+
+    @staticmethod
+    def log(level: int, text: str, *args: Any) -> None:
+        """What the driver calls."""
+        log.debug(text, *args)

@@ -1,0 +1,127 @@
+"""Kafka's words and ours: what the driver's errors mean, messages as rows, and what is kept beside a committed offset."""
+
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from confluent_kafka import KafkaError
+
+from barnabas.errors import BackendError, NotAuthorised, SendError, UnknownTopic, ValueTooLarge
+from barnabas.message import Row
+
+_DENIED = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError._AUTHENTICATION,
+    KafkaError.SASL_AUTHENTICATION_FAILED,
+}
+_MISSING = {KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION}
+_AWAY = {KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT}
+
+
+def explain(error: KafkaError, what: str, home: Any, sending: bool = False) -> Exception:
+    """The driver's error in our words: what happened, the likely cause, what to touch."""
+    code, text = error.code(), error.str()
+    own: type[Exception] = SendError if sending else BackendError
+    if code in _MISSING:
+        return UnknownTopic(f"{what}: {text}; create it with `barnabas topics apply` (`barnabas run --create-topics` does too)")
+    if code in _DENIED:
+        return NotAuthorised(f"{what}: {home.servers} does not allow it ({text}); give its user the right, or change kafka=")
+    if code == KafkaError.MSG_SIZE_TOO_LARGE:
+        return ValueTooLarge(f"{what} is larger than {home.servers} takes; raise the topic's max.message.bytes, or its limit=")
+    if code in _AWAY:
+        away = f" ({home.away})" if home.away else ""
+        return own(
+            f"{what}: {home.servers} did not answer in time{away}; see that it runs and can be reached, or raise "
+            "delivery.timeout.ms in kafka={...}"
+        )
+    return own(f"{what}: {text} ({error.name()})")
+
+
+def as_key(key: bytes | None) -> str | bytes | None:
+    """Kafka keeps a key's bytes; those that are text come back as text."""
+    if key is None:
+        return None
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        return key
+
+
+def as_row(message: Any) -> Row:
+    """A message of the driver as a row of its batch."""
+    try:
+        headers = message.headers()
+    except UnicodeDecodeError:  # a foreign sender's; the rest of the message is worth having
+        headers = [("barnabas-unreadable-headers", b"")]
+    if headers:
+        headers = [(name, b"" if value is None else value) for name, value in headers]
+    return (message.offset(), as_key(message.key()), message.value(), headers, message.timestamp()[1] / 1000)
+
+
+# What is committed beside an offset: intervals finished beyond it, failed runs and lost processes of open offsets. A mark
+# with a version, then numbers of variable length, each counted from the one before; ASCII, because Kafka counts characters.
+FORGOTTEN = "b0:"  # Kafka cannot forget the position in a single partition: this says that it has not begun
+MARK = "b1:"
+MOST = 4000  # characters; Kafka takes 4,095
+Counts = Mapping[int, int]
+
+
+def pack(offset: int, done: Sequence[tuple[int, int]], attempts: Counts, crashes: Counts) -> str:
+    """The account beyond `offset` as text; "" if there is nothing to say. Intervals that would make it too long are left
+    out, the farthest first: their messages run again if another process takes over."""
+    if not (done or attempts or crashes):
+        return ""
+    out = bytearray()
+    for counts in (attempts, crashes):
+        _number(out, len(counts))
+        for at, count in sorted(counts.items()):
+            _number(out, max(0, at - offset))
+            _number(out, count)
+    at = offset
+    for start, end in done:
+        before = len(out)
+        _number(out, start - at)
+        _number(out, end - start)
+        if len(out) > (MOST - len(MARK)) // 4 * 3:
+            del out[before:]
+            break
+        at = end
+    return MARK + b64encode(out).decode()
+
+
+def unpack(offset: int, text: str | None) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, int]]:
+    """What `pack` wrote; nothing where somebody else wrote something else."""
+    if not text or not text.startswith(MARK):
+        return [], {}, {}
+    try:
+        numbers = _numbers(b64decode(text[len(MARK) :], validate=True))
+        maps: list[dict[int, int]] = []
+        for _ in range(2):
+            maps.append({offset + next(numbers): next(numbers) for _ in range(next(numbers))})
+        done, at = [], offset
+        for gap in numbers:
+            start = at + gap
+            at = start + next(numbers)
+            done.append((start, at))
+        return done, maps[0], maps[1]
+    except (ValueError, StopIteration, RuntimeError):  # (binascii.Error is a ValueError)
+        return [], {}, {}
+
+
+def _number(out: bytearray, value: int) -> None:
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+
+
+def _numbers(data: bytes) -> Any:
+    value = shift = 0
+    for byte in data:
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            yield value
+            value = shift = 0

@@ -1,0 +1,261 @@
+"""What only a real Kafka shows: its own tools' records, transactions, compaction, topics that go away, brokers that die."""
+
+import json
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import confluent_kafka as driver
+import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import NewTopic
+from servers import murmur2, shared_kafka
+
+from barnabas import App, Delivery
+from barnabas.backends.kafka_options import COMMON
+from barnabas.errors import DeclarationError, SendError, UnknownTopic, ValueTooLarge
+from barnabas.worker import Worker
+
+DEV = [sys.executable, str(Path(__file__).parents[2] / "dev" / "kafka")]
+
+
+@pytest.fixture
+def make() -> Iterator[object]:
+    prefix, apps = secrets.token_hex(4), []
+
+    def app(create_topics: bool = True, servers: str = "", **settings: object) -> App:
+        url = f"kafka://{servers or shared_kafka()}?prefix={prefix}-"
+        apps.append(App("shop", events=url, jobs="memory:", create_topics=create_topics, **settings))
+        return apps[-1]
+
+    yield app
+    for each in apps:
+        each.close()
+
+
+def wait_for(condition, what: str, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+@contextmanager
+def running(app: App) -> Iterator[Worker]:
+    worker = Worker(app)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        assert not worker.stop(10.0)
+
+
+def drain(app: App) -> None:
+    with running(app) as worker:
+        wait_for(worker.drained, "drained")
+
+
+def test_a_missing_topic_fails_its_send_at_once_and_a_start_in_a_sentence(make) -> None:
+    app = make(create_topics=False)
+    topic = app.topic("orders", int)
+    app.consumer(topic, name="read")(lambda n: None)
+    began = time.monotonic()
+    with pytest.raises(UnknownTopic, match=r"has no topic 'orders'.*barnabas topics apply"):
+        topic.send(1).result(10)
+    with pytest.raises(UnknownTopic, match=r"'orders', 'orders\.dead', 'orders\.retry\.shop-read'.*--create-topics"):
+        Worker(app).start()
+    assert time.monotonic() - began < 5
+
+
+def test_topics_are_planned_and_applied(make) -> None:
+    app = make(create_topics=False, topics={"orders": {"compact": True, "replication": 1}})
+    app.topic("orders", int, partitions=2)
+    kinds = [(change.kind, change.topic, change.what) for change in app.events.plan(app.all_topics())]
+    assert kinds == [("create", "orders", 2), ("create", "orders.dead", 2)]
+    app.events.apply(app.events.plan(app.all_topics()))
+    assert app.events.plan(app.all_topics()) == []
+    more = make(create_topics=False)
+    topic = more.topic("orders", int, partitions=3, limit=1000)
+    more.consumer(topic, name="read")(lambda n: None)
+    with pytest.raises(DeclarationError, match=r"partitions=3, but .* has it with 2; .*barnabas topics apply"):
+        topic.send(1).result(10)
+    plan = more.events.plan(more.all_topics())
+    assert [(c.kind, c.topic) for c in plan] == [
+        ("create", "orders.retry.shop-read"), ("raise", "orders"), ("raise", "orders.dead"),
+        ("set", "orders"), ("set", "orders.dead"),
+    ]  # fmt: skip
+    more.events.apply(plan)
+    assert more.events.plan(more.all_topics()) == []
+    fewer = make(create_topics=False)
+    fewer.topic("orders", int, partitions=1, limit=1000)
+    assert {change.kind for change in fewer.events.plan(fewer.all_topics())} == {"keep"}
+
+
+def test_what_the_broker_takes_for_too_large_has_an_error_of_its_own(make) -> None:
+    app = make()
+    small = app.topic("small", bytes, codec="raw", limit=1000, partitions=1)
+    assert small.send(b"x").result(10).offset == 0
+    small.limit = 10**6  # the broker knows better
+    with pytest.raises(ValueTooLarge, match=r"'small' is larger than .*max\.message\.bytes"):
+        small.send(b"x" * 500_000).result(10)
+    assert small.send(b"y").result(10).offset == 1
+
+
+def test_with_no_broker_sends_wait_and_then_say_what_to_do() -> None:
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", kafka={"delivery.timeout.ms": 2500, "linger.ms": 0})
+    future = app.topic("orders", int).send(1)
+    assert not future.done()
+    with pytest.raises(SendError, match=r"127\.0\.0\.1:1 did not answer in time.*delivery\.timeout\.ms"):
+        future.result(20)
+    app.close()
+
+
+def test_kafkas_own_producer_chooses_the_same_partitions_and_its_records_are_read(make) -> None:
+    app, seen = make(), []
+    topic = app.topic("orders", bytes, codec="raw", partitions=7)
+
+    @app.consumer(topic)
+    def read(value: bytes, delivery: Delivery) -> None:
+        seen.append((delivery.key, delivery.partition, list(delivery.headers), value))
+
+    events = app.events
+    keys = [f"key{n}" for n in range(50)] + ["ü", "a b", "x" * 300]
+    tool = [*DEV, "tool", "ConsoleProducer", "--bootstrap-server", events.servers, "--topic", f"{events.prefix}orders"]
+    tool += ["--property", "parse.key=true", "--property", "parse.headers=true"]
+    lines = "".join(f"h:{n},g:2\t{key}\t{{}}\n" for n, key in enumerate(keys))
+    subprocess.run(tool, input=lines.encode(), check=True, capture_output=True)
+    drain(app)
+    place = [(murmur2(key.encode()) & 0x7FFFFFFF) % 7 for key in keys]
+    expected = [(key, place[n], [("h", str(n).encode()), ("g", b"2")], b"{}") for n, key in enumerate(keys)]
+    assert sorted(seen) == sorted(expected)
+    mine = {key: topic.send(b"1", key=key).result(10).partition for key in keys}
+    assert mine == {key: partition for key, partition, _, _ in expected}
+
+
+def test_aborted_records_and_markers_are_stepped_over(make) -> None:
+    app, seen = make(), []
+    topic = app.topic("orders", int, partitions=1)
+    app.consumer(topic, name="read")(seen.append)
+    events = app.events
+    producer = driver.Producer({**COMMON, "bootstrap.servers": events.servers, "transactional.id": events.prefix})
+    producer.init_transactions(10)
+    n = 0
+    for end in ("commit", "abort", "commit", "abort"):
+        producer.begin_transaction()
+        for _ in range(5):
+            producer.produce(f"{events.prefix}orders", str(n), "k")
+            n += 1
+        producer.flush()
+        getattr(producer, f"{end}_transaction")(10)
+    drain(app)  # to the end: what will never come is no lag
+    assert seen == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+    [at] = [p for p in events.positions() if p.topic == "orders"]
+    assert at.offset == at.end == 24
+    topic.send(99).result(10)
+    drain(app)
+    assert seen[10:] == [99]
+
+
+def test_positions_of_others_are_gone_on_from_whatever_is_written_beside_them(make) -> None:
+    app, seen = make(), []
+    topic = app.topic("orders", int, partitions=1)
+    app.consumer(topic, name="read")(seen.append)
+    topic.send_many(range(10)).result(10)
+    events = app.events
+    where = TopicPartition(f"{events.prefix}orders", 0, 4, metadata="stream-time=12 ÿ")
+    request = driver.ConsumerGroupTopicPartitions(f"{events.prefix}shop-read", [where])
+    for future in events.admin.alter_consumer_group_offsets([request]).values():
+        future.result(10)
+    drain(app)
+    assert seen == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_topic_that_is_made_anew_is_read_from_its_beginning(make, caplog) -> None:
+    app, seen = make(session_timeout=6.0), []
+    topic = app.topic("orders", int, partitions=1)
+    app.consumer(topic, name="read")(seen.append)
+    topic.send_many(range(20)).result(10)
+    with running(app) as worker:
+        wait_for(lambda: len(seen) == 20 and worker.drained(), "drained")
+        events = app.events
+        name = f"{events.prefix}orders"
+        events.admin.delete_topics([name])[name].result(10)
+        wait_for(lambda: "orders" not in events.metadata(), "deleted")
+        time.sleep(0.5)
+        events.admin.create_topics([NewTopic(name, 1, 1)])[name].result(10)
+        wait_for(lambda: _sent(topic, 100), "sent again")
+        wait_for(lambda: 100 in seen, f"read again: {seen}", 60)
+
+
+def _sent(topic, value: int) -> bool:
+    try:
+        topic.send(value).result(10)
+    except SendError:
+        return False
+    return True
+
+
+def test_random_records_do_no_harm(make) -> None:
+    app, seen, lock = make(), [], threading.Lock()
+    topic = app.topic("orders", bytes, codec="raw", partitions=3)
+
+    @app.consumer(topic, concurrency=5)
+    def read(value: bytes | None, delivery: Delivery) -> None:
+        with lock:
+            seen.append((delivery.partition, delivery.offset))
+
+    events = app.events
+    choose = random.Random(7)
+    producer = driver.Producer({**COMMON, "bootstrap.servers": events.servers, "message.max.bytes": 2_000_000})
+    count = 20_000
+    for n in range(count):
+        large = 900_000 if n % 5000 == 0 else 200
+        value = choose.choice([None, b"", choose.randbytes(choose.randrange(200)), choose.randbytes(large)])
+        key = choose.choice([None, b"", "k", choose.randbytes(5), choose.randbytes(choose.randrange(1, 200))])
+        headers = choose.choice([None, [("a", None), ("", b""), ("a", choose.randbytes(20))], [("ü", "text")]])
+        while True:
+            try:
+                producer.produce(f"{events.prefix}orders", value, key, headers=headers)
+                break
+            except BufferError:
+                producer.poll(0.1)
+    assert producer.flush(30) == 0
+    drain(app)
+    ends = {n: end for state in events.topics() if state.name == "orders" for n, (_, end, _) in enumerate(state.partitions)}
+    assert sorted(seen) == [(n, offset) for n, end in ends.items() for offset in range(end)] and len(seen) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_broker_that_goes_away_and_comes_back_loses_nothing(make, tmp_path, how) -> None:
+    folder = ["--dir", str(tmp_path / "kafka")]
+    servers = subprocess.run([*DEV, "start", *folder], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    try:
+        app, seen, futures = make(servers=servers, session_timeout=3.0), [], []
+        topic = app.topic("orders", int, partitions=3)
+        app.consumer(topic, name="read")(seen.append)
+        with running(app) as worker:
+            for n in range(300):
+                futures.append(topic.send(n))
+                if n == 100:
+                    wait_for(lambda: len(seen) > 50, "running")
+                    pid = json.loads((tmp_path / "kafka" / "kafka.json").read_text())["nodes"][0]["pid"]
+                    os.kill(pid, how)
+                time.sleep(0.02)
+            if how == signal.SIGKILL:
+                subprocess.run([*DEV, "node", "1", *folder], check=True)
+            else:
+                os.kill(pid, signal.SIGCONT)
+            assert [future.result(60).value for future in futures] == list(range(300))
+            wait_for(lambda: len(set(seen)) == 300 and worker.drained(), "drained", 60)
+        app.close()
+    finally:
+        subprocess.run([*DEV, "stop", *folder], check=True)

@@ -1,0 +1,92 @@
+"""What is kept beside a committed offset, options, errors: without a broker."""
+
+import random
+
+import pytest
+
+pytest.importorskip("confluent_kafka")
+
+from barnabas import App
+from barnabas.backends.kafka_words import MARK, MOST, pack, unpack
+from barnabas.errors import DeclarationError, SettingError
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_what_is_packed_is_unpacked(seed: int) -> None:
+    choose = random.Random(seed)
+    at = offset = choose.choice([0, 5, 10**6, 2**62])
+    done = []
+    for _ in range(choose.choice([0, 1, 3, 100])):
+        low = at + choose.choice([1, 2, 200, 10**6])
+        at = low + choose.choice([1, 2, 5000])
+        done.append((low, at))
+    few = choose.choice([0, 1, 20])
+    counts = [{offset + choose.randrange(10**6): choose.randrange(1, 1000) for _ in range(few)} for _ in "ab"]
+    text = pack(offset, done, *counts)
+    assert unpack(offset, text) == (done, *counts) and text.isascii() and len(text) <= MOST
+
+
+def test_what_is_too_long_is_cut_at_its_end() -> None:
+    done = [(n, n + 1) for n in range(10, 100_000, 1000)] + [(n, n + 1) for n in range(200_000, 300_000, 7)]
+    text = pack(0, done, {0: 3}, {})
+    kept, attempts, _ = unpack(0, text)
+    assert len(text) <= MOST and attempts == {0: 3} and kept == done[: len(kept)] and len(kept) > 1000
+
+
+@pytest.mark.parametrize("text", [None, "", "stream-time=7", "b2:AAAA", MARK + "%%", MARK + "AQ==", MARK + "gICA", MARK + "é"])
+def test_what_others_wrote_is_no_account(text: str | None) -> None:
+    assert unpack(5, text) == ([], {}, {})
+
+
+def events(monkeypatch=None, url="kafka://127.0.0.1:1", **options):
+    return App("shop", events=url, jobs="memory:", kafka=options).events
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [
+        ("enable.auto.commit", True, "when handlers have finished"),
+        ("enable.auto.offset.store", False, "when handlers have finished"),
+        ("enable.idempotence", False, "twice or out of order"),
+        ("acks", 1, "all replicas"),
+        ("group.id", "x", "group="),
+        ("bootstrap.servers", "x", "URL"),
+        ("allow.auto.create.topics", True, "mistyped"),
+        ("auto.offset.reset", "none", "earliest, latest, or error"),
+        ("stats_cb", print, "observe"),
+        ("sasl.password", "env:NO_SUCH_VARIABLE", "NO_SUCH_VARIABLE is not set"),
+        ("sasl.password", "file:/no/such/file", "cannot be read"),
+    ],
+)
+def test_options_that_break_a_guarantee_are_refused(option: str, value: object, why: str) -> None:
+    with pytest.raises(SettingError, match=why):
+        events(**{option: value})
+
+
+def test_an_option_that_the_driver_does_not_know_is_refused_with_its_name() -> None:
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", kafka={"linger.msec": 5})
+    with pytest.raises(SettingError, match=r"linger\.msec"):
+        app.topic("orders").send(1)
+
+
+def test_secrets_come_from_elsewhere_and_are_not_shown(monkeypatch, tmp_path) -> None:
+    (tmp_path / "secret").write_text("hush1\n")
+    monkeypatch.setenv("KAFKA_SECRET", "hush2")
+    options = {"sasl.password": f"file:{tmp_path}/secret", "ssl.key.password": "env:KAFKA_SECRET"}
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", kafka=options)
+    assert app.events.options == {"sasl.password": "hush1", "ssl.key.password": "hush2"}
+    assert "hush" not in repr([*app.settings.rows(), vars(app)])
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", kafka={"sasl.password": "hush3"})
+    assert "hush" not in repr(app.settings.rows())
+
+
+def test_what_kafka_cannot_do_is_refused_in_a_sentence() -> None:
+    with pytest.raises(SettingError, match="topics, not queues; set jobs="):
+        App("shop", events="memory:", jobs="kafka://127.0.0.1:1").jobs  # noqa: B018
+    with pytest.raises(SettingError, match="prefix=NAME alone"):
+        events(url="kafka://127.0.0.1:1?acks=1")
+    home = events()
+    with pytest.raises(DeclarationError, match="topics, not queues"):
+        home.queues(["mail"], None)
+    with pytest.raises(DeclarationError, match=r"'totals': tables cannot be kept on kafka: yet; set events=sqlite"):
+        home.cell("totals", "a")
