@@ -197,7 +197,9 @@ def test_servers_on_which_jobs_are_not_safe_are_refused(tmp_path, apps, caplog, 
         url = server.url.replace("//", "//:Geheim@") if match and "password" in match else server.url
         app = apps(jobs=url + query)
         if match is None:
-            assert app.jobs.queue_states() == [] and "keeps nothing on disk" in caplog.text
+            assert app.jobs.queue_states() == [] and "on disk" not in caplog.text
+            source(app).close()
+            assert caplog.text.count("keeps nothing on disk: a restart loses all jobs; set appendonly yes") == 1
         else:
             with pytest.raises(BackendError, match=match) as refused:
                 app.jobs  # noqa: B018
@@ -436,8 +438,12 @@ def test_rubbish_in_queues_and_sets_is_buried_and_harms_nobody(client, apps):
     for place in ("retry", "schedule"):
         client.zadd(place, {place.encode() + text: 1.0 for text in RUBBISH})
     client.zadd("schedule", {b'{"class":"mail","args":[1],"queue":"a\\nb* c","jid":"x"}': 1.0})
+    client.sadd("paused", b"\xff"), client.sadd("queues", b"\xfe\n"), client.sadd("processes", b"\xfd", "y")
+    client.hset("y", mapping={"info": "no json", "beat": "x"})
     mail.enqueue(1).result(5)
     with running(app) as worker:
+        until(lambda: [p.name for p in app.jobs.processes()] == [app.jobs.name])
+        assert len(app.jobs.control()) == 1
         until(lambda: worker.drained() and client.zcard("dead") == 4 * len(RUBBISH))
     assert seen == [1] and client.llen(b"queue:a\nb* c") == 1
     assert {bytes(job.payload) for job in app.jobs.find_jobs("dead")} >= set(RUBBISH)

@@ -90,6 +90,7 @@ class RedisBackend(RedisAdmin):
         self._number = 0
         self.boxes: list[array[int]] = []
         super().__init__()
+        self._danger = ""  # what a worker's log says once
         self._check()
 
     def key(self, name: str) -> str:
@@ -116,7 +117,7 @@ class RedisBackend(RedisAdmin):
             return self._scripts[name](args=(self.prefix, *args))
 
     def _check(self) -> None:
-        """Refuse a server on which jobs would not be safe; say what might make them so."""
+        """Refuse a server on which jobs would not be safe; keep a warning for workers."""
         with self.edge():
             info: dict[str, Any] = self.client.info()
             version = str(info.get("redis_version", "0"))
@@ -138,7 +139,7 @@ class RedisBackend(RedisAdmin):
                 with suppress(RedisError):  # a hosted one may not say
                     saves = self.client.config_get("save").get("save")
                 how = "keeps nothing on disk: a restart loses all jobs" if saves == "" else "saves from time to time only"
-                log.warning("%s %s; set appendonly yes for jobs that must not be lost", self.where.name, how)
+                self._danger = f"{self.where.name} {how}; set appendonly yes for jobs that must not be lost"
 
     # The sink.
 
@@ -168,6 +169,9 @@ class RedisBackend(RedisAdmin):
     def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> Source:
         from barnabas.backends.redis_source import RedisQueues
 
+        if self._danger:
+            log.warning(self._danger)
+            self._danger = ""
         return RedisQueues(self, queues, listener)
 
     def box(self, workers: int) -> tuple[Any, int]:

@@ -73,17 +73,17 @@ class RedisAdmin:
             pipe = self.client.pipeline(transaction=False)
             landings = []
             for name, queues in workers.items():
-                pipe.hkeys(self.key(f"barnabas:work:{name.decode()}"))
-                for queue in queues.decode().split():
+                pipe.hkeys(self.key(f"barnabas:work:{text(name)}"))
+                for queue in text(queues).split():
                     landings.append(queue)
-                    pipe.llen(self.key(f"barnabas:landing:{name.decode()}:{queue}"))
+                    pipe.llen(self.key(f"barnabas:landing:{text(name)}:{queue}"))
             answers = iter(pipe.execute())
             hands = {}
             for name, queues in workers.items():
-                held = [field.decode().partition(":")[2] for field in next(answers)]
-                for queue in queues.decode().split():
+                held = [text(field).partition(":")[2] for field in next(answers)]
+                for queue in text(queues).split():
                     held += [queue] * next(answers)
-                hands[name.decode()] = held
+                hands[text(name)] = held
             return hands
 
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
@@ -100,9 +100,9 @@ class RedisAdmin:
     def queue_states(self) -> list[QueueState]:
         hands = [queue for held in self._hands().values() for queue in held]
         with self.edge():
-            known = {name.decode() for name in self.client.smembers(self.key("queues"))}
+            known = {text(name) for name in self.client.smembers(self.key("queues"))}
             for queues in self.client.hvals(self.key("barnabas:workers")):
-                known.update(queues.decode().split())
+                known.update(text(queues).split())
             names = sorted(known | set(hands))
             pipe = self.client.pipeline(transaction=False)
             for key in SETS.values():
@@ -121,7 +121,7 @@ class RedisAdmin:
             if state in (None, "work"):
                 yield from self._find_work(queue)
             if state in (None, "ready"):
-                names = sorted(name.decode() for name in self.client.smembers(self.key("queues")))
+                names = sorted(text(name) for name in self.client.smembers(self.key("queues")))
                 for name in names if queue is None else [queue]:
                     yield from self._find_ready(name)
             for kind, key in SETS.items():
@@ -130,10 +130,10 @@ class RedisAdmin:
 
     def _find_work(self, queue: str | None) -> Iterator[StoredJob]:
         for owner in sorted(self.client.hkeys(self.key("barnabas:workers"))):
-            name = owner.decode()
+            name = text(owner)
             held = self.client.hgetall(self.key(f"barnabas:work:{name}"))
             for field, payload in sorted(held.items(), key=lambda item: int(item[0].partition(b":")[0])):
-                at = field.decode().partition(":")[2]
+                at = text(field).partition(":")[2]
                 if queue in (None, at):
                     yield _stored(("work", at, payload), at, None, name, payload)
 
@@ -186,19 +186,21 @@ class RedisAdmin:
 
     def processes(self) -> list[Process]:
         with self.edge():
-            names = sorted(name.decode() for name in self.client.smembers(self.key("processes")))
+            names = sorted(text(name) for name in self.client.smembers(self.key("processes")))
             pipe = self.client.pipeline(transaction=False)
             for name in names:
                 pipe.hgetall(self.key(name)).hgetall(self.key(f"{name}:work")).hgetall(self.key(f"{name}:workers"))
             answers = pipe.execute()
         found = []
         for name, fields, new, old in zip(names, answers[::3], answers[1::3], answers[2::3], strict=True):
-            if b"info" in fields:  # else it is dead for a minute
+            try:
                 told, now = json.loads(fields[b"info"]), time.time()
                 ours = json.loads(fields.get(b"barnabas", b"null"))
                 silent = max(0.0, now - float(fields.get(b"beat", 0)) - QUIET)
                 info = _sidekiq(told, fields, new or old, now) if ours is None else ours
                 found.append(Process(name, int(told["pid"]), told["hostname"], float(told["started_at"]), silent, info))
+            except (KeyError, ValueError, TypeError, AttributeError):
+                continue  # it is dead for a minute, or somebody's rubbish
         return found
 
     def report(self, info: Mapping[str, Any]) -> None:
@@ -211,7 +213,7 @@ class RedisAdmin:
 
     def control(self) -> dict[str, str]:
         with self.edge():
-            paused = sorted(name.decode() for name in self.client.smembers(self.key("paused")))
+            paused = sorted(text(name) for name in self.client.smembers(self.key("paused")))
         asked = {f"process:{source.name}": source.life.asked for source in self.sources if source.life.asked}
         return {f"pause queue:{name}": "" for name in paused} | asked
 
@@ -229,6 +231,11 @@ class RedisAdmin:
                 pipe.lpush(self.key(f"{what}-signals"), SIGNALS[value or ""]).expire(self.key(f"{what}-signals"), 60).execute()
             else:
                 raise Refused(f"{name!r}: {self.where.name} keeps jobs; groups are paused where the topics are")
+
+
+def text(name: bytes) -> str:
+    """A name as it may be shown: in others' keys there may be any bytes."""
+    return name.decode(errors="backslashreplace")
 
 
 def _sidekiq(told: dict[str, Any], fields: dict[bytes, bytes], works: dict[bytes, bytes], now: float) -> dict[str, Any]:

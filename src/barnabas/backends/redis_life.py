@@ -10,9 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError
-
-from barnabas.errors import BackendError
+from barnabas.backends.redis_admin import text
 from barnabas.jobs.payload import PayloadError, enqueued, parse
 from barnabas.ports import FOREVER
 
@@ -113,7 +111,7 @@ class Life:
                     if now >= self._calm:
                         self._look_around()
                 away = False
-            except (RedisError, BackendError, OSError) as error:
+            except Exception as error:  # whatever stands in others' keys: the lease must be renewed
                 self._calm = time.monotonic() + CALM
                 if not away:
                     away = True
@@ -134,7 +132,7 @@ class Life:
         for name in self.home.script("orphans"):
             count = self.home.script("recover", name, "1")
             if count >= 0:
-                log.warning("process %s died with %d jobs in hand; they are back in their queues", name.decode(), count)
+                log.warning("process %s died with %d jobs in hand; they are back in their queues", text(name), count)
 
     def _listen(self) -> None:
         key = self.home.key
@@ -142,7 +140,7 @@ class Life:
         pipe.rpop(key(f"{self.source.name}-signals"))
         pipe.smembers(key("paused"))
         signal, paused = pipe.execute()
-        self.source.reopen({name.decode() for name in paused if name.decode() in self.source.parts})
+        self.source.reopen({text(name) for name in paused} & self.source.parts.keys())
         if signal in SIGNALS:
             self.asked = SIGNALS[signal]
             log.info("%s: asked to %s", self.source.name, self.asked)
@@ -162,8 +160,8 @@ class Life:
         for number, since in self._seen.items():
             queue, payload = source.work.get(number, ("", b""))
             if queue:
-                text = payload.decode(errors="replace")
-                work[f"{number:x}"] = json.dumps({"queue": queue, "payload": text, "run_at": since})
+                job = {"queue": queue, "payload": payload.decode(errors="replace"), "run_at": since}
+                work[f"{number:x}"] = json.dumps(job)
         size = sum(len(box) // 3 for box in self.home.boxes)
         host, pid, _ = source.name.rsplit(":", 2)
         info = {
@@ -219,7 +217,7 @@ class Life:
                     if self._stop.is_set():
                         return
                 wait = self._pause()
-            except (RedisError, BackendError, OSError) as error:
+            except Exception as error:
                 log.debug("due jobs cannot be moved: %s", error)
                 wait = 1.0
             self._hurry.wait(max(0.001, min(wait, self._next - self.home.clock.now())))

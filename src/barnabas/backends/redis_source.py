@@ -15,6 +15,7 @@ import msgspec
 from redis.exceptions import RedisError, ResponseError
 
 from barnabas.backends.queues import QueueOrder
+from barnabas.backends.redis_admin import text
 from barnabas.backends.redis_life import BLOCK, Life
 from barnabas.backends.shares import HOST
 from barnabas.engine.alone import CRASHES
@@ -230,7 +231,7 @@ class RedisQueues:
         if not alive:
             self.life.forget()
             return []
-        self._shut = {name.decode() for name in shut}
+        self._shut = {text(name) for name in shut} & self.parts.keys()
         self._crashes.update(zip(crashes[::2], crashes[1::2], strict=True))
         found: Found = []
         for queue, payloads in zip(names, jobs, strict=True):
@@ -269,7 +270,7 @@ class RedisQueues:
         """After an answer that did not come: what is in our hands, by Redis's account."""
         held = self.home.client.hgetall(self.home.key(f"barnabas:work:{self.name}"))
         for field, payload in sorted(held.items(), key=lambda item: int(item[0].partition(b":")[0])):
-            number, _, queue = field.decode().partition(":")
+            number, _, queue = text(field).partition(":")
             if int(number) not in self.work:
                 self._claimed += self._take(queue, [(int(number), payload)], self.home.clock.now())
         self._sure = True
@@ -345,7 +346,7 @@ class RedisQueues:
     def _fields(self, numbers: Iterable[int]) -> list[str]:
         """Where these stand in Redis's account of what we have, and their queues: the youngest first."""
         mine = sorted((n for n in numbers if n in self.work), reverse=True)
-        return [text for n in mine for text in (f"{n}:{self.work[n][0]}", self.work[n][0])]
+        return [part for n in mine for part in (f"{n}:{self.work[n][0]}", self.work[n][0])]
 
     def leave(self) -> None:
         """Be no longer a process that has anything."""
