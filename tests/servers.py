@@ -89,11 +89,14 @@ def shared_kafka() -> str:
         return os.environ["BARNABAS_TEST_KAFKA"]
     need("java", "mvn")
     folder = tempfile.TemporaryDirectory()
-    command = [sys.executable, str(Path(__file__).parents[1] / "dev" / "kafka")]
-    atexit.register(subprocess.run, [*command, "stop", "--dir", f"{folder.name}/kafka"], check=True)
-    started = subprocess.run(
-        [*command, "start", "--session", "3", "--dir", f"{folder.name}/kafka"], stdout=subprocess.PIPE, check=True, text=True
-    )
+    command, where = [sys.executable, str(Path(__file__).parents[1] / "dev" / "kafka")], ["--dir", f"{folder.name}/kafka"]
+
+    def end() -> None:
+        subprocess.run([*command, "stop", *where], check=True)
+        folder.cleanup()
+
+    atexit.register(end)
+    started = subprocess.run([*command, "start", "--session", "3", *where], stdout=subprocess.PIPE, check=True, text=True)
     return started.stdout.strip()
 
 

@@ -1,10 +1,11 @@
 """Kafka's topics and stored messages, as the admin client and a reader of its own see them."""
 
+import functools
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import confluent_kafka as driver
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
@@ -19,11 +20,12 @@ from confluent_kafka.admin import (
 )
 
 from barnabas.backends.kafka_options import COMMON, CONSUMER, log
-from barnabas.backends.kafka_words import FORGOTTEN, as_row, explain, unpack
+from barnabas.backends.kafka_words import FORGOTTEN, SOON, as_row, explain, unpack
 from barnabas.errors import BackendError, DeclarationError, NotAuthorised, UnknownTopic
 from barnabas.message import Row
 from barnabas.ports import TopicState
 
+T = TypeVar("T")
 DEFAULT_PARTITIONS = 6
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 PATIENCE = 10.0  # seconds an administrative request may take
@@ -55,6 +57,7 @@ class KafkaAdmin:
         self.declared: dict[str, Any] = {}
         self._admin: Any = None
         self._reader: Any = None
+        self._askers: dict[str, Any] = {}
         self._admin_lock = threading.RLock()
 
     def client(self, kind: Callable[..., Any], own: Mapping[str, Any], **fixed: Any) -> Any:
@@ -63,14 +66,16 @@ class KafkaAdmin:
 
     def clients(self) -> list[Any]:
         """Those that are open here."""
-        return [self._admin, self._reader]
+        return [self._admin, self._reader, *self._askers.values()]
 
     def let_go(self) -> None:
         """Close them."""
         with self._admin_lock:
-            if self._reader is not None:
-                self._reader.close()
+            for client in (self._reader, *self._askers.values()):
+                if client is not None:
+                    client.close()
             self._admin = self._reader = None
+            self._askers = {}
 
     @property
     def admin(self) -> Any:
@@ -99,14 +104,22 @@ class KafkaAdmin:
             self.away = ""
             log.warning("%s: works again", self.servers)
 
-    def ask(self, what: str, futures: Mapping[Any, Any]) -> dict[Any, Any]:
-        """The answers of the admin client's futures. Raises BackendError."""
-        try:
-            found = {key: future.result(PATIENCE) for key, future in futures.items()}
-        except KafkaException as error:
-            raise explain(error.args[0], what, self) from error
-        self.works()
-        return found
+    def ask(self, what: str, request: Callable[[], Mapping[Any, Any]]) -> dict[Any, Any]:
+        """The answers of a request of the admin client. Raises BackendError."""
+        return self._until_led(what, lambda: {key: future.result(PATIENCE) for key, future in request().items()})
+
+    def _until_led(self, what: str, request: Callable[[], T]) -> T:
+        """Ask again while nobody leads what it is about: it was just created, or a broker has just gone."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                found = request()
+                self.works()
+                return found
+            except KafkaException as error:
+                if error.args[0].code() not in SOON or time.monotonic() > deadline:
+                    raise explain(error.args[0], what, self) from error
+                time.sleep(0.05)
 
     def metadata(self, timeout: float = PATIENCE) -> dict[str, int]:
         """The topics of the cluster (with our prefix, which is left out) and their partitions."""
@@ -196,7 +209,7 @@ class KafkaAdmin:
         changes += [Change("raise" if stored < count else "keep", t.name, count, stored) for t, stored, count in differ]
         known = {topic.name: topic for topic in topics if topic not in [topic for topic, _ in absent]}
         places = {ConfigResource(ConfigResource.Type.TOPIC, self.prefix + name): name for name in known}
-        answers = self.ask("the configuration of topics", self.admin.describe_configs(list(places))) if places else {}
+        answers = self.ask("the configuration of topics", lambda: self.admin.describe_configs(list(places))) if places else {}
         for place, name in places.items():
             wanted = topic_config(known[name])[1]
             given = {key: entry.value for key, entry in answers[place].items()}
@@ -209,12 +222,12 @@ class KafkaAdmin:
         self.create_topics([(c.topic, c.what, *c.more) for c in changes if c.kind == "create"])
         more = [NewPartitions(self.prefix + c.topic, c.what) for c in changes if c.kind == "raise"]
         if more:
-            self.ask("raising partitions", self.admin.create_partitions(more))
+            self.ask("raising partitions", lambda: self.admin.create_partitions(more))
         for change in changes:
             if change.kind == "set":
                 entry = ConfigEntry(change.what, change.more[1], incremental_operation=AlterConfigOpType.SET)
                 place = ConfigResource(ConfigResource.Type.TOPIC, self.prefix + change.topic, incremental_configs=[entry])
-                self.ask(f"configuring {change.topic!r}", self.admin.incremental_alter_configs([place]))
+                self.ask(f"configuring {change.topic!r}", functools.partial(self.admin.incremental_alter_configs, [place]))
 
     def find(self, topic: Any) -> str:
         """A topic's name in Kafka. Raises UnknownTopic if it does not exist; if nobody can say, it may."""
@@ -235,15 +248,8 @@ class KafkaAdmin:
         asked = {TopicPartition(self.prefix + topic, number): at for topic, number in where}
         if not asked:
             return {}
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                found = self.ask("the ends of topics", self.admin.list_offsets(asked))
-                return {(tp.topic[cut:], tp.partition): info.offset for tp, info in found.items()}
-            except (BackendError, UnknownTopic):  # just created: not led by anybody yet
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
+        found = self.ask("the ends of topics", lambda: self.admin.list_offsets(asked))
+        return {(tp.topic[cut:], tp.partition): info.offset for tp, info in found.items()}
 
     def topics(self) -> list[TopicState]:
         where = [(name, n) for name, count in self.metadata().items() if not name.startswith("__") for n in range(count)]
@@ -278,17 +284,26 @@ class KafkaAdmin:
             finally:
                 reader.unassign()
 
+    def asker(self, group: str) -> Any:
+        """A consumer of this group that is no member of it, for its positions. (librdkafka 2.16's admin client ends the whole
+        process when a group's coordinator is just moving or loading.)"""
+        with self._admin_lock:
+            if group not in self._askers:
+                fixed = {"group.id": self.prefix + group, "enable.auto.commit": False, "group.protocol": "classic"}
+                self._askers[group] = self.client(driver.Consumer, CONSUMER, **fixed)
+            return self._askers[group]
+
     def committed(self, group: str, where: Iterable[tuple[str, int]]) -> dict[tuple[str, int], tuple[int, str]]:
         """A group's positions where it has any: offset and what is kept beside it."""
         asked = [TopicPartition(self.prefix + topic, number) for topic, number in where]
         if not asked:
             return {}
-        request = driver.ConsumerGroupTopicPartitions(self.prefix + group, asked)
-        answer = self.ask(f"the positions of {group!r}", self.admin.list_consumer_group_offsets([request]))
+        with self._admin_lock:
+            found = self._until_led(f"the positions of {group!r}", lambda: self.asker(group).committed(asked, timeout=PATIENCE))
         cut = len(self.prefix)
         return {
             (tp.topic[cut:], tp.partition): (tp.offset, tp.metadata or "")
-            for tp in answer[self.prefix + group].topic_partitions
+            for tp in found
             if tp.offset >= 0 and tp.metadata != FORGOTTEN
         }
 

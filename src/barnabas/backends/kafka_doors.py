@@ -70,25 +70,19 @@ class KafkaDoors(KafkaAdmin):
         except KafkaException as error:
             raise explain(error.args[0], "the list of groups", self) from error
         groups = sorted(group for group in groups if group.startswith(self.prefix))
-        asked: dict[str, Any] = {}
-        for group in groups:
-            asked |= self.admin.list_consumer_group_offsets([driver.ConsumerGroupTopicPartitions(group)])
-        answers = self.ask("the positions of groups", asked)
+        stored = self.metadata()
+        everywhere = [(topic, number) for topic, count in stored.items() for number in range(count)]
+        answers = {group: self.committed(group[cut:], everywhere) for group in groups}
         owners = self._owners(groups)
         found = []
-        where = {(tp.topic[cut:], tp.partition) for a in answers.values() for tp in a.topic_partitions if tp.offset >= 0}
-        stored = self.metadata()
-        where = {at for at in where if at[1] < stored.get(at[0], 0)}
+        where = {at for answer in answers.values() for at in answer}
         firsts, ends = self.ends(where, OffsetSpec.earliest()), self.ends(where)
         for group, answer in answers.items():
-            for tp in answer.topic_partitions:
-                at = (tp.topic[cut:], tp.partition)
-                if at in where and tp.offset >= 0 and tp.metadata != FORGOTTEN and tp.topic.startswith(self.prefix):
-                    done, attempts, crashes = unpack(tp.offset, tp.metadata)
-                    topic = tp.topic.removesuffix(f".retry.{group[cut:]}")  # its partitions go with those of its parent
-                    owner = owners.get((group, topic, tp.partition))
-                    span = (firsts[at], ends[at], tp.offset)
-                    found.append(Position(group[cut:], *at, *span, done, attempts, crashes, owner))
+            for at, (offset, beside) in answer.items():
+                done, attempts, crashes = unpack(offset, beside)
+                topic = self.prefix + at[0].removesuffix(f".retry.{group[cut:]}")  # its partitions go with those of its parent
+                owner = owners.get((group, topic, at[1]))
+                found.append(Position(group[cut:], *at, firsts[at], ends[at], offset, done, attempts, crashes, owner))
         return sorted(found, key=lambda position: position[:3])
 
     def _owners(self, groups: Sequence[str]) -> dict[tuple[str, str, int], str]:
@@ -126,11 +120,12 @@ class KafkaDoors(KafkaAdmin):
             self._alter(group, where)
 
     def _alter(self, group: str, where: list[TopicPartition]) -> None:
-        request = driver.ConsumerGroupTopicPartitions(self.prefix + group, where)
-        answer = self.ask(f"setting the positions of {group!r}", self.admin.alter_consumer_group_offsets([request]))
-        for tp in answer[self.prefix + group].topic_partitions:
+        what = f"setting the positions of {group!r}"
+        with self._admin_lock:
+            answers = self._until_led(what, lambda: self.asker(group).commit(offsets=where, asynchronous=False))
+        for tp in answers:
             if tp.error is not None:
-                raise explain(tp.error, f"setting the positions of {group!r}", self)
+                raise explain(tp.error, what, self)
 
     def finish(self, group: str, letters: Sequence[tuple[str, int, int, Outgoing | None]]) -> int:
         stored, count, where, outputs = self.metadata(), 0, [], []
