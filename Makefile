@@ -34,7 +34,7 @@ unit: setup ## the quick tests
 	$(PY) -m pytest -q -m 'not slow and not soak'
 
 soak: setup data ## the long tests
-	$(PY) -m pytest -q -m soak
+	$(PY) -m pytest -q -m soak -o faulthandler_timeout=3600
 
 bench: setup ## the table of ratios to raw loops and peers
 	$(PY) bench/run.py

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from barnabas import App
 from barnabas.clock import FakeClock
 
@@ -77,24 +79,35 @@ STOP = """
 import os, signal, sys, time
 from barnabas import App
 app = App("stops", events=sys.argv[1], jobs=sys.argv[1])
-app.events.box(1)
+if sys.argv[2] == "worker":
+    app.events.box(1)
 app.events.write(lambda db: os.kill(os.getpid(), signal.SIGSTOP))
 """
 
 
-def test_a_process_stopped_in_the_middle_of_a_transaction_ends_after_a_session(tmp_path: Path, caplog: Any) -> None:
-    """Nothing else gives back its locks, and nobody could write."""
+@pytest.mark.parametrize("kind", ["worker", "sender"])
+def test_a_process_stopped_in_the_middle_of_a_transaction(kind: str, tmp_path: Path, caplog: Any) -> None:
+    """A worker is ended after a session: nothing else gives back its locks, and nobody could write. Of others we only say."""
     url = f"sqlite:///{tmp_path}/stops.db"
     app = App("waits", events=url, jobs=url, session_timeout=2.0)
     app.events.box(1)  # as a worker does: it looks after its neighbours
-    stopped = subprocess.Popen([sys.executable, "-c", STOP, url])
+    stopped = subprocess.Popen([sys.executable, "-c", STOP, url, kind])
     try:
         os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
         began = time.monotonic()
-        app.topic("t", int).send(1).result(20)
-        assert 1.0 < time.monotonic() - began < 6.0
-        assert stopped.wait(10) == -signal.SIGKILL
-        assert "lets nobody write, silent for 2" in caplog.text
+        future = app.topic("t", int).send(1)
+        if kind == "worker":
+            future.result(20)
+            assert 1.0 < time.monotonic() - began < 6.0
+            assert stopped.wait(10) == -signal.SIGKILL
+            assert "lets nobody write, silent for 2" in caplog.text
+        else:
+            with pytest.raises(TimeoutError):
+                future.result(4)
+            assert f"nobody could write for 2 s; process {stopped.pid} has the turn" in caplog.text
+            stopped.send_signal(signal.SIGCONT)
+            future.result(20)
+            assert stopped.wait(10) == 0
     finally:
         stopped.kill()
         app.close()
