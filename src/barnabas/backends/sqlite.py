@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -32,6 +33,7 @@ T = TypeVar("T")
 log = logging.getLogger("barnabas")
 DEFAULT_PARTITIONS = 6
 BATCH_COUNT, BATCH_BYTES = 1000, 256 * 1024  # the most a record holds
+TURN, TURN_BYTES = 2000, 2 << 20  # sends of one transaction, some 5 ms: what others may have to wait for several times
 _encode = msgspec.msgpack.Encoder().encode
 _open: "weakref.WeakSet[SqliteBackend]" = weakref.WeakSet()
 _inherited: list[Any] = []  # a forked child keeps its parent's handles untouched, here
@@ -58,7 +60,7 @@ class SqliteBackend(SqliteAdmin):
             raise BackendError(f"{path}: its folder does not exist; create it, or change the URL")
         check_library(apsw.sqlitelibversion())
         check_place(path)
-        self._mutex = threading.RLock()  # the writing connection
+        self._joining, self._next, self._mutex = (threading.Lock() for _ in range(3))  # the last two: doors as host.Turn has
         self.turn = Turn(path)
         self._bell = Bell(path)
         with self.turn.take():  # SQLite lets two that make a new file a WAL file at once meet SQLITE_BUSY without waiting
@@ -86,10 +88,15 @@ class SqliteBackend(SqliteAdmin):
 
     # Writing.
 
-    def write(self, act: Callable[[apsw.Connection], T]) -> T:
-        """Run `act` in one durable transaction, in turn, together with whatever is waiting in the send buffer."""
-        with self._mutex, self.turn.take():
-            result = self._commit(act, self._take_pending())
+    def write(self, act: Callable[[apsw.Connection], T], whole: bool = False) -> T:
+        """Run `act` in one durable transaction, in turn, after what is waiting in the send buffer (the whole, or a turn's)."""
+        with self._next:  # else the committer, who is there again at once, kept others out for half a second
+            self._mutex.acquire()
+        try:
+            with self.turn.take():
+                result = self._commit(act, self._take_pending(whole))
+        finally:
+            self._mutex.release()
         if self._stir:
             self._stir = False
             self.refresh()
@@ -126,9 +133,13 @@ class SqliteBackend(SqliteAdmin):
         db.execute(f"UPDATE heads SET next = next + 1 WHERE {where}", args)
         self._stir = True
 
-    def _take_pending(self) -> list[Outgoing | OutgoingJob]:
+    def _take_pending(self, whole: bool = False) -> list[Outgoing | OutgoingJob]:
         with self._room:
-            pending, self._pending = self._pending, []
+            most = len(self._pending) if whole else TURN
+            if self._waiting[1] > TURN_BYTES and not whole:
+                sizes = accumulate(len(out[3] or b"") if len(out) == 7 else 0 for out in self._pending[:TURN])
+                most = 1 + sum(size < TURN_BYTES for size in sizes)
+            pending, self._pending = self._pending[:most], self._pending[most:]
             return pending
 
     def _give_back(self, pending: list[Outgoing | OutgoingJob]) -> None:
@@ -180,8 +191,7 @@ class SqliteBackend(SqliteAdmin):
 
     def _append(self, db: apsw.Connection, gid: int, rows: list[Outgoing], stored: list[tuple[Any, Any]]) -> None:
         """Append rows to one partition, as records of at most BATCH_COUNT rows and about BATCH_BYTES."""
-        base = one(db, "SELECT next FROM heads WHERE gid = ?", (gid,))[0]
-        size = 0
+        count, size, records = len(rows), 0, []
         while rows:
             batch = rows[:BATCH_COUNT]
             data = self._pack(batch)
@@ -189,17 +199,20 @@ class SqliteBackend(SqliteAdmin):
                 batch = batch[: max(1, len(batch) * BATCH_BYTES // len(data))]
                 data = self._pack(batch)
             rows = rows[len(batch) :]
+            records.append((batch, data))
+            size += len(data)
+        grown = "UPDATE heads SET next = next + ?, bytes = bytes + ? WHERE gid = ? RETURNING next"
+        self._moved[gid] = one(db, grown, (count, size, gid))[0]
+        base = self._moved[gid] - count
+        for batch, data in records:
             _, _, _, _, _, times, futures = zip(*batch, strict=True)
             db.execute("INSERT INTO records VALUES (?, ?, ?, ?)", (gid << SHIFT | base, len(batch), float(max(times)), data))
-            size += len(data)
             if any(futures):  # (a Future is always true)
                 partition = self.parts[batch[0][0].name].index(gid)
                 for offset, out in enumerate(batch, base):
                     if out[6] is not None:
                         stored.append((out[6], (out[0], partition, offset, out[2], out[3], out[4], out[5])))
             base += len(batch)
-        db.execute("UPDATE heads SET next = ?, bytes = bytes + ? WHERE gid = ?", (base, size, gid))
-        self._moved[gid] = base
 
     def _pack(self, batch: list[Outgoing]) -> bytes:
         _, _, keys, values, headers, times, _ = zip(*batch, strict=True)
@@ -284,7 +297,8 @@ class SqliteBackend(SqliteAdmin):
             waiting[1] += size
             self._pending += outgoing
             if self._committer is None:
-                self._start_committer()
+                self._committer = threading.Thread(target=self._commit_pending, name="barnabas-commit", daemon=True)
+                self._committer.start()
             self._room.notify_all()
 
     def _wait_for_room(self, count: int, size: int) -> None:
@@ -306,10 +320,6 @@ class SqliteBackend(SqliteAdmin):
                 f"the send buffer of {self.path} was full for {timeout} s: {self._waiting[0]} messages, {self._waiting[1]} "
                 f"bytes wait{why}; send slower, or raise buffer_messages, buffer_bytes or send_timeout"
             )
-
-    def _start_committer(self) -> None:
-        self._committer = threading.Thread(target=self._commit_pending, name="barnabas-commit", daemon=True)
-        self._committer.start()
 
     def _commit_pending(self) -> None:
         while True:
@@ -386,7 +396,7 @@ class SqliteBackend(SqliteAdmin):
         return life.box, life.places(workers)
 
     def _join(self) -> None:
-        with self._mutex:
+        with self._joining:
             self.neighbours.join()
         self.listen()
 

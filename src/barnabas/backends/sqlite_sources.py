@@ -294,7 +294,7 @@ class SqliteLog(_Fetcher):
                     cells.update(result.cells)
             return self.home.store(db, outputs, cells)
 
-        stored = self.home.write(act)
+        stored = self.home.write(act, whole=any(result.outputs for result in results))  # in the order of sending
         self.home.settled(stored)
         if any(part.closed for part in touched):
             self._generation = -1  # look again who owns what
@@ -472,7 +472,7 @@ class SqliteQueues(_Fetcher):
             return self.home.store(db, outputs, cells)
 
         try:
-            stored = self.home.write(act)
+            stored = self.home.write(act, whole=bool(outputs))
         except BaseException:
             self._more = True
             raise
