@@ -20,7 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SRC = HERE.parent / "src"
-THEMES = ("topics", "jobs", "failover", "engine", "start")  # a file each
+THEMES = ("topics", "processes", "jobs", "failover", "engine", "start")  # a file each
 HEAD = ["what", "target", "reached", "", "raw", "Barnabas"]
 sys.path.insert(0, str(SRC))
 
@@ -70,7 +70,9 @@ def show(value: float | None, unit: str) -> str:
         return ""
     if unit == "/s":
         return f"{value:,.0f}/s" if value < 100_000 else f"{value / 1000:,.0f} k/s"
-    return f"{value:.2f}x" if unit == "x" else f"{value:.2f} us" if unit == "us" else f"{value:.0f} {unit}"
+    if unit == "x":
+        return f"{value:.2f}x"
+    return f"{value:.{2 if value < 1 or unit == 'us' else 1 if value < 10 else 0}f} {unit}"
 
 
 def summary(bench: Any, index: int, rounds: list[Any]) -> dict[str, Any]:
