@@ -12,7 +12,7 @@ from barnabas.engine.hooks import after, before, check_function, check_hook, ref
 from barnabas.engine.observe import Observer, Observers
 from barnabas.errors import DeclarationError
 from barnabas.job import OPTIONS as JOB_OPTIONS
-from barnabas.job import Job
+from barnabas.job import STORED, Job
 from barnabas.ports import Backend
 from barnabas.settings import Settings
 from barnabas.state.table import Table
@@ -145,7 +145,14 @@ class App:
         """Declare a job: decorates a function, sync or async, which then has `.enqueue(...)` and stays callable.
 
         queue ("default"), retry (25; a number, True for 25, False for none), name, timeout (seconds), dead (True: out of
-        retries it goes to the dead set), hooks=[...].
+        retries it goes to the dead set), hooks=[...], retry_for (seconds since the first failure, instead of the number),
+        retry_queue (where retries wait to run), backtrace (True, or how many lines of it are stored with a failure).
+
+        retry_delay(count, error, job): seconds before the retry (count: 0 for the first; Sidekiq's jitter comes on top),
+        None for Sidekiq's own, "discard" to let the job go, "kill" for no further retry. on_exhausted(job, error): no retry
+        is left; "discard" keeps it out of the dead set. on_death(job, error): it will not run again. `job` is a dict of what
+        is stored. They run between two jobs, so keep them short; what they send leaves as the job is settled; an error of
+        theirs is logged.
         """
         refuse_unknown("job", options, JOB_OPTIONS)
 
@@ -160,9 +167,9 @@ class App:
     def foreign_job(self, name: str, **options: Any) -> Job:
         """A job that another program declares and runs, a Ruby class such as "HardWorker": it can be enqueued here.
 
-        queue ("default"), retry and dead as for `job`; arguments are what JSON can say.
+        queue ("default"), retry, retry_for, retry_queue, backtrace and dead as for `job`; arguments are what JSON can say.
         """
-        refuse_unknown(f"foreign job {name!r}", options, ("queue", "retry", "dead"))
+        refuse_unknown(f"foreign job {name!r}", options, ("queue", "retry", *STORED))
 
         def elsewhere(*args: Any) -> None:
             raise DeclarationError(f"job {name!r} is run by another program; declare it with app.job to run it here")

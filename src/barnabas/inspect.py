@@ -96,8 +96,9 @@ def check(app: App) -> tuple[list[str], list[str]]:
             warnings.append(f"[topics.{name}] in the settings has no effect: {meant(name, app.topics, 'topics')}")
     queues = app.settings.queues
     for job in app.job_handlers.values():
-        if queues is not None and job.queue not in queues:
-            warnings.append(f"nothing here runs job {job.name!r}: its queue {job.queue!r} is not in the setting queues")
+        for queue in dict.fromkeys((job.queue, job.retry_queue or job.queue) if queues is not None else ()):
+            if queue not in queues:  # type: ignore[operator]
+                warnings.append(f"nothing here runs job {job.name!r}: its queue {queue!r} is not in the setting queues")
     used = {table.name for consumer in app.consumers.values() for table in consumer.tables}
     idle = [name for name in app.tables if name not in used]
     warnings += [f"no consumer names table {name!r}: add it to a consumer's tables=[...]" for name in idle]

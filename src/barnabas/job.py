@@ -19,7 +19,9 @@ from barnabas.future import Future, resolved
 from barnabas.jobs.payload import PayloadError, build, derived_jid, new_jid
 from barnabas.message import OutgoingJob
 
-OPTIONS = ("queue", "retry", "name", "timeout", "dead", "hooks")
+STORED = ("retry_for", "retry_queue", "backtrace", "dead")  # options that travel with a job, for whoever runs it
+CALLED = ("retry_delay", "on_exhausted", "on_death")
+OPTIONS = ("queue", "retry", "name", "timeout", "hooks", *STORED, *CALLED)
 _NONE: dict[str, Any] = {}
 _new: Any = tuple.__new__  # a third of the price of OutgoingJob(...)
 _NEEDED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -39,8 +41,17 @@ class Job:
         self.retry: bool | int = options.get("retry", 25)
         self.timeout: float | None = options.get("timeout")
         self.dead: bool = options.get("dead", True)
+        self.retry_for: int | None = options.get("retry_for")
+        self.retry_queue: str | None = options.get("retry_queue")
+        self.retry_delay: Callable[[int, BaseException, dict[str, Any]], Any] | None = options.get("retry_delay")
+        self.on_exhausted: Callable[[dict[str, Any], BaseException], Any] | None = options.get("on_exhausted")
+        self.on_death: Callable[[dict[str, Any], BaseException], Any] | None = options.get("on_death")
+        self.backtrace: bool | int = options.get("backtrace", False)
         self.hooks = check_hooks(self.owner, options.get("hooks", []))
         self._check()
+        self._check_failing()
+        plain = {"retry_for": None, "retry_queue": None, "backtrace": False, "dead": True}
+        self._extra = {name: options[name] for name in STORED if name in options and options[name] is not plain[name]} or None
         self.awaited = inspect.iscoroutinefunction(function)
         refuse_async(self.owner, self.awaited, [*app.hooks, *self.hooks])
         refuse_generator(self.owner, function)
@@ -62,6 +73,22 @@ class Job:
         check_timeout(self.owner, self.timeout)
         if not isinstance(self.dead, bool):
             self._refuse("dead", self.dead, "give False if a job out of retries is to vanish (counted), else True")
+
+    def _check_failing(self) -> None:
+        window = self.retry_for
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or not 0 < window <= 10**9):
+            self._refuse("retry_for", window, "give whole seconds since the first failure, 1 to 1,000,000,000, or None")
+        if window is not None and not self.retry:
+            self._refuse("retry_for", window, f"retry={self.retry!r} says that there are no retries; leave one of them out")
+        if self.retry_queue is not None:
+            check_queue(self.owner, self.retry_queue, "retry_queue")
+        if not isinstance(self.backtrace, int) or self.backtrace < 0:
+            self._refuse("backtrace", self.backtrace, "give the number of lines to store, True for all, or False")
+        for option in CALLED:
+            function = getattr(self, option)
+            if function is not None and (not callable(function) or inspect.iscoroutinefunction(function)):
+                takes = "count, error, job" if option == "retry_delay" else "job, error"
+                self._refuse(option, function, f"give a plain function({takes}), not an `async def`: it runs between two jobs")
 
     def _plan(self) -> None:
         """Read the signature once: how many arguments, and how stored ones are decoded by their annotations."""
@@ -129,7 +156,9 @@ class Job:
     def _outgoing(
         self, args: tuple[Any, ...], at: float | None, queue: str | None, retry: Any, jid: str, future: Any
     ) -> OutgoingJob | None:
-        target = queue or self.queue
+        target, extra = queue or self.queue, self._extra
+        if retry is not None and self.retry_for is not None and extra:  # a call's own count beats the job's window
+            extra = {name: value for name, value in extra.items() if name != "retry_for"}
         try:
             payload = build(
                 self.name,
@@ -139,7 +168,7 @@ class Job:
                 jid=jid,
                 now=self.app.clock.now(),
                 at=at is not None,
-                extra=None if self.dead else {"dead": False},
+                extra=extra,
             )
         except PayloadError as error:
             raise SendError(f"{self.owner} cannot be enqueued: {error}") from error
@@ -258,10 +287,10 @@ class Options:
         return many
 
 
-def check_queue(owner: str, queue: Any) -> None:
+def check_queue(owner: str, queue: Any, option: str = "queue") -> None:
     """Refuse a queue's name that Sidekiq's web page could not show."""
     if not isinstance(queue, str) or not queue or not all(c.isascii() and (c.isalnum() or c in "_:.-") for c in queue):
-        raise DeclarationError(f"{owner}: queue={queue!r}: a queue's name has letters, digits and _ : . - only")
+        raise DeclarationError(f"{owner}: {option}={queue!r}: a queue's name has letters, digits and _ : . - only")
 
 
 def _at(when: float | datetime) -> float:

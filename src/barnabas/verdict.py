@@ -10,10 +10,12 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Again(msgspec.Struct, frozen=True):
-    """It failed; run it again at `at` (epoch seconds). `payload` is the job's new JSON, None for topics."""
+    """It failed; run it again at `at` (epoch seconds). `payload` is the job's new JSON, None for topics. `queue`: which queue
+    it goes to by then, None for its own."""
 
     at: float
     payload: bytes | None = None
+    queue: str | None = None
 
 
 class Dead(msgspec.Struct, frozen=True):

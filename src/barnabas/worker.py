@@ -38,7 +38,7 @@ def chosen(app: App, only: Iterable[str] = (), skip: Iterable[str] = ()) -> tupl
     """
     queues = app.settings.queues
     if queues is None:
-        queues = list(dict.fromkeys(job.queue for job in app.job_handlers.values()))
+        queues = list(dict.fromkeys(q for job in app.job_handlers.values() for q in (job.queue, job.retry_queue) if q))
 
     def names(wanted: Iterable[str]) -> set[str]:
         found = set()

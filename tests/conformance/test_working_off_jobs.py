@@ -13,6 +13,7 @@ from conftest import failures, settled, wait_for, waiting
 from barnabas import Reject, RetryAfter
 from barnabas.backends.queues import QueueOrder
 from barnabas.errors import SendError
+from barnabas.jobs.payload import backtrace
 
 
 class Order(msgspec.Struct):
@@ -618,3 +619,174 @@ def test_no_more_jobs_are_taken_than_can_start_soon(place):
         assert in_hand <= 2
         release.set()
         wait_for(lambda: len(started) == 100, worker=worker)
+
+
+# Options of failing jobs.
+
+
+def test_retry_delay_says_when_or_that_there_is_no_retry(place, app):
+    asked, runs = [], []
+
+    def delay(count, error, job):
+        asked.append((count, str(error), job["args"], job["retry_count"], job["class"]))
+        return {1: 1000, 2: "discard", 3: "kill", 4: None, 5: "soon", 6: 1 // 0 if job["args"] == [6] else 0}[job["args"][0]]
+
+    @app.job(retry_delay=delay)
+    def mail(n: int):
+        runs.append(n)
+        if n == 7:
+            raise RetryAfter(5000)
+        raise ValueError("smtp")
+
+    mail.enqueue_many((n,) for n in range(1, 8)).result(5)
+    place.drain(app)
+    assert sorted(asked) == [(0, "smtp", [n], 0, "mail") for n in range(1, 7)]  # RetryAfter is the job's own word
+    assert waiting(app) == {"scheduled": 0, "retry": 5, "dead": 1}
+    waits = {msgspec.json.decode(job.payload)["args"][0]: job.at - app.clock.now() for job in app.jobs.find_jobs("retry")}
+    assert {n: wait > 25 for n, wait in waits.items()} == {1: True, 4: False, 5: False, 6: False, 7: True}
+    assert 980 < waits[1] < 1010 and 4980 < waits[7] < 5001
+    said = {f.outcome: f.reason for f in failures(app)}
+    assert "discarded by retry_delay: ValueError: smtp" in said["dropped"] and "killed by retry_delay" in said["dead"]
+
+
+def test_retry_for_is_a_window_instead_of_a_count(place, app):
+    runs = []
+
+    @app.job(retry=1, retry_for=3600, retry_delay=lambda count, error, job: 1300)
+    def mail(n: int):
+        runs.append(n)
+        raise ValueError("smtp")
+
+    mail.enqueue(1)
+    mail.options(retry=0).enqueue(2).result(5)  # a call's own number rules
+    for _ in range(6):
+        place.drain(app)
+        app.clock.advance(1400)
+    assert runs.count(1) == 4 and runs.count(2) == 1 and waiting(app) == {"scheduled": 0, "retry": 0, "dead": 2}
+    assert any("longer than retry_for, 3600 s" in f.reason for f in failures(app))
+
+
+def test_a_retry_goes_to_its_retry_queue(place, app):
+    runs = []
+
+    @app.around
+    def watch(delivery):
+        runs.append(delivery.topic)
+        yield
+
+    @app.job(queue="fast", retry_queue="slow", retry=2)
+    def mail(n: int):
+        raise ValueError("smtp")
+
+    mail.enqueue(1).result(5)
+    place.drain(app)
+    assert waiting(app, "slow")["retry"] == 1 and waiting(app, "fast")["retry"] == 0
+    for _ in range(3):
+        app.clock.advance(3600)
+        place.again(app)
+        place.drain(app)  # without being told, it serves both
+    assert runs == ["fast", "slow", "slow"] and waiting(app, "slow")["dead"] == 1
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("options", "error", "called", "dead"),
+    [
+        ({"retry": 1}, ValueError, ["exhausted", "death"], 1),
+        ({"retry": 1, "dead": False}, ValueError, ["exhausted", "death"], 0),
+        ({"retry": False}, ValueError, ["death"], 0),
+        ({"retry": 5}, Reject, ["exhausted", "death"], 1),
+        ({"retry": 1, "retry_delay": lambda *_: "discard"}, ValueError, ["death"], 0),
+        ({"retry": 1, "retry_delay": lambda *_: "kill"}, ValueError, ["exhausted", "death"], 1),
+    ],
+)  # fmt: skip
+def test_who_is_told_that_a_job_ends(place, app, kind, options, error, called, dead):
+    told, alerts = [], []
+
+    @app.job
+    def alert(what: str):
+        alerts.append(what)
+
+    def say(what):
+        def tell(job, why):
+            told.append((what, job["args"], type(why), job["error_message"], job["retry_count"]))
+            alert.enqueue(what)
+
+        return tell
+
+    def mail(n: int):
+        alert.enqueue("never")
+        raise error("smtp")
+
+    async def mail_async(n: int):
+        alert.enqueue("never")
+        raise error("smtp")
+
+    function = mail if kind == "sync" else mail_async
+    job = app.job(on_exhausted=say("exhausted"), on_death=say("death"), **options)(function)
+    job.enqueue(7).result(5)
+    place.drain(app)
+    assert bool(told) == (options.get("retry_delay") is not None or error is Reject or options["retry"] is False)
+    app.clock.advance(3600)
+    place.drain(app)
+    assert [(what, args, why, text) for what, args, why, text, _ in told] == [(what, [7], error, "smtp") for what in called]
+    assert waiting(app)["dead"] == dead and waiting(app)["retry"] == 0 and sorted(alerts) == sorted(called)
+
+
+def test_on_exhausted_can_keep_a_job_out_of_the_dead_set(place, app):
+    deaths = []
+
+    @app.job(retry=0, on_exhausted=lambda job, error: "discard", on_death=lambda job, error: deaths.append(job["jid"]))
+    def mail(n: int):
+        raise ValueError("smtp")
+
+    jid = mail.enqueue(7).result(5)
+    place.drain(app)
+    assert waiting(app)["dead"] == 0 and deaths == [jid]
+    assert "discarded by on_exhausted, failed 1 times" in failures(app, "dropped")[0].reason
+
+
+def test_a_callback_that_fails_costs_neither_the_job_nor_what_others_send(place, app, caplog):
+    seen = []
+
+    @app.job
+    def alert(what: str):
+        seen.append(what)
+
+    def exhausted(job, error):
+        alert.enqueue("dropped with its failure")
+        raise RuntimeError("pager is down")
+
+    def death(job, error):
+        raise asyncio.CancelledError
+
+    @app.job(retry=0, on_exhausted=exhausted, on_death=death)
+    def mail(n: int):
+        if n % 2:
+            raise ValueError("smtp")
+        alert.enqueue(str(n))
+
+    mail.enqueue_many((n,) for n in range(10)).result(5)
+    place.drain(app)
+    assert waiting(app) == {"scheduled": 0, "retry": 0, "dead": 5} and sorted(seen) == ["0", "2", "4", "6", "8"]
+    assert "job 'mail': on_exhausted failed" in caplog.text and "job 'mail': on_death failed" in caplog.text
+    assert "pager is down" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", [False, True, 2])
+def test_a_backtrace_is_stored_as_much_as_is_asked_for(place, app, wanted):
+    def inner():
+        raise ValueError("smtp")
+
+    @app.job(backtrace=wanted)
+    def mail(n: int):
+        inner()
+
+    mail.enqueue(7).result(5)
+    place.drain(app)
+    (job,) = app.jobs.find_jobs("retry")
+    lines = backtrace(msgspec.json.decode(job.payload).get("error_backtrace"))
+    assert bool(lines) == bool(wanted)
+    if wanted:
+        assert [line.rpartition(":in ")[2] for line in lines[:2]] == ["`inner'", "`mail'"]
+        assert __file__ in lines[0] and (len(lines) == 2 if wanted == 2 else len(lines) > 2)

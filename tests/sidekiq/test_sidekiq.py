@@ -14,6 +14,7 @@ import redis
 from servers import RedisServer, need
 
 from barnabas import App
+from barnabas.jobs.payload import backtrace
 from barnabas.worker import Worker
 
 HERE = Path(__file__).parent
@@ -43,7 +44,7 @@ def app(server: RedisServer, client: Any) -> Iterator[App]:
     def count(side: str, n: int) -> None:
         client.pipeline(transaction=False).hincrby(f"ran:{side}", str(n), 1).incr("ran by python").execute()
 
-    @app.job(name="Flaky", queue="flaky", retry=5)
+    @app.job(name="Flaky", queue="flaky", retry=5, backtrace=3)
     def flaky(fails: int) -> None:
         run = client.rpush("flaky:runs", "python")
         if run <= fails:
@@ -132,6 +133,11 @@ def test_retries_begun_by_one_are_finished_by_the_other(server, client, app, tmp
     else:
         ruby(server, "Flaky.perform_async(2)")
 
+    def trace(job: Any, who: str) -> None:
+        lines = json.loads(ruby(server, "puts Sidekiq::RetrySet.new.first.error_backtrace.to_json"))
+        assert backtrace(job["error_backtrace"]) == lines and 1 <= len(lines) <= 3
+        assert {"python": "test_sidekiq.py", "ruby": "jobs.rb"}[who] in lines[0]
+
     def run(who: str, runs: int, retries: int) -> None:
         with python(app) if who == "python" else sidekiq(server, tmp_path):
             wait_for(lambda: client.llen("flaky:runs") == runs and client.zcard("retry") == retries)
@@ -142,8 +148,10 @@ def test_retries_begun_by_one_are_finished_by_the_other(server, client, app, tmp
     error = {"python": "ValueError", "ruby": "ArgumentError"}
     assert (job["retry_count"], job["queue"], job["error_class"]) == (0, "flaky", error[first])
     assert job["error_message"] == "Ümläut 'no' 1" and isinstance(job["failed_at"], float) and job["retry"] == 5
+    trace(job, first)
     run(second, 2, 1)
     again = due_now(client, "retry")
+    trace(again, second)
     assert (again["retry_count"], again["jid"], again["error_class"]) == (1, job["jid"], error[second])
     assert again["failed_at"] == job["failed_at"] and again["retried_at"] > job["failed_at"]
     run(first, 3, 0)

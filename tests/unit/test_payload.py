@@ -368,12 +368,12 @@ def test_golden_bytes_of_the_first_and_the_second_failure() -> None:
     first = fail(job(1.5))
     head = job(1.5)[:-1]
     name = f"{__name__}.Declined".encode()
-    assert first == ("again", first.payload, NOW + 15, "")
+    assert first[:4] == ("again", first.payload, NOW + 15, "")
     assert first.payload == (
         head + b',"error_message":"no","error_class":"' + name + b'","failed_at":1700000000.25,"retry_count":0}'
     )
     second = fail(first.payload, ValueError("ünd/\n"), 1_700_000_100)
-    assert second == ("again", second.payload, 1_700_000_100 + 1 + 15, "")
+    assert second[:4] == ("again", second.payload, 1_700_000_100 + 1 + 15, "")
     assert second.payload == (
         head + ',"error_message":"ünd/\\n","error_class":"ValueError"'.encode() + b',"failed_at":1700000000.25,'
         b'"retry_count":1,"retried_at":1700000100.0}'
@@ -454,7 +454,7 @@ def test_retry_for_replaces_the_count(dialect: int) -> None:
 def test_a_delay_of_ones_own() -> None:
     asked: list[tuple[int, BaseException]] = []
 
-    def delay(count: int, error: BaseException) -> float:
+    def delay(count: int, error: BaseException, fields: dict[str, Any]) -> float:
         asked.append((count, error))
         return 100.5
 
@@ -469,7 +469,7 @@ def test_a_delay_of_ones_own() -> None:
 
 @pytest.mark.parametrize("wait", [None, 0, -1, NAN, INF, -INF])
 def test_a_delay_that_is_no_wait_leaves_the_usual_one(wait: float | None) -> None:
-    assert fail(raw(), delay=lambda count, error: wait).at == NOW + 15
+    assert fail(raw(), delay=lambda count, error, fields: wait).at == NOW + 15
 
 
 def test_the_queue_it_goes_back_to() -> None:
@@ -511,7 +511,7 @@ def test_other_values_keep_their_bytes() -> None:
 
 
 def test_an_error_in_delay_passes_through() -> None:
-    def delay(count: int, error: BaseException) -> float:
+    def delay(count: int, error: BaseException, fields: dict[str, Any]) -> float:
         raise LookupError("delay")
 
     with pytest.raises(LookupError, match="delay"):

@@ -408,6 +408,7 @@ class MemoryQueues:
                     verdict = result.others.get(row[0])
                     if isinstance(verdict, Again):
                         again = job._replace(payload=verdict.payload or job.payload, at=verdict.at, future=None)
+                        again = again._replace(queue=verdict.queue or job.queue)
                         heapq.heappush(home.later, (verdict.at, row[0], "retry", again))
                     elif isinstance(verdict, Dead) and verdict.payload is not None:
                         home.buried[row[0]] = job._replace(payload=verdict.payload, at=home.clock.now(), future=None)

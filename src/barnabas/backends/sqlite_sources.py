@@ -457,6 +457,7 @@ class SqliteQueues(_Fetcher):
             if done:
                 db.executemany("DELETE FROM jobs WHERE id = ? AND owner = ?", done)
             if later:
+                self.home.requeue(db, results, process)
                 db.executemany(
                     "UPDATE jobs SET state = 3, owner = NULL, crashes = 0, at = ?, payload = coalesce(?, payload) "
                     "WHERE id = ? AND owner = ?",

@@ -15,6 +15,7 @@ from barnabas.app import App
 from barnabas.cli import draw
 from barnabas.cli.loading import json_option, known, with_app
 from barnabas.cli.read import as_time, shown
+from barnabas.jobs.payload import backtrace
 from barnabas.queues import Entry
 
 STATES = ("ready", "work", "scheduled", "retry", "dead")
@@ -122,7 +123,10 @@ def show_job(entry: Entry) -> None:
     job = entry.job
     lines = {"job": job.jid, "state": job.state, "queue": job.queue, "owner": job.owner, "crashes": job.crashes or None}
     lines |= {"due" if job.state in ("scheduled", "retry") else "died": when(job.at)} if job.at is not None else {}
-    draw.pairs(lines | (msgspec.json.decode(job.payload) if entry.name != "?" else {"payload": entry.args, "error": entry.error}))
+    said = msgspec.json.decode(job.payload) if entry.name != "?" else {"payload": entry.args, "error": entry.error}
+    if trace := backtrace(said.get("error_backtrace")):
+        said["error_backtrace"] = "\n".join(trace)
+    draw.pairs(lines | said)
     click.echo()
 
 

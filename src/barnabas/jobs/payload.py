@@ -9,10 +9,13 @@ Two dialects of time: Sidekiq 6 and 7 write float seconds, Sidekiq 8 integer mil
 are written, because every version understands those.
 """
 
+import binascii
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -241,12 +244,18 @@ class Failed(NamedTuple):
 
     kind: "again" (run it at `at`, epoch seconds), "dead" (to the dead set, entered at `at`) or "drop" (it asked for no
     dead entry: count it, run the death callbacks, let it go). payload: its new JSON. reason: a sentence, "" for again.
+    spent: it had retries and has none left. queue: where it says that it runs next.
     """
 
     kind: Literal["again", "dead", "drop"]
     payload: bytes
     at: float
     reason: str
+    spent: bool = False
+    queue: str | None = None
+
+
+Wait = float | Literal["discard", "kill"] | None  # seconds; let it go; no further retry; Sidekiq's own delay
 
 
 def failed(
@@ -256,14 +265,14 @@ def failed(
     *,
     default_retry: bool | int = DEFAULT_RETRY,
     rand: Callable[[], float] | None = None,
-    delay: Callable[[int, BaseException], float | None] | None = None,
+    delay: Callable[[int, BaseException, dict[str, Any]], Wait] | None = None,
     queue: str | None = None,
     final: bool = False,
 ) -> Failed:
     """Write a failure at `now` (epoch seconds) into the job and decide what becomes of it, as Sidekiq does.
 
-    The next run is after count**4 + 15 seconds, or after `delay(count, error)` where that is a positive number, plus
-    a jitter of 0 to 9 seconds times count + 1; count is 0 for the first retry. default_retry: for jobs that leave
+    The next run is after count**4 + 15 seconds, or after `delay(count, error, fields)` where that is a positive number,
+    plus a jitter of 0 to 9 seconds times count + 1; count is 0 for the first retry. default_retry: for jobs that leave
     `retry` out or say true. queue: where a retry goes back to unless the job names a `retry_queue`. final: no retry
     whatever the job says. `retry_for` (seconds since the first failure) replaces the count, as in Sidekiq 8.1. Every value
     not set here keeps its bytes. Raises PayloadError for what is not a job; an error of `delay` passes through.
@@ -278,18 +287,24 @@ def failed(
         fields["queue"] = fields.get("retry_queue", queue)
     message, kind = _message(error), _class(error)
     count, stamp = (0, "failed_at") if job.retry_count is None else (job.retry_count + 1, "retried_at")
-    payload = _encode(fields | {"error_message": message, "error_class": kind, stamp: now, "retry_count": count})
+    fields |= {"error_message": message, "error_class": kind, stamp: now, "retry_count": count}
+    if "backtrace" in fields:
+        _trace(fields, error)
+    payload = _encode(fields)
     retry = default_retry if job.retry is None or job.retry is True else job.retry
     last = f"{kind}: {message[:200]}"
     if retry is False and not final:
         return Failed("drop", payload, now, f"failed, and retry is false: {last}")
     spent = "not retried" if final else _spent(job, count, DEFAULT_RETRY if retry is True else retry, now)
-    if spent:
-        return Failed("drop" if job.dead is False else "dead", payload, now, f"{spent}: {last}")
-    wait = delay(count, error) if delay is not None else None
+    wait = delay(count, error, msgspec.json.decode(payload)) if delay is not None and not spent else None
+    if wait == "discard":
+        return Failed("drop", payload, now, f"discarded by retry_delay: {last}")
+    if spent or wait == "kill":
+        return Failed("drop" if job.dead is False else "dead", payload, now, f"{spent or 'killed by retry_delay'}: {last}", True)
     if wait is None or not 0 < wait < math.inf:
         wait = count**4 + 15
-    return Failed("again", payload, now + wait + int(rand() * 10) * (count + 1), "")
+    at = now + wait + int(rand() * 10) * (count + 1)
+    return Failed("again", payload, at, "", queue=parse(payload).queue if "retry_queue" in fields else None)
 
 
 def _spent(job: Payload, count: int, limit: int, now: float) -> str:
@@ -299,6 +314,27 @@ def _spent(job: Payload, count: int, limit: int, now: float) -> str:
         over = (job.failed_at or now) + window < now
         return f"failed for longer than retry_for, {window} s" if over else ""
     return f"failed {count + 1} times, and retry is {limit}" if count >= limit else ""
+
+
+def _trace(fields: dict[str, Any], error: BaseException) -> None:
+    """Store where the error came from, as much of it as the job's `backtrace` asks for (all, or so many lines)."""
+    fields.pop("error_backtrace", None)
+    wanted, frame, lines = msgspec.json.decode(fields["backtrace"]), error.__traceback__, list[str]()
+    while frame is not None:
+        code = frame.tb_frame.f_code
+        lines.insert(0, f"{code.co_filename}:{frame.tb_lineno}:in `{code.co_name}'")  # as Ruby: the innermost first
+        frame = frame.tb_next
+    lines = lines[: wanted if type(wanted) is int else None] if wanted and isinstance(wanted, int) else []
+    if lines:
+        clean = _encode([_surrogates.sub("\ufffd", line) for line in lines])
+        fields["error_backtrace"] = binascii.b2a_base64(zlib.compress(clean), newline=False).decode()
+
+
+def backtrace(stored: object) -> list[str]:
+    """The lines of an `error_backtrace`, innermost first; none for what is not one."""
+    with suppress(*_BROKEN, ValueError, zlib.error):
+        return msgspec.json.decode(zlib.decompress(binascii.a2b_base64(stored)), type=list[str])  # type: ignore[arg-type]
+    return []
 
 
 def _message(error: BaseException) -> str:

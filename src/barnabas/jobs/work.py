@@ -1,20 +1,25 @@
 """Jobs at work: which function a stored job names, how its arguments are read, and what a failure becomes."""
 
 import inspect
+import logging
+from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 
+from barnabas.engine.hand import CURRENT, Hand
 from barnabas.engine.handler import Stop
 from barnabas.engine.hooks import wrap
 from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
 from barnabas.errors import BarnabasError, Reject, RetryAfter, TimedOut
-from barnabas.jobs.payload import Payload, PayloadError, failed, parse
+from barnabas.jobs.payload import Payload, PayloadError, Wait, failed, parse
 from barnabas.message import Delivery, Row
 from barnabas.verdict import Again, Dead
+
+log = logging.getLogger("barnabas")
 
 
 class UnknownJob(BarnabasError):
@@ -42,6 +47,38 @@ class Entry:
         self.awaited = inspect.iscoroutinefunction(job.function)
         self.hooked = bool(hooks)
         self.function: Callable[..., Any] = wrap(job.function, hooks, self.awaited, job.name) if hooks else job.function
+
+    def delay(self, count: int, error: BaseException, fields: dict[str, Any]) -> Wait:
+        """What the job's retry_delay says; None, and a word in the log, where that makes no sense."""
+        try:
+            wait: Wait = self.job.retry_delay(count, error, fields)
+            if wait is None or wait in ("discard", "kill") or type(wait) in (int, float):
+                return wait
+            raise TypeError(f"it returned {wait!r}: give seconds, None, 'discard' or 'kill'")
+        except Exception:
+            log.exception("%s: retry_delay failed; Sidekiq's own delay is taken", self.job.owner)
+            return None
+
+    def tell(self, option: str, run: Run, row: Row, data: bytes, error: BaseException) -> Any:
+        """Call the job's on_exhausted or on_death; what it sends leaves as the job is settled. An error is logged, no more."""
+        function = getattr(self.job, option)
+        if function is None:
+            return None
+        hand = Hand()
+        hand.run, hand.row, hand.open = run, row, True
+        hand.sent = 1 << (20 if option == "on_death" else 21)  # no ids of what a later run of the job may send
+        before = CURRENT.set(hand)
+        try:
+            answer = function(msgspec.json.decode(data), error)
+            hand.keep()
+            return answer
+        except (Exception, CancelledError):
+            hand.drop()
+            log.exception("%s: %s failed; the job goes where it went without it", self.job.owner, option)
+            return None
+        finally:
+            hand.open = False
+            CURRENT.reset(before)
 
 
 class JobHandler:
@@ -104,20 +141,28 @@ class JobHandler:
             return
         entry = self._entries.get(payload.name)
         final = isinstance(error, Reject | BadArguments)
-        delay = (lambda count, e: e.seconds) if isinstance(error, RetryAfter) else None
+        delay: Callable[..., Wait] | None = None
+        if isinstance(error, RetryAfter):
+            delay = lambda count, e, fields: e.seconds  # noqa: E731
+        elif entry is not None and entry.job.retry_delay is not None:
+            delay = entry.delay
         outcome = failed(
             data,
             error,
             now,
             default_retry=entry.job.retry if entry is not None else True,
             delay=delay,
-            **({} if delay is None else {"rand": lambda: 0.0}),
+            **({"rand": lambda: 0.0} if isinstance(error, RetryAfter) else {}),
             queue=run.part.topic,
             final=final,
         )
         verdict: Again | Dead
+        if entry is not None and outcome.kind != "again":
+            if outcome.spent and entry.tell("on_exhausted", run, row, outcome.payload, error) == "discard":
+                outcome = outcome._replace(kind="drop", reason=f"discarded by on_exhausted, {outcome.reason}")
+            entry.tell("on_death", run, row, outcome.payload, error)
         if outcome.kind == "again":
-            verdict = Again(outcome.at, outcome.payload)
+            verdict = Again(outcome.at, outcome.payload, outcome.queue if outcome.queue != run.part.topic else None)
         elif outcome.kind == "drop" and entry is not None:
             verdict = Dead(f"dropped: {outcome.reason}: {error}", None)
         else:
@@ -128,7 +173,10 @@ class JobHandler:
         """A job is dead whatever it says itself: it took its process with it too often."""
         data: bytes = row[2]  # type: ignore[assignment]
         with suppress(PayloadError):
-            data = failed(data, error or BarnabasError(reason), now, final=True).payload
+            entry, why = self._entries.get(parse(data).name), error or BarnabasError(reason)
+            data = failed(data, why, now, final=True).payload
+            if entry is not None:
+                entry.tell("on_death", run, row, data, why)
         self._note(run, row, run.part.topic, attempt, Dead(reason, data), error)
 
     def _note(self, run: Run, row: Row, name: str, attempt: int, verdict: Again | Dead, error: BaseException | None) -> None:
