@@ -27,8 +27,7 @@ from barnabas.backends.sqlite_open import check_library, check_place, migrate
 from barnabas.backends.sqlite_read import SHIFT, connect, explain, one
 from barnabas.errors import BackendError, BufferFull, DeclarationError, SendError, UnknownTopic
 from barnabas.message import Outgoing, OutgoingJob
-from barnabas.ports import Listener, Result, Source
-from barnabas.verdict import Again
+from barnabas.ports import Listener, Source
 
 T = TypeVar("T")
 log = logging.getLogger("barnabas")
@@ -235,14 +234,6 @@ class SqliteBackend(SqliteAdmin):
         db.executemany("INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)", rows)
         for qid, n in counts.items():
             self._moved[qid] = one(db, "UPDATE heads SET next = next + ? WHERE gid = ? RETURNING next", (n, qid))[0]
-
-    def requeue(self, db: apsw.Connection, results: Sequence[Result], process: int) -> None:
-        """Move the jobs there that are to run again in another queue."""
-        for result in results:
-            for id_, verdict in result.others.items():
-                if isinstance(verdict, Again) and verdict.queue is not None:
-                    qid = self.queue_ids.get(verdict.queue) or self._create_queue(db, verdict.queue)
-                    db.execute("UPDATE jobs SET queue = ? WHERE id = ? AND owner = ?", (qid, id_, process))
 
     # Topics, queues, names.
 

@@ -14,7 +14,8 @@ from barnabas.backends.sqlite_read import SqliteReader, one
 from barnabas.errors import Refused, UnknownTopic
 from barnabas.jobs.payload import enqueued_at, recalled
 from barnabas.message import Outgoing
-from barnabas.ports import Position, Process, QueueState, StoredJob
+from barnabas.ports import Position, Process, QueueState, Result, StoredJob
+from barnabas.verdict import Again
 
 PAGE = 200  # jobs read at once
 MOVED = 1000  # jobs moved in one transaction
@@ -54,6 +55,7 @@ class SqliteAdmin(SqliteReader):
     name_id: Callable[[apsw.Connection, str, str], int]
     store: Callable[..., Any]
     settled: Callable[[list[Any]], None]
+    _create_queue: Callable[[apsw.Connection, str], int]
     _reported: tuple[float, Mapping[str, Any]] = (-REPORTS, {})
 
     @property
@@ -164,6 +166,14 @@ class SqliteAdmin(SqliteReader):
         while rows := self.query(sql, last):
             yield from rows
             last |= {"from": rows[-1][("id", "at", "died").index(by)], "id": rows[-1][0]}
+
+    def requeue(self, db: apsw.Connection, results: Sequence[Result], process: int) -> None:
+        """Move the jobs there that are to run again in another queue."""
+        for result in results:
+            for id_, verdict in result.others.items():
+                if isinstance(verdict, Again) and verdict.queue is not None:
+                    qid = self.queue_ids.get(verdict.queue) or self._create_queue(db, verdict.queue)
+                    db.execute("UPDATE jobs SET queue = ? WHERE id = ? AND owner = ?", (qid, id_, process))
 
     def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
         moved = 0
