@@ -9,11 +9,9 @@ Two dialects of time: Sidekiq 6 and 7 write float seconds, Sidekiq 8 integer mil
 are written, because every version understands those.
 """
 
-import binascii
 import math
 import os
 import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal, NamedTuple
@@ -318,6 +316,9 @@ def _spent(job: Payload, count: int, limit: int, now: float) -> str:
 
 def _trace(fields: dict[str, Any], error: BaseException) -> None:
     """Store where the error came from, as much of it as the job's `backtrace` asks for (all, or so many lines)."""
+    import binascii
+    import zlib
+
     fields.pop("error_backtrace", None)
     wanted, frame, lines = msgspec.json.decode(fields["backtrace"]), error.__traceback__, list[str]()
     while frame is not None:
@@ -332,6 +333,9 @@ def _trace(fields: dict[str, Any], error: BaseException) -> None:
 
 def backtrace(stored: object) -> list[str]:
     """The lines of an `error_backtrace`, innermost first; none for what is not one."""
+    import binascii
+    import zlib
+
     with suppress(*_BROKEN, ValueError, zlib.error):
         return msgspec.json.decode(zlib.decompress(binascii.a2b_base64(stored)), type=list[str])  # type: ignore[arg-type]
     return []
