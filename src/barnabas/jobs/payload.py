@@ -9,9 +9,11 @@ Two dialects of time: Sidekiq 6 and 7 write float seconds, Sidekiq 8 integer mil
 are written, because every version understands those.
 """
 
+import binascii
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal, NamedTuple
@@ -316,26 +318,17 @@ def _spent(job: Payload, count: int, limit: int, now: float) -> str:
 
 def _trace(fields: dict[str, Any], error: BaseException) -> None:
     """Store where the error came from, as much of it as the job's `backtrace` asks for (all, or so many lines)."""
-    import binascii
-    import zlib
-
     fields.pop("error_backtrace", None)
     wanted, frame, lines = msgspec.json.decode(fields["backtrace"]), error.__traceback__, list[str]()
     while frame is not None:
-        code = frame.tb_frame.f_code
-        lines.insert(0, f"{code.co_filename}:{frame.tb_lineno}:in `{code.co_name}'")  # as Ruby: the innermost first
-        frame = frame.tb_next
-    lines = lines[: wanted if type(wanted) is int else None] if wanted and isinstance(wanted, int) else []
-    if lines:
-        clean = _encode([_surrogates.sub("\ufffd", line) for line in lines])
-        fields["error_backtrace"] = binascii.b2a_base64(zlib.compress(clean), newline=False).decode()
+        code, line, frame = frame.tb_frame.f_code, frame.tb_lineno, frame.tb_next
+        lines.insert(0, _surrogates.sub("\ufffd", f"{code.co_filename}:{line}:in `{code.co_name}'"))  # innermost first
+    if lines := lines[: None if wanted is True else wanted] if isinstance(wanted, int) else []:
+        fields["error_backtrace"] = binascii.b2a_base64(zlib.compress(_encode(lines)), newline=False).decode()
 
 
 def backtrace(stored: object) -> list[str]:
     """The lines of an `error_backtrace`, innermost first; none for what is not one."""
-    import binascii
-    import zlib
-
     with suppress(*_BROKEN, ValueError, zlib.error):
         return msgspec.json.decode(zlib.decompress(binascii.a2b_base64(stored)), type=list[str])  # type: ignore[arg-type]
     return []

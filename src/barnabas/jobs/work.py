@@ -49,7 +49,9 @@ class Entry:
         self.function: Callable[..., Any] = wrap(job.function, hooks, self.awaited, job.name) if hooks else job.function
 
     def delay(self, count: int, error: BaseException, fields: dict[str, Any]) -> Wait:
-        """What the job's retry_delay says; None, and a word in the log, where that makes no sense."""
+        """What the error or the job's retry_delay says; None, and a word in the log, where that makes no sense."""
+        if isinstance(error, RetryAfter):
+            return error.seconds
         try:
             wait: Wait = self.job.retry_delay(count, error, fields)
             if wait is None or wait in ("discard", "kill") or type(wait) in (int, float):
@@ -141,17 +143,12 @@ class JobHandler:
             return
         entry = self._entries.get(payload.name)
         final = isinstance(error, Reject | BadArguments)
-        delay: Callable[..., Wait] | None = None
-        if isinstance(error, RetryAfter):
-            delay = lambda count, e, fields: e.seconds  # noqa: E731
-        elif entry is not None and entry.job.retry_delay is not None:
-            delay = entry.delay
         outcome = failed(
             data,
             error,
             now,
             default_retry=entry.job.retry if entry is not None else True,
-            delay=delay,
+            delay=entry.delay if entry is not None and (entry.job.retry_delay or isinstance(error, RetryAfter)) else None,
             **({"rand": lambda: 0.0} if isinstance(error, RetryAfter) else {}),
             queue=run.part.topic,
             final=final,
