@@ -17,6 +17,10 @@ class BackendError(BarnabasError):
     """A backend refused or cannot be reached; the driver's own error is the cause."""
 
 
+class Replaced(BackendError):
+    """Another file was put in the place of the one that a worker uses: it is to start anew."""
+
+
 class SendError(BarnabasError):
     """A message or job could not be made durable."""
 

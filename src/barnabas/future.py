@@ -22,11 +22,11 @@ class _Failure:
 
     __slots__ = ("error", "log", "seen")
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: BaseException, seen: bool) -> None:
         import logging  # 3 ms that a process without failures need not pay
 
         self.error = error
-        self.seen = False
+        self.seen = seen
         self.log = logging.getLogger("barnabas.send")
 
     def __del__(self) -> None:
@@ -111,9 +111,9 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
         if self._waiters is not None:
             self._wake()
 
-    def fail(self, error: BaseException) -> None:
-        """Set the error as the outcome."""
-        self.resolve(_Failure(error))
+    def fail(self, error: BaseException, told: bool = False) -> None:
+        """Set the error as the outcome. `told`: a log line has said so, for all that failed with it."""
+        self.resolve(_Failure(error, told))
 
     def _wake(self) -> None:
         with _LOCK:

@@ -287,8 +287,8 @@ class _Counted:
     def resolve(self, value: Any) -> None:
         self.future.resolve(None if value is None else self.count)
 
-    def fail(self, error: BaseException) -> None:
-        self.future.fail(error)
+    def fail(self, error: BaseException, told: bool = False) -> None:
+        self.future.fail(error, told)
 
 
 def _message_id(cause: str, index: int) -> str:

@@ -9,9 +9,11 @@ import time
 import msgspec
 
 from barnabas import App, Delivery, Retry
+from barnabas.backends import sqlite
 from barnabas.errors import BarnabasError
 
-app = App("shop", session_timeout=2.0, send_timeout=1.0, checkpoint_interval=0.02)
+app = App("shop", session_timeout=2.0, send_timeout=1.0, buffer_messages=300, checkpoint_interval=0.02)
+sqlite.ENOUGH = 1.0  # in place of 5
 KEYS = 50
 _said = os.open(os.environ["SHOP_WITNESS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666) if "SHOP_WITNESS" in os.environ else -1
 

@@ -27,9 +27,18 @@ def until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) ->
     return found
 
 
-def no_more_than_skip(why: str) -> None:
+def skip_at_home(why: str) -> None:
     """What a machine cannot do is skipped at home and fails where everything must run."""
     pytest.fail(why) if os.environ.get("CI") == "true" else pytest.skip(why)
+
+
+def same(what: str, one: Any, other: Any) -> None:
+    """(Assertions outside of test files do not say what differs.)"""
+    if one != other:
+        one, other = (dict.fromkeys(each) if not isinstance(each, dict) else each for each in (one, other))
+        both = [(key, one.get(key, "-"), other.get(key, "-")) for key in {**one, **other}]
+        odd = [each for each in both if each[1] != each[2]]
+        pytest.fail(f"{what}: {len(odd)} differ: {odd[:20]}")
 
 
 class Shop:
@@ -76,8 +85,8 @@ class Shop:
     def worker(self, *flags: str, log: str = "log", wrap: tuple[str, ...] = ()) -> "subprocess.Popen[bytes]":
         return self.start("-m", "barnabas", "run", "shop:app", *flags, log=log, wrap=wrap)
 
-    def sender(self, first: int = 0, step: int = 1, pad: int = 0, log: str = "log") -> "subprocess.Popen[bytes]":
-        return self.start(str(HERE / "shop.py"), str(first), str(step), str(pad), log=log)
+    def sender(self, first: int = 0, step: int = 1, pad: int = 0, **options: Any) -> "subprocess.Popen[bytes]":
+        return self.start(str(HERE / "shop.py"), str(first), str(step), str(pad), **options)
 
     def log(self, name: str = "log") -> str:
         path = self.folder / name
@@ -117,7 +126,7 @@ class Shop:
                     firsts[int(id_)] = None
                     assert last.get(key, -1) < int(offset), f"{name}: {key}: {partition}@{offset} came first after {last[key]}"
                     last[key] = int(offset)
-            assert stored.keys() == firsts.keys()
+            same(f"stored, and handled by {name}", stored.keys(), firsts.keys())
         module = self.module
         by_key: Counter[str] = Counter()
         sums: Counter[str] = Counter()
@@ -125,10 +134,10 @@ class Shop:
             by_key[f"k{id_ % module.KEYS}"] += n
             sums[f"k{id_ % module.KEYS}"] += id_ * n
         with module.counts.open() as view:
-            assert Counter(dict(view.items())) == by_key
+            same("counts", Counter(dict(view.items())), by_key)
         with module.sums.open() as view:
-            assert Counter(dict(view.items())) == sums
-        assert self.stored("copies") == stored
+            same("sums", Counter(dict(view.items())), sums)
+        same("copies", self.stored("copies"), stored)
 
     def end(self, *processes: "subprocess.Popen[bytes]") -> None:
         """Stop these (all) processes in order."""
@@ -144,8 +153,18 @@ class Shop:
                 process.send_signal(signal.SIGCONT)
                 process.kill()
                 process.wait(DEADLINE)
-        for app in self._apps:
-            app.close()
+        self.close_apps()
+
+    def close_apps(self) -> None:
+        """Let this process use the file no more; the next use opens it again."""
+        while self._apps:
+            self._apps.pop().close()
+
+    def integrity(self) -> str:
+        """What the outside witness says: the sqlite3 shell, read-only, after all have ended."""
+        self.close_apps()
+        command = ["sqlite3", "-readonly", str(self.path), "PRAGMA integrity_check"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:

@@ -164,7 +164,7 @@ import os, sys, time
 from barnabas import App
 app = App("fork", events=f"sqlite:///{sys.argv[1]}", jobs=f"sqlite:///{sys.argv[1]}")
 app.events.box(1)
-turn = app.events.turn.take()
+turn = app.events.file.turn.take()
 turn.__enter__()
 if os.fork() == 0:
     os.write(1, b"%d\\n" % os.getpid())

@@ -10,6 +10,7 @@ import ctypes
 import ctypes.util
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import select
@@ -19,6 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from barnabas.errors import BackendError
+
+log = logging.getLogger("barnabas")
 BOX_NUMBERS = 64 * 1024  # 64-bit numbers in a process's box: place for 21,000 workers
 BEAT = 0  # the first number: monotonic nanoseconds of the last sign of life
 
@@ -29,28 +33,65 @@ class Turn:
     With two doors nobody starves: SQLite's own busy_timeout lets one process wait for seconds (facts: sqlite.md).
     """
 
-    def __init__(self, path: str) -> None:
-        self.since = 0.0  # when a thread of this process began to wait (monotonic seconds); 0: none waits
+    def __init__(self, path: str, patience: float = 10.0) -> None:
+        self._path = path
+        self._patience = patience  # seconds that the turn may take to come before a log line says who has it
         self._next = os.open(path + "-next", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._main = os.open(path + "-turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.since = 0.0  # when a thread of this process began to wait (monotonic seconds); 0: none waits
+        self.trouble = ""  # why the turn does not come, once it is late
+        self._watch: threading.Thread | None = None
+        self._closed = False  # (no event: a forked child closes, too, and could find its lock taken)
 
     @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        """Hold the turn."""
-        self.since = time.monotonic()
-        fcntl.flock(self._next, fcntl.LOCK_EX)
+    def take(self, limit: float | None = None) -> Iterator[None]:
+        """Hold the turn. It is waited for as long as it takes: who has it may be in the middle of a transaction, and after a
+        while a log line says who that is. Raises BackendError after `limit` seconds."""
         try:
-            fcntl.flock(self._main, fcntl.LOCK_EX)
+            self._lock(self._next, limit)
+            try:
+                self._lock(self._main, limit)
+            finally:
+                fcntl.flock(self._next, fcntl.LOCK_UN)
         finally:
-            fcntl.flock(self._next, fcntl.LOCK_UN)
             self.since = 0.0
         try:
             yield
         finally:
             fcntl.flock(self._main, fcntl.LOCK_UN)
 
+    def _lock(self, fd: int, limit: float | None) -> None:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.since = self.since or time.monotonic()
+        if self._watch is None:
+            self._watch = threading.Thread(target=self._be_late, name="barnabas-turn", daemon=True)
+            self._watch.start()
+        if limit is None:
+            return fcntl.flock(fd, fcntl.LOCK_EX)
+        while time.monotonic() < self.since + limit:
+            time.sleep(0.01)
+            with contextlib.suppress(BlockingIOError):
+                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        raise BackendError(f"{self._path}: no turn to write within {limit} s: {_has_it(holder(self._path))}")
+
+    def _be_late(self) -> None:
+        """Say so when the turn does not come, and when it came."""
+        late = 0.0
+        while not self._closed:
+            time.sleep(0.5)
+            since = self.since
+            if late and since != late:
+                log.warning("%s: the turn to write came after %.0f s", self._path, time.monotonic() - late)
+                late, self.trouble = 0.0, ""
+            elif since and not late and time.monotonic() - since > self._patience:
+                late, self.trouble = since, _has_it(holder(self._path))
+                log.error("%s: nobody could write for %.0f s; %s", self._path, time.monotonic() - since, self.trouble)
+
     def close(self) -> None:
         """Let go of the files."""
+        self._closed = True
         os.close(self._next)
         os.close(self._main)
 
@@ -65,6 +106,17 @@ def holder(path: str) -> int:
                 if kind == "FLOCK" and file.endswith(inode):
                     return int(pid)
     return 0
+
+
+def _has_it(pid: int) -> str:
+    """That a process has the turn, and what is to be done."""
+    if not pid:
+        return "another process has the turn"
+    stopped = False
+    with contextlib.suppress(OSError):
+        stopped = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    what = "has it and is stopped" if stopped else "has it"
+    return f"process {pid} {what}: kill -CONT {pid} lets it go on, kill -KILL {pid} ends it; nothing is lost by either"
 
 
 class Bell:
@@ -142,7 +194,11 @@ class Life:
     def __init__(self, path: str, number: int) -> None:
         self.path = f"{path}-p{number}"
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise
         os.ftruncate(self._fd, 0)  # a number may come again, after its file was deleted: nothing is in work
         os.ftruncate(self._fd, 8 * BOX_NUMBERS)
         self._reserve(3)
@@ -177,8 +233,9 @@ class Life:
 
     def close(self) -> None:
         """End this life in order: nothing is in work."""
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
+        with contextlib.suppress(OSError):  # of a file that was replaced, the number may be another's by now
+            if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
+                os.unlink(self.path)
         os.close(self._fd)
 
 

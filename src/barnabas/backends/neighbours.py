@@ -32,21 +32,31 @@ class Neighbours:
         self.life: Life | None = None
         self._end = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._told = 0.0
 
     def join(self) -> None:
-        """Be a process that owns things: a row, a file with a lock, and a thread that gives signs of life."""
+        """Be a process that owns things: a row, a file with a lock, a thread that gives signs of life, one that looks around."""
         if self.life is None:
             self.number, self.life = self.home.write(self._register)
-            for act in (self._keep, self._care):
+            for act in (partial(self._keep, self.life), self._care):
                 self._threads.append(threading.Thread(target=act, name="barnabas-keeper", daemon=True))
                 self._threads[-1].start()
 
     def _register(self, db: apsw.Connection) -> tuple[int, Life]:
-        info = json.dumps({"host": HOST})
-        db.execute("INSERT INTO processes (pid, started, info) VALUES (?, ?, ?)", (os.getpid(), self.home.clock.now(), info))
-        number = db.last_insert_rowid()
-        return number, Life(self.home.path, number)
+        row = (os.getpid(), self.home.clock.now(), json.dumps({"host": HOST}))
+        while True:
+            db.execute("INSERT INTO processes (pid, started, info) VALUES (?, ?, ?)", row)
+            number = db.last_insert_rowid()
+            try:
+                return number, Life(self.home.path, number)
+            except BlockingIOError:  # somebody lives under this number in the file that stood here before
+                db.execute("DELETE FROM processes WHERE id = ?", (number,))
+
+    def abandon(self) -> None:
+        """The file is gone, and with it all that was owned."""
+        self._end.set()
+        life, self.life = self.life, None
+        if life is not None:
+            life.close()
 
     def leave(self) -> None:
         """End in order: nothing is owned any more."""
@@ -57,13 +67,12 @@ class Neighbours:
                 log.debug("leaving %s failed: %s", self.home.path, error)
         self._end.set()  # only now: they see to it that the write does not wait for ever
         for thread in self._threads:
-            thread.join(5.0)
-        if self.life is not None:
-            self.life.close()
+            if thread is not threading.current_thread():
+                thread.join(5.0)
+        self.abandon()
 
-    def _keep(self) -> None:
+    def _keep(self, life: Life) -> None:
         """Signs of life, twice a second: this waits for nobody, or a process that cannot write would count as silent."""
-        assert self.life is not None
         last = time.monotonic()
         while not self._end.wait(0.5):
             now = time.monotonic()
@@ -72,7 +81,7 @@ class Neighbours:
                 for source in list(self.home.sources):
                     source.lapse()
             last = now
-            self.life.beat()
+            life.beat()
             for source in list(self.home.sources):
                 source.extend(now + self.session * 0.7)
             try:
@@ -83,20 +92,16 @@ class Neighbours:
     def _unblock(self, now: float) -> None:
         """A process that is stopped while it has the turn lets nobody write: after a session without a sign of life it is
         killed. Only its end gives back the turn and SQLite's own lock."""
-        since = self.home.turn.since
+        since = self.home.file.turn.since
         if not since or now - since < 1.0:
             return
         pid = holder(self.home.path)
-        for (number,) in self.home.query("SELECT id FROM processes WHERE pid = ? AND info ->> 'host' = ?", (pid, HOST)):
+        for (number,) in self.home._query("SELECT id FROM processes WHERE pid = ? AND info ->> 'host' = ?", (pid, HOST)):
             dead, silent, _ = look(self.home.path, number)
             if not dead and silent > self.session:
                 log.error("process %d (pid %d) lets nobody write, silent for %.1f s: it is killed", number, pid, silent)
                 os.kill(pid, signal.SIGKILL)
                 return
-        if now - since > self.session and since != self._told:
-            self._told = since
-            who = f"process {pid} has the turn: let it go on (kill -CONT {pid}), or end it" if pid else "a process has the turn"
-            log.error("%s: nobody could write for %.0f s; %s", self.home.path, now - since, who)
 
     def _care(self) -> None:
         """A look whether the others still give signs of life, twice a second; retention."""
@@ -116,14 +121,15 @@ class Neighbours:
             dead, silent, work = look(self.home.path, number)
             if dead:
                 self.home.write(partial(self._bury, number=number, work=work))
-                forget(self.home.path, number)
+                if self.home.neighbours is self:
+                    forget(self.home.path, number)
             elif silent > self.session and self.home.query("SELECT 1 FROM members WHERE process = ? LIMIT 1", (number,)):
                 self.home.write(partial(self._expel, number=number))
 
     def _bury(self, db: apsw.Connection, number: int, work: list[tuple[int, int, int]]) -> None:
         """A process died: count its crash against what it had in work, free its partitions and jobs."""
-        if not db.execute("SELECT 1 FROM processes WHERE id = ?", (number,)).fetchone():
-            return
+        if self.home.neighbours is not self or not db.execute("SELECT 1 FROM processes WHERE id = ?", (number,)).fetchone():
+            return  # somebody else did, or the file was replaced meanwhile
         suspects: dict[int, list[int]] = {}
         for owner, first, count in work:
             if owner < 0:
@@ -157,6 +163,8 @@ class Neighbours:
 
     def _expel(self, db: apsw.Connection, number: int) -> None:
         """Take a process's partitions: it is dead, or was silent for a session."""
+        if self.home.neighbours is not self:
+            return
         db.execute("UPDATE positions SET member = NULL WHERE member IN (SELECT id FROM members WHERE process = ?)", (number,))
         self.home.stir(
             db,

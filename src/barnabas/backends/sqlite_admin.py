@@ -10,7 +10,8 @@ import apsw
 
 from barnabas.backends.host import look
 from barnabas.backends.shares import CONTROL, HOST, STATES, by_partition, finished, numbers
-from barnabas.backends.sqlite_read import SqliteReader, one
+from barnabas.backends.sqlite_read import one
+from barnabas.backends.sqlite_store import SqliteStore
 from barnabas.errors import Refused, UnknownTopic
 from barnabas.jobs.payload import enqueued_at, recalled
 from barnabas.message import Outgoing
@@ -46,16 +47,13 @@ def name_of(number: Any, pid: Any, info: Any) -> str | None:
     return None if number is None else f"{json.loads(info or '{}').get('host', HOST)}:{pid}:{number}"
 
 
-class SqliteAdmin(SqliteReader):
+class SqliteAdmin(SqliteStore):
     """The operators' half of a SqliteBackend."""
 
     neighbours: Any
     write: Callable[[Callable[[apsw.Connection], Any]], Any]
     stir: Callable[..., None]
-    name_id: Callable[[apsw.Connection, str, str], int]
-    store: Callable[..., Any]
     settled: Callable[[list[Any]], None]
-    _create_queue: Callable[[apsw.Connection, str], int]
     _reported: tuple[float, Mapping[str, Any]] = (-REPORTS, {})
 
     @property

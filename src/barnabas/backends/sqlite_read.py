@@ -3,9 +3,9 @@
 import errno
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import apsw
 import msgspec
@@ -13,6 +13,9 @@ import msgspec
 from barnabas.errors import BackendError
 from barnabas.message import Row
 from barnabas.ports import TopicState
+
+if TYPE_CHECKING:
+    from barnabas.backends.sqlite_file import OpenFile
 
 SHIFT = 40  # id of a record = partition's number << SHIFT | offset
 _decode = msgspec.msgpack.Decoder(
@@ -30,11 +33,14 @@ _SYSTEM = {
 }
 
 
-def connect(path: str) -> apsw.Connection:
-    """A connection with the settings that every one of ours has."""
+def connect(path: str, refuse: Callable[[apsw.Connection], None] = lambda db: None) -> apsw.Connection:
+    """A connection with the settings that every one of ours has. `refuse` may raise before the file is changed."""
     try:
         db = apsw.Connection(path)
+        if db.readonly("main"):  # SQLite's way out where it may not write; nothing would be well again once it may
+            raise apsw.ReadOnlyError("attempt to write a readonly database")
         db.set_busy_timeout(10_000)  # against outside tools only: our own writers take turns
+        refuse(db)
         [(mode,)] = db.execute("PRAGMA journal_mode=WAL").fetchall()  # (a statement not read to its end stops the next one)
         if mode != "wal":
             raise BackendError(f"{path}: its file system has no shared memory, which SQLite's WAL needs; put it on a local disk")
@@ -71,11 +77,12 @@ class SqliteReader:
     """What is stored in one file."""
 
     clock: Any
+    check: Callable[[], None]  # that the file at our path still is the one we have open
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, file: "OpenFile") -> None:
+        self.file = file
+        self.path = file.path
         self._reading = threading.Lock()
-        self._reader = connect(path)
         self.heads: dict[int, int] = {}
         self.parts: dict[str, list[int]] = {}  # a topic's partitions by number
         self.queue_ids: dict[str, int] = {}
@@ -83,9 +90,13 @@ class SqliteReader:
 
     def query(self, sql: str, args: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         """Rows of a read, from the reading connection."""
+        self.check()
+        return self._query(sql, args)
+
+    def _query(self, sql: str, args: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         try:
             with self._reading:
-                return self._reader.execute(sql, args).fetchall()
+                return self.file.reader.execute(sql, args).fetchall()
         except apsw.Error as error:
             raise explain(self.path, error) from error
 
@@ -93,7 +104,7 @@ class SqliteReader:
         """Read the heads; returns the numbers of partitions and queues that changed."""
         changed = []
         heads = self.heads
-        for gid, next_ in self.query("SELECT gid, next FROM heads"):
+        for gid, next_ in self._query("SELECT gid, next FROM heads"):
             if heads.get(gid) != next_:
                 heads[gid] = next_
                 changed.append(gid)
@@ -102,7 +113,7 @@ class SqliteReader:
         return changed
 
     def _learn(self) -> None:
-        rows = self.query("SELECT gid, topic, partition FROM heads ORDER BY gid")
+        rows = self._query("SELECT gid, topic, partition FROM heads ORDER BY gid")
         self._known = frozenset(row[0] for row in rows)
         parts: dict[str, list[int]] = {}
         for gid, topic, partition in rows:
@@ -139,10 +150,11 @@ class SqliteReader:
 
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
         count = 0
-        with self._reading, self._reader:  # one transaction, one state of the file
+        self.check()
+        with self._reading, self.file.reader as db:  # one transaction, one state of the file
             for group, topics in groups.items():
                 for topic in topics:
-                    for next_, first, offset, open_ in self._reader.execute(
+                    for next_, first, offset, open_ in db.execute(
                         "SELECT h.next, h.first, p.offset, p.open FROM heads h LEFT JOIN positions p ON p.gid = h.gid "
                         "AND p.grp = (SELECT id FROM names WHERE kind = 'group' AND name = ?) "
                         "WHERE h.topic = ? AND h.partition >= 0",
@@ -151,9 +163,9 @@ class SqliteReader:
                         done = json.loads(open_).get("done", []) if open_ else []
                         count += max(0, next_ - max(first, offset or 0)) - sum(b - a for a, b in done)
             for queue in queues:
-                (gid,) = one(self._reader, "SELECT max(gid) FROM heads WHERE topic = ? AND partition = -1", (queue,))
+                (gid,) = one(db, "SELECT max(gid) FROM heads WHERE topic = ? AND partition = -1", (queue,))
                 for where, args in (("state = 0", ()), ("state = 1 AND owner IS NOT NULL", ()), ("at <= ?", (self.clock.now(),))):
-                    found = one(self._reader, f"SELECT 1 FROM jobs WHERE queue = ? AND {where} LIMIT 1", (gid, *args))
+                    found = one(db, f"SELECT 1 FROM jobs WHERE queue = ? AND {where} LIMIT 1", (gid, *args))
                     count += found is not None
         return count
 
@@ -184,7 +196,7 @@ class SqliteReader:
         found = []
         try:
             with self._reading:
-                for id_, count, data in self._reader.execute(
+                for id_, count, data in self.file.reader.execute(
                     "SELECT id, count, data FROM records WHERE id >= coalesce((SELECT max(id) FROM records "
                     "WHERE id BETWEEN ? AND ?), ?) AND id < ? AND id + count > ? ORDER BY id",
                     (low, low | offset, low, low + (1 << SHIFT), low | offset),

@@ -50,6 +50,9 @@ class _Fetcher:
         finally:
             self.waiting = False
             self._event.clear()
+        self.home.check()
+        if self.home.blind is not None:
+            raise BackendError(self.home.blind)
 
     def look(self) -> None:
         """Wake up if there is something new."""
@@ -304,11 +307,13 @@ class SqliteLog(_Fetcher):
 
     def close(self) -> None:
         """Leave the group."""
-        self.home.sources.remove(self)
         try:
             self._drop(list(self._parts))
         finally:
-            self.home.write(self._leave)
+            try:
+                self.home.write(self._leave)
+            finally:  # not before: while it is there, nothing of ours gets into a file that was put in the place of ours
+                self.home.sources.remove(self)
 
     def _leave(self, db: apsw.Connection) -> None:
         db.execute("UPDATE positions SET member = NULL WHERE member = ?", (self._member,))  # where giving them up failed
@@ -487,14 +492,15 @@ class SqliteQueues(_Fetcher):
     def close(self) -> None:
         """Give back what is not settled, to the front of its queue."""
         self._closing = True
-        self.home.sources.remove(self)
-        ids = [(id_, self.home.neighbours.number) for id_ in self._work]
-        if ids:
-
-            def act(db: apsw.Connection) -> None:
-                db.executemany("UPDATE jobs SET state = 0, owner = NULL WHERE id = ? AND owner = ?", ids)
-                self.home.stir(db, "partition = -1")
-
-            self.home.write(act)
+        try:
+            if self._work:
+                self.home.write(self._give_back)
+        finally:
+            self.home.sources.remove(self)
         self._work.clear()
         self._claimed = []
+
+    def _give_back(self, db: apsw.Connection) -> None:
+        ids = [(id_, self.home.neighbours.number) for id_ in self._work]
+        db.executemany("UPDATE jobs SET state = 0, owner = NULL WHERE id = ? AND owner = ?", ids)
+        self.home.stir(db, "partition = -1")

@@ -13,13 +13,14 @@ from types import FrameType
 
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.errors import BackendError, BarnabasError, SettingError
+from barnabas.errors import BackendError, BarnabasError, Replaced, SettingError
 from barnabas.supervisor import STOPS, Lifeline
 from barnabas.worker import RECYCLE, Worker, memory
 
 log = logging.getLogger("barnabas")
 Tell = Callable[[dict[str, float]], None]  # gets the counts, about once a second
 TICK = 0.05  # seconds between looks at the worker
+ANEW = -1  # not an exit status: another file was put in the place of ours
 HURRY = 2.0  # seconds a process that hangs gives to what does not
 
 
@@ -55,7 +56,8 @@ class Stopper:
 
 
 def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: Lifeline | None) -> int:
-    """Run a worker until it is asked to stop, drained, failed, hanging or too large; returns the exit status of its process.
+    """Run a worker until it is asked to stop, drained, failed, hanging or too large; returns the exit status of its process, or
+    ANEW.
 
     Raises SettingError if `max_memory` is less than what the app uses before its first message.
     """
@@ -78,6 +80,9 @@ def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
     for text in held:
         log.error("the stop was held up by %s\nit is given back and will run again", text.rstrip())
     error = worker.failed()
+    if isinstance(error, Replaced) and why == "failed" and not held:
+        log.warning("%s: this process starts anew with that one", error)
+        return ANEW
     if error is not None:
         log.error("this process ends: %s", error)
         if lifeline is not None:

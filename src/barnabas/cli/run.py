@@ -16,7 +16,7 @@ from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw, logs
 from barnabas.cli.loading import Wrong, app_options, load, override
-from barnabas.cli.process import Stopper, serve
+from barnabas.cli.process import ANEW, Stopper, serve
 from barnabas.cli.status import Status
 from barnabas.errors import BackendError
 from barnabas.lag import abandoned
@@ -70,11 +70,12 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
 
 def alone(app: App, stopper: Stopper, lifeline: Lifeline | None, only: Any, skip: Any, drain: bool) -> int:
     """Run a worker in this process."""
-    worker = Worker(app, only=only, skip=skip)
-    if lifeline is not None:
-        return serve(worker, stopper, lambda counts: lifeline.say(json.dumps(counts)), drain, lifeline)
     status = Status()
-    code = serve(worker, stopper, status, drain, None)
+    tell = status if lifeline is None else lambda counts: lifeline.say(json.dumps(counts))
+    while (code := serve(worker := Worker(app, only=only, skip=skip), stopper, tell, drain, lifeline)) == ANEW:
+        app.close()
+    if lifeline is not None:
+        return code
     _conclude(app, status, list(worker.queues) if drain and code == 0 else [])
     return code
 

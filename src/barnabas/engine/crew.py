@@ -13,12 +13,13 @@ from typing import Any
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.lanes import Lanes, Run
 from barnabas.engine.work import SLOT, work, work_batches
-from barnabas.errors import TimedOut
+from barnabas.errors import BackendError, TimedOut
 from barnabas.message import Row
 from barnabas.ports import Part, Result
 
 TICK = 0.05  # seconds a run works on before it settles what is done and looks around
 STOP = -1.0
+AWAY = 1.0  # seconds until what met a backend that cannot be read is tried again
 
 
 class Crew:
@@ -217,6 +218,8 @@ class Crew:
         if (id(run), row[0]) in self.late:
             self.late.discard((id(run), row[0]))
             error = TimedOut(f"ran longer than its timeout of {self.handler.limit(run)} s, then: {error!r}")
+        if isinstance(error, BackendError):  # a table could not be read: not the message's fault, and no attempt of it
+            return float(self.monotonic() + AWAY)
         now = self.clock.now()
         try:
             at = self.handler.failed(run, row, error, now, whole)

@@ -1,5 +1,6 @@
 """One subscription at work: fetch, hand over, settle. The fetch thread's loop; it never runs user code."""
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from barnabas.engine.checkpoint import checkpoint
 from barnabas.engine.crew import Crew
 from barnabas.engine.handler import retry_at
 from barnabas.engine.observe import Observers, Settled
+from barnabas.errors import BackendError, Replaced
 from barnabas.message import Row
 from barnabas.ports import Part, Result, Source
 from barnabas.verdict import Again
@@ -97,6 +99,10 @@ class Runner:
                     break
                 self._guard(self.step, 1.0)
             self._end()
+        except Replaced as error:  # nothing of what is in hand can be settled; whoever runs us starts anew
+            self.error = error
+            with contextlib.suppress(Exception):
+                self.source.close()
         except BaseException as error:
             self.error = error
             log.exception("%s: the fetch thread failed", self.name)
@@ -114,10 +120,13 @@ class Runner:
         """Do it; where the backend cannot, say so once, wait a little, and let the loop try again."""
         try:
             act(timeout)
+        except Replaced:
+            raise
         except Exception as error:
             if self._away != repr(error):
                 self._away = repr(error)
-                log.error("%s: the backend failed, trying again every second: %s", self.name, error, exc_info=error)
+                shown = None if isinstance(error, BackendError) else error  # that one has said it all
+                log.error("%s: the backend failed, trying again every second: %s", self.name, error, exc_info=shown)
             self.finished.wait(1.0 if not self.stopping else 0.2)
             return False
         if self._away is not None:

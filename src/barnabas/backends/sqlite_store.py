@@ -1,0 +1,154 @@
+"""The writing half of a SQLite file: how messages, jobs and cells become rows, inside a transaction."""
+
+from collections.abc import Iterable
+from typing import Any
+from zlib import crc32
+
+import apsw
+import msgspec
+
+from barnabas.backends.shares import by_target
+from barnabas.backends.sqlite_read import SHIFT, SqliteReader, one
+from barnabas.errors import UnknownTopic
+from barnabas.message import Outgoing, OutgoingJob
+
+DEFAULT_PARTITIONS = 6
+BATCH_COUNT, BATCH_BYTES = 1000, 256 * 1024  # the most a record holds
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class SqliteStore(SqliteReader):
+    """What is put into one file. What it learns of the file by doing so holds once the transaction is committed."""
+
+    _spin: int  # where the next message without a key goes
+    _names: dict[tuple[str, str], int]
+    _moved: dict[int, int]  # heads that the transaction moved
+
+    def _store(self, db: apsw.Connection, outgoing: Iterable[Outgoing | OutgoingJob]) -> list[tuple[Any, Any]]:
+        """Insert messages and jobs; returns the futures to resolve after the commit, and with what."""
+        messages, jobs = by_target(outgoing)
+        stored: list[tuple[Any, Any]] = []
+        if messages:
+            self._store_messages(db, messages, stored)
+        if jobs:
+            self._store_jobs(db, jobs, stored)
+        return stored
+
+    def _store_messages(self, db: apsw.Connection, messages: list[Outgoing], stored: list[tuple[Any, Any]]) -> None:
+        by_gid: dict[int, list[Outgoing]] = {}
+        last, gids, count = None, [], 0
+        for out in messages:
+            topic, partition, key = out[0], out[1], out[2]
+            if topic is not last:  # most come many of a topic
+                last, gids = topic, self.parts.get(topic.name) or self._create(db, topic)
+                count = len(gids)
+            if partition is None:
+                if key is None:
+                    self._spin += 1
+                    partition = self._spin % count
+                else:
+                    partition = crc32(key.encode() if type(key) is str else key) % count  # type: ignore[arg-type]
+            elif not 0 <= partition < count:
+                stored.append((out[6], UnknownTopic(f"topic {topic.name!r} has no partition {partition}; it has {count}")))
+                continue
+            rows = by_gid.get(gids[partition])
+            if rows is None:
+                by_gid[gids[partition]] = rows = []
+            rows.append(out)
+        for gid, rows in by_gid.items():
+            self._append(db, gid, rows, stored)
+
+    def _append(self, db: apsw.Connection, gid: int, rows: list[Outgoing], stored: list[tuple[Any, Any]]) -> None:
+        """Append rows to one partition, as records of at most BATCH_COUNT rows and about BATCH_BYTES."""
+        count, size, records = len(rows), 0, []
+        while rows:
+            batch = rows[:BATCH_COUNT]
+            data = self._pack(batch)
+            while len(data) > BATCH_BYTES and len(batch) > 1:
+                batch = batch[: max(1, len(batch) * BATCH_BYTES // len(data))]
+                data = self._pack(batch)
+            rows = rows[len(batch) :]
+            records.append((batch, data))
+            size += len(data)
+        grown = "UPDATE heads SET next = next + ?, bytes = bytes + ? WHERE gid = ? RETURNING next"
+        self._moved[gid] = one(db, grown, (count, size, gid))[0]
+        base = self._moved[gid] - count
+        for batch, data in records:
+            _, _, _, _, _, times, futures = zip(*batch, strict=True)
+            db.execute("INSERT INTO records VALUES (?, ?, ?, ?)", (gid << SHIFT | base, len(batch), float(max(times)), data))
+            if any(futures):  # (a Future is always true)
+                partition = self.parts[batch[0][0].name].index(gid)
+                for offset, out in enumerate(batch, base):
+                    if out[6] is not None:
+                        stored.append((out[6], (out[0], partition, offset, out[2], out[3], out[4], out[5])))
+            base += len(batch)
+
+    def _pack(self, batch: list[Outgoing]) -> bytes:
+        _, _, keys, values, headers, times, _ = zip(*batch, strict=True)
+        return _encode((keys, values, headers if any(headers) else None, times))
+
+    def _store_jobs(self, db: apsw.Connection, jobs: list[OutgoingJob], stored: list[tuple[Any, Any]]) -> None:
+        now = self.clock.now()
+        rows: list[tuple[Any, ...]] = []
+        counts: dict[int, int] = {}
+        for queue, payload, at, jid, future in jobs:
+            qid = self.queue_ids.get(queue)
+            if qid is None:
+                qid = self._create_queue(db, queue)
+            later = at is not None and at > now
+            rows.append((qid, 2 if later else 0, at if later else None, jid, payload))
+            counts[qid] = counts.get(qid, 0) + 1
+            if future is not None:
+                stored.append((future, jid))
+        db.executemany("INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)", rows)
+        for qid, n in counts.items():
+            self._moved[qid] = one(db, "UPDATE heads SET next = next + ? WHERE gid = ? RETURNING next", (n, qid))[0]
+
+    def _create(self, db: apsw.Connection, topic: Any) -> list[int]:
+        """Create a topic's partitions where they are missing. Keeps what another process created meanwhile."""
+        found = [r[0] for r in db.execute("SELECT gid FROM heads WHERE topic = ? AND partition >= 0 ORDER BY gid", (topic.name,))]
+        for partition in range(0 if found else topic.partitions or self._partitions_of(topic)):
+            db.execute("INSERT INTO heads (topic, partition) VALUES (?, ?)", (topic.name, partition))
+            found.append(db.last_insert_rowid())
+        self.parts = {**self.parts, topic.name: found}
+        return found
+
+    def _partitions_of(self, topic: Any) -> int:
+        """A dead-letter or retry topic has as many partitions as its source."""
+        parent = topic.parent
+        return len(self.parts[parent.name]) if parent is not None and parent.name in self.parts else DEFAULT_PARTITIONS
+
+    def _create_queue(self, db: apsw.Connection, queue: str) -> int:
+        row = one(db, "SELECT gid FROM heads WHERE topic = ? AND partition = -1", (queue,))
+        if row is None:
+            db.execute("INSERT INTO heads (topic, partition) VALUES (?, -1)", (queue,))
+            row = (db.last_insert_rowid(),)
+        self.queue_ids = {**self.queue_ids, queue: row[0]}
+        return int(row[0])
+
+    def name_id(self, db: apsw.Connection, kind: str, name: str) -> int:
+        """The number of a group or table, given out at its first use."""
+        known = self._names.get((kind, name))
+        if known is None:
+            db.execute("INSERT OR IGNORE INTO names (kind, name) VALUES (?, ?)", (kind, name))
+            known = one(db, "SELECT id FROM names WHERE kind = ? AND name = ?", (kind, name))[0]
+            self._names = {**self._names, (kind, name): known}
+        return known
+
+    def store(
+        self, db: apsw.Connection, outputs: Iterable[Any], cells: dict[tuple[str, Any], bytes | None]
+    ) -> list[tuple[Any, Any]]:
+        """Inside a settlement's transaction: what its handlers sent and wrote."""
+        stored = self._store(db, outputs)
+        upsert, drop = [], []
+        for (table, key), data in cells.items():
+            tbl = self.name_id(db, "table", table)
+            if data is None:
+                drop.append((tbl, key))
+            else:
+                upsert.append((tbl, key, data))
+        if upsert:
+            db.executemany("INSERT INTO cells VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", upsert)
+        if drop:
+            db.executemany("DELETE FROM cells WHERE tbl = ? AND key = ?", drop)
+        return stored
