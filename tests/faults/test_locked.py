@@ -52,7 +52,7 @@ def test_another_program_holds_the_write_lock(shop: Shop) -> None:
     shop.end(*workers)
     for name in logs:
         log = shop.log(name)
-        assert "lost" not in log and "did not run" not in log and "Traceback" not in log, log
+        assert "to others" not in log and "did not run" not in log and "Traceback" not in log, log
 
 
 def test_a_reader_that_does_not_end_holds_nobody_up(shop: Shop) -> None:
@@ -103,7 +103,7 @@ def test_a_process_is_frozen_while_it_has_the_turn(shop: Shop, where: str, end: 
     until(lambda: "frozen" in shop.log("frozen"), "the process to freeze")
     began = time.monotonic()
     acked = len(shop.ids("acked"))
-    said = f"process {frozen.pid} has it and is stopped: kill -CONT {frozen.pid}"
+    said = f"process {frozen.pid} has the turn and is stopped: kill -CONT {frozen.pid}"
     logs = ("worker0", "worker1", "sender0", "sender1")
     until(lambda: all(said in shop.log(name) for name in logs), "all to say who has the turn", 15)
     assert time.monotonic() - began > 1.5 and len(shop.ids("acked")) - acked < 5

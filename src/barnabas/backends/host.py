@@ -115,8 +115,9 @@ def _has_it(pid: int) -> str:
     stopped = False
     with contextlib.suppress(OSError):
         stopped = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    what = "has it and is stopped" if stopped else "has it"
-    return f"process {pid} {what}: kill -CONT {pid} lets it go on, kill -KILL {pid} ends it; nothing is lost by either"
+    if not stopped:
+        return f"process {pid} has the turn, and may itself wait for a lock of another program: see its log"
+    return f"process {pid} has the turn and is stopped: kill -CONT {pid} lets it go on, kill -KILL {pid} ends it, without loss"
 
 
 class Bell:

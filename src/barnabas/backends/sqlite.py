@@ -339,7 +339,7 @@ class SqliteBackend(SqliteAdmin):
         return SqliteLog(self, group, topics, start, ordered, listener)
 
     def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> Source:
-        from barnabas.backends.sqlite_sources import SqliteQueues
+        from barnabas.backends.sqlite_queues import SqliteQueues
 
         self._join()
         return SqliteQueues(self, queues, listener)

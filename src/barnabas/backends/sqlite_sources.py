@@ -1,22 +1,18 @@
-"""What hands out deliveries from a SQLite file: the topics of a consumer group, and the queues of a worker."""
+"""What hands out deliveries from a SQLite file: the topics of a consumer group."""
 
 import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import apsw
 
-from barnabas.backends.queues import QueueOrder
 from barnabas.backends.shares import close_books, numbers, open_account, spread, state_of
 from barnabas.backends.sqlite_read import one
 from barnabas.errors import BackendError
-from barnabas.jobs.payload import PayloadError, enqueued
 from barnabas.message import Row
 from barnabas.ports import Listener, Part, Result
-from barnabas.verdict import Again, Dead
 
 if TYPE_CHECKING:
     from barnabas.backends.sqlite import SqliteBackend
@@ -24,11 +20,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("barnabas")
 FETCH_BYTES = 2 * 1024 * 1024  # bytes of one partition per fetch, at least one record
 FLIGHT_BYTES = 8 * 1024 * 1024  # bytes of one partition in flight, at least one message
-DUE = 500  # jobs moved to their queues in one transaction
-NEVER = 1e18
 
 
-class _Fetcher:
+class Fetcher:
     """The wait that both sources share: until the bell says that something is there, or somebody calls `wake`."""
 
     def __init__(self, home: "SqliteBackend", listener: Listener) -> None:
@@ -59,7 +53,7 @@ class _Fetcher:
         raise NotImplementedError
 
 
-class SqliteLog(_Fetcher):
+class SqliteLog(Fetcher):
     """The topics of one consumer group, as one member sees them."""
 
     def __init__(
@@ -319,188 +313,3 @@ class SqliteLog(_Fetcher):
         db.execute("UPDATE positions SET member = NULL WHERE member = ?", (self._member,))  # where giving them up failed
         db.execute("DELETE FROM members WHERE id = ?", (self._member,))
         self.home.stir(db, "gid = ?", (self._signal,))
-
-
-class SqliteQueues(_Fetcher):
-    """The queues of one worker. Claims ride in the transaction that settles what is done."""
-
-    def __init__(self, home: "SqliteBackend", queues: Sequence[str] | Mapping[str, int], listener: Listener) -> None:
-        super().__init__(home, listener)
-        self._order = QueueOrder(queues)
-        home.write(lambda db: [home.queue_ids.get(q) or home._create_queue(db, q) for q in self._order.names])
-        home.refresh()
-        self._parts = {home.queue_ids[q]: Part(q, -1, -home.queue_ids[q] - 1) for q in self._order.names}
-        self._seen: dict[int, int] = dict.fromkeys(self._parts, -1)
-        self._work: set[int] = set()
-        self._claimed: list[tuple[Part, Sequence[Row]]] = []
-        self._due = 0.0  # when the next waiting job is due (epoch seconds)
-        self._limit = 0
-        self._more = True
-        home.sources.append(self)
-        listener.assigned(list(self._parts.values()))
-
-    def lapse(self) -> None:
-        """A frozen process keeps its jobs: nobody takes them from a living one."""
-
-    def extend(self, until: float) -> None:
-        """Jobs are held by the process's life, not by a lease."""
-
-    def look(self) -> None:
-        if self._news():
-            self.wake()
-
-    def _news(self) -> bool:
-        heads, seen = self.home.heads, self._seen
-        return any(heads[gid] != seen[gid] and not part.paused for gid, part in self._parts.items())
-
-    def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
-        self._limit = limit
-        found, self._claimed = self._claimed, []
-        if not found and self._has_room() and self._may_claim():
-            found = self._take()
-        if not found and timeout > 0:
-            now = self.home.clock.now()
-            self._wait(min(timeout, max(0.0, self._due - now)) if self._has_room() else timeout)
-            if self._has_room() and self._may_claim():
-                found = self._take()
-        return found
-
-    def _take(self) -> list[tuple[Part, Sequence[Row]]]:
-        try:
-            found = self.home.write(self._claim)
-        except BaseException:
-            self._more = True
-            raise
-        self._work.update([row[0] for _, rows in found for row in rows])
-        return found
-
-    def _has_room(self) -> bool:
-        return self._limit > len(self._work)
-
-    def _may_claim(self) -> bool:
-        return self._more or self._due <= self.home.clock.now() or self._news()
-
-    def _claim(self, db: apsw.Connection, freed: int = 0) -> list[tuple[Part, Sequence[Row]]]:
-        """Take ready jobs, up to the room there is, and move what is due into its queue. Ours are they after the commit."""
-        now = self.home.clock.now()
-        self._due = self._next_due(db)
-        if self._due <= now:
-            self._move_due(db, now)
-            self._due = self._next_due(db)
-        for gid, part in self._parts.items():
-            self._seen[gid] = -1 if part.paused else self.home.heads[gid]  # news for whoever resumes it
-        found: list[tuple[Part, Sequence[Row]]] = []
-        room = self._limit - len(self._work) + freed
-        ids = self.home.queue_ids
-        for name in self._order.next():
-            if room <= 0:
-                break
-            gid = ids[name]
-            part = self._parts[gid]
-            if part.paused:
-                continue
-            rows: list[Row] = []
-            claimed: list[Any] = db.execute(
-                "UPDATE jobs SET state = 1, owner = ? WHERE id IN (SELECT id FROM jobs WHERE state = 0 AND queue = ? ORDER BY id "
-                "LIMIT ?) RETURNING id, jid, payload, crashes",
-                (self.home.neighbours.number, gid, room),
-            ).fetchall()
-            for id_, jid, payload, crashes in claimed:
-                rows.append((id_, jid, payload, None, now))
-                if crashes:
-                    part.crashes[id_] = crashes
-            if rows:
-                rows.sort()
-                room -= len(rows)
-                found.append((part, rows))
-        self._more = room <= 0
-        return found
-
-    def _move_due(self, db: apsw.Connection, now: float) -> None:
-        due: list[Any] = db.execute(
-            "SELECT id, payload, queue FROM jobs WHERE at IS NOT NULL AND at <= ? ORDER BY at LIMIT ?", (now, DUE)
-        ).fetchall()
-        for id_, payload, _ in due:
-            with suppress(PayloadError):  # rubbish is buried, with its reason, by the worker that meets it
-                payload = enqueued(payload, now)
-            db.execute("UPDATE jobs SET state = 0, at = NULL, payload = ? WHERE id = ?", (payload, id_))
-        for gid in {row[2] for row in due}:
-            self.home.stir(db, "gid = ?", (gid,))
-
-    def _next_due(self, db: apsw.Connection) -> float:
-        """When the next job that waits for its time is due (epoch seconds)."""
-        at = one(db, "SELECT min(at) FROM jobs WHERE at IS NOT NULL")[0]
-        return NEVER if at is None else float(at)
-
-    def settle(self, results: Sequence[Result]) -> None:
-        """Remove what is done, park or bury what failed, claim what there is room for: one transaction."""
-        done: list[tuple[int, int]] = []
-        later: list[tuple[float, bytes | None, int, int]] = []
-        dead: list[tuple[float, str, bytes, int, int]] = []
-        outputs: list[Any] = []
-        cells: dict[Any, bytes | None] = {}
-        finished: set[int] = set()
-        claimed: list[tuple[Part, Sequence[Row]]] = []
-        now, process = self.home.clock.now(), self.home.neighbours.number
-        for result in results:
-            outputs += result.outputs
-            cells.update(result.cells)
-            others = result.others
-            for row in result.rows:
-                id_ = row[0]
-                finished.add(id_)
-                verdict = others.get(id_) if others else None
-                if isinstance(verdict, Again):
-                    later.append((verdict.at, verdict.payload, id_, process))
-                elif isinstance(verdict, Dead) and verdict.payload is not None:
-                    dead.append((now, verdict.reason, verdict.payload, id_, process))
-                else:
-                    done.append((id_, process))
-            result.part.crashes and [result.part.crashes.pop(row[0], None) for row in result.rows]
-
-        def act(db: apsw.Connection) -> list[tuple[Any, Any]]:
-            if done:
-                db.executemany("DELETE FROM jobs WHERE id = ? AND owner = ?", done)
-            if later:
-                self.home.requeue(db, results, process)
-                db.executemany(
-                    "UPDATE jobs SET state = 3, owner = NULL, crashes = 0, at = ?, payload = coalesce(?, payload) "
-                    "WHERE id = ? AND owner = ?",
-                    later,
-                )
-                self._due = min(self._due, min(at for at, _, _, _ in later))
-            if dead:
-                db.executemany(
-                    "UPDATE jobs SET state = 4, owner = NULL, died = ?, note = ?, payload = ? WHERE id = ? AND owner = ?", dead
-                )
-            if self._limit > len(self._work) - len(finished) and self._may_claim() and not self._closing:
-                claimed.extend(self._claim(db, len(finished)))
-            return self.home.store(db, outputs, cells)
-
-        try:
-            stored = self.home.write(act, whole=bool(outputs))
-        except BaseException:
-            self._more = True
-            raise
-        self._work.difference_update(finished)
-        self._work.update([row[0] for _, rows in claimed for row in rows])
-        self._claimed += claimed
-        self.home.settled(stored)
-
-    _closing = False
-
-    def close(self) -> None:
-        """Give back what is not settled, to the front of its queue."""
-        self._closing = True
-        try:
-            if self._work:
-                self.home.write(self._give_back)
-        finally:
-            self.home.sources.remove(self)
-        self._work.clear()
-        self._claimed = []
-
-    def _give_back(self, db: apsw.Connection) -> None:
-        ids = [(id_, self.home.neighbours.number) for id_ in self._work]
-        db.executemany("UPDATE jobs SET state = 0, owner = NULL WHERE id = ? AND owner = ?", ids)
-        self.home.stir(db, "partition = -1")
