@@ -33,6 +33,10 @@ class BufferFull(SendError):
     """The send buffer stayed full for `send_timeout` seconds."""
 
 
+class NotYetDurable(SendError, TimeoutError):
+    """A send's outcome is not known after the seconds that somebody wanted to wait for it."""
+
+
 class UnknownTopic(SendError):
     """A topic or partition that does not exist in the backend."""
 

@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from barnabas.errors import NotYetDurable
+
 T = TypeVar("T")
 _PENDING: Any = object()
 _LOCK = threading.Lock()  # guards the registration of waiters, of all futures: a rare and short act
@@ -62,7 +64,7 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
             gate.acquire()
             within = -1 if timeout is None else max(0.0, timeout)
             if self._value is _PENDING and self._watch(gate.release) and not gate.acquire(timeout=within):
-                raise TimeoutError(f"not durable after {timeout} s; it may still become so: see barnabas check")
+                raise NotYetDurable(f"not durable after {timeout} s; it may still become so: see barnabas check")
         return self._outcome()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:

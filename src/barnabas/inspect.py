@@ -87,10 +87,12 @@ def check(app: App) -> tuple[list[str], list[str]]:
     problems: dict[str, None] = {}
     for kind in ("events", "jobs"):
         try:
-            getattr(app, kind)
+            getattr(app, kind).control()  # a question that only a server in reach answers
         except BarnabasError as error:
             problems[str(error)] = None
     warnings = list(app.settings.warnings)
+    if not problems and hasattr(app.events, "plan") and app.events.plan(app.all_topics()):
+        warnings.append("the topics are not stored as they are declared: barnabas topics plan")
     for name in app.settings.topics:
         if name not in app.topics:
             warnings.append(f"[topics.{name}] in the settings has no effect: {meant(name, app.topics, 'topics')}")
@@ -100,6 +102,11 @@ def check(app: App) -> tuple[list[str], list[str]]:
             if queue not in queues:  # type: ignore[operator]
                 warnings.append(f"nothing here runs job {job.name!r}: its queue {queue!r} is not in the setting queues")
     used = {table.name for consumer in app.consumers.values() for table in consumer.tables}
+    try:
+        for name in sorted(used):
+            app.events.cell(name, "")
+    except BarnabasError as error:  # no backend for tables; or out of reach, which was said before
+        problems[str(error)] = None
     idle = [name for name in app.tables if name not in used]
     warnings += [f"no consumer names table {name!r}: add it to a consumer's tables=[...]" for name in idle]
     if not app.consumers and not app.job_handlers:
@@ -116,7 +123,7 @@ class TopicInfo(NamedTuple):
     name: str
     partitions: int
     messages: int
-    bytes: int
+    bytes: int | None
     retention: Retention | None
     declared: str
 
@@ -129,7 +136,9 @@ def topics(app: App) -> list[TopicInfo]:
         topic = known.get(name)
         messages, size = sum(end - first for first, end, _ in partitions), sum(size for _, _, size in partitions)
         retention = topic.retention if topic else None
-        found.append(TopicInfo(name, len(partitions), messages, size, retention, _relation(topic)))
+        what = "Barnabas' own" if name == f"{app.name}.control" else _relation(topic)
+        known_size = size if size or not messages else None  # Kafka's clients are not told
+        found.append(TopicInfo(name, len(partitions), messages, known_size, retention, what))
     return found
 
 

@@ -21,7 +21,7 @@ from barnabas.engine.crew import Crew
 from barnabas.engine.crews import LoopCrew, ThreadCrew
 from barnabas.engine.runner import Pauses, Runner
 from barnabas.engine.work import SLOT
-from barnabas.errors import DeclarationError
+from barnabas.errors import BackendError, DeclarationError
 from barnabas.jobs.work import Entry, JobHandler, name_of, router
 from barnabas.ports import Backend, Part
 from barnabas.state.table import Cells
@@ -295,6 +295,10 @@ class Worker:
         if not self.quiet:
             self.quiet = True
             log.info("%s: this process is quiet: it finishes what is in work, and begins nothing until it is stopped", why)
+            info = self.report()
+            for home in self.homes:
+                with contextlib.suppress(BackendError):
+                    home.report(info)  # first: what is closed by a quiet process stays to be seen
             for runner in self.runners:
                 runner.hush()
 

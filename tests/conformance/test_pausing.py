@@ -287,8 +287,13 @@ def test_a_quiet_worker_finishes_what_it_has_and_leaves_the_rest_to_others(place
         wait_for(lambda: position(app).owner is None, worker=worker)
         wait_for(lambda: states(app) == (1, 0), worker=worker)
         assert sorted(seen) == [0, 6] and position(app).offset == 1 and not worker.drained()
+        stored = [home for home in worker.homes if home.url != "memory:"]  # where a quiet process is still to be seen
+        assert [[process.info["quiet"] for process in home.processes()] for home in stored] == [[True]] * len(stored)
         place.drain(app)  # another worker has them
         assert sorted(seen) == [0, 1, 6, 7] and worker.drained()
+        for home in stored[-1:]:
+            home.set_control(f"process:{home.name}", "stop")
+            wait_for(lambda: worker.obey() == "stop")
 
 
 def test_a_worker_reports_what_it_is_and_does(place, app, topic):

@@ -8,7 +8,8 @@ pytest.importorskip("confluent_kafka")
 
 from barnabas import App
 from barnabas.backends.kafka_words import MARK, MOST, pack, unpack
-from barnabas.errors import DeclarationError, SettingError
+from barnabas.errors import BackendError, DeclarationError, SettingError
+from barnabas.inspect import check
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -90,3 +91,22 @@ def test_what_kafka_cannot_do_is_refused_in_a_sentence() -> None:
         home.queues(["mail"], None)
     with pytest.raises(DeclarationError, match=r"'totals': tables cannot be kept on kafka: yet; set events=sqlite"):
         home.cell("totals", "a")
+
+
+@pytest.mark.parametrize("door", ["positions", "topics", "processes", "control"])
+def test_a_cluster_out_of_reach_is_a_backend_error_in_time(door: str, monkeypatch) -> None:
+    monkeypatch.setattr("barnabas.backends.kafka_admin.PATIENCE", 0.2)
+    with pytest.raises(BackendError, match="did not answer in time; see that it runs"):
+        getattr(events(), door)()
+
+
+def test_check_says_that_tables_are_refused() -> None:
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:")
+    app.consumer(app.topic("orders"), tables=[app.table("totals")], name="tally")(print_it)
+    app.events.control = dict
+    app.events.plan = lambda topics: []
+    assert "tables cannot be kept on kafka" in check(app)[0][0]
+
+
+def print_it(order: dict) -> None:
+    print(order)

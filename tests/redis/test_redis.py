@@ -20,7 +20,7 @@ from barnabas.backends import redis_life
 from barnabas.backends.redis_source import RedisQueues
 from barnabas.clock import FakeClock
 from barnabas.engine.observe import Failed
-from barnabas.errors import BackendError, BufferFull, SendError
+from barnabas.errors import BackendError, BufferFull, SendError, SettingError
 from barnabas.ports import Part, Result
 from barnabas.worker import Worker
 
@@ -124,6 +124,11 @@ def test_golden_keys_and_bytes(client, apps):
     assert client.zrange("schedule", 0, -1, withscores=True) == [(text(b"bob", later) + b"}", NOW + 3600)]
     assert sorted(client.keys("*")) == [b"queue:mail", b"queues", b"schedule"]
     assert re.fullmatch("[0-9a-f]{24}", first)
+
+
+def test_an_option_that_redis_does_not_know_is_refused_at_start():
+    with pytest.raises(SettingError, match="'sockt_timeout'"):
+        App("shop", events="memory:", jobs="redis://127.0.0.1:1/0?sockt_timeout=1").jobs  # noqa: B018
 
 
 def test_golden_keys_of_failures_and_of_the_process(client, apps):

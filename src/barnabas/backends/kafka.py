@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -22,7 +23,7 @@ from confluent_kafka import KafkaError, KafkaException
 from barnabas.backends.kafka_doors import KafkaDoors
 from barnabas.backends.kafka_options import PRODUCER, Quiet, check_options
 from barnabas.backends.kafka_words import as_key, explain
-from barnabas.errors import BufferFull, DeclarationError, SendError, SettingError
+from barnabas.errors import BarnabasError, BufferFull, DeclarationError, SendError, SettingError
 from barnabas.future import Future
 from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Listener, Source
@@ -294,6 +295,8 @@ class KafkaBackend(KafkaDoors):
         """Store what is still waiting, at most `send_timeout` seconds, say what could not be, and let go."""
         if self.closed:
             return
+        with suppress(BarnabasError):
+            self.left(True)
         producer = self._producer
         if producer is not None:
             left = producer.flush(self._send_timeout)

@@ -116,6 +116,8 @@ class KafkaAdmin:
                 found = request()
                 self.works()
                 return found
+            except TimeoutError:  # the admin client's future, which goes on waiting longer than we do
+                raise explain(KafkaError(KafkaError._TIMED_OUT), what, self) from None
             except KafkaException as error:
                 if error.args[0].code() not in SOON or time.monotonic() > deadline:
                     raise explain(error.args[0], what, self) from error

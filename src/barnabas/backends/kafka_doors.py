@@ -65,11 +65,8 @@ class KafkaDoors(KafkaAdmin):
 
     def positions(self) -> list[Position]:
         cut = len(self.prefix)
-        try:
-            groups = [g.group_id for g in self.admin.list_consumer_groups().result(PATIENCE).valid]
-        except KafkaException as error:
-            raise explain(error.args[0], "the list of groups", self) from error
-        groups = sorted(group for group in groups if group.startswith(self.prefix))
+        listed = self.ask("the list of groups", lambda: {"": self.admin.list_consumer_groups()})[""].valid
+        groups = sorted(each.group_id for each in listed if each.group_id.startswith(self.prefix))
         stored = self.metadata()
         everywhere = [(topic, number) for topic, count in stored.items() for number in range(count)]
         answers = {group: self.committed(group[cut:], everywhere) for group in groups}
@@ -174,9 +171,10 @@ class KafkaDoors(KafkaAdmin):
         if not self.name:
             self.name, self._started = f"{HOST}:{os.getpid()}:1", self.clock.now()
 
-    def left(self) -> None:
-        """A source was closed: with the last one, the process is none any more."""
-        if not self.sources and self.name:
+    def left(self, end: bool = False) -> None:
+        """A source was closed: with the last one, the process is none any more, unless it is quiet: it is still to be seen,
+        and to be stopped, until its end."""
+        if not self.sources and self.name and (end or not self._reported[1].get("quiet")):
             for key in (f"report:{self.name}", f"process:{self.name}"):
                 if key in self._asked:
                     self.store(self._control, key, None)
@@ -226,8 +224,11 @@ class KafkaDoors(KafkaAdmin):
         return found
 
     def report(self, info: Mapping[str, Any]) -> None:
-        now = time.monotonic()
-        if not self.sources or now - self._reported[0] < (REPORTS if info != self._reported[1] else SIGNS):
+        now, said = time.monotonic(), self._reported[1]
+        hushed = info.get("quiet") and not said.get("quiet")  # its sources close at once
+        if not (self.name if info.get("quiet") else self.sources):
+            return
+        if not hushed and now - self._reported[0] < (REPORTS if info != said else SIGNS):
             return
         self._reported = (now, dict(info))
         self._say(f"report:{self.name}", json.dumps({"started": self._started, "info": info}))

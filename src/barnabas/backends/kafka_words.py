@@ -41,8 +41,8 @@ def explain(error: KafkaError, what: str, home: Any, sending: bool = False) -> E
     if code in _AWAY:
         away = f" ({home.away})" if home.away else ""
         return own(
-            f"{what}: {home.servers} did not answer in time{away}; see that it runs and can be reached, or raise "
-            "delivery.timeout.ms in kafka={...}"
+            f"{what}: {home.servers} did not answer in time{away}; see that it runs and can be reached"
+            + (", or raise delivery.timeout.ms in kafka={...}" if sending else "")
         )
     return own(f"{what}: {text} ({error.name()})")
 

@@ -78,6 +78,7 @@ class RedisBackend(RedisAdmin):
         self.clock = clock
         try:
             self.where = Where(url, settings.redis)
+            self.where.pool.connection_class(**self.where.pool.connection_kwargs)  # it knows which options there are
         except (ValueError, TypeError) as error:
             raise SettingError(f"the redis URL or an option in [redis] is not one: {error}") from None
         self.prefix: str = self.where.prefix

@@ -206,7 +206,8 @@ class RedisAdmin:
     def report(self, info: Mapping[str, Any]) -> None:
         now = time.monotonic()
         for source in self.sources:
-            if source.life.info != info and now - self._reported >= REPORTS:
+            hushed = info.get("quiet") and not source.life.info.get("quiet")  # it is about to close
+            if hushed or (source.life.info != info and now - self._reported >= REPORTS):
                 self._reported = now
                 source.life.info = dict(info)
                 source.life.beat()

@@ -18,7 +18,7 @@ COMMANDS = {
     "send": ("write", "Send messages to a topic."),
     "enqueue": ("write", "Enqueue a job."),
     "read": ("read", "Show the messages of a topic."),
-    "topics": ("show", "List the topics."),
+    "topics": ("show", "List the topics; on Kafka, plan and apply changes."),
     "table": ("show", "Show a table, or one key of it."),
     "flow": ("show", "Show which topics are answered on which."),
     "lag": ("groups", "Show how far each consumer group is."),

@@ -26,6 +26,7 @@ class Failed(msgspec.Struct, frozen=True):
     outcome: str
     reason: str
     error: BaseException | None = None
+    job: str = ""  # its id; the partition is -1 then, and the topic its queue
 
 
 Observer = Callable[[Any], None]
@@ -66,11 +67,9 @@ class Observers:
         if log.isEnabledFor(level):
             log.log(
                 level,
-                "%s: %s[%d]@%d, attempt %d: %s (%s)",
+                "%s: %s, attempt %d: %s (%s)",
                 record.name,
-                record.topic,
-                record.partition,
-                record.offset,
+                f"job {record.job}" if record.job else f"{record.topic}[{record.partition}]@{record.offset}",
                 record.attempt,
                 record.outcome,
                 record.reason,

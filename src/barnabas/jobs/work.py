@@ -161,9 +161,9 @@ class JobHandler:
         if outcome.kind == "again":
             verdict = Again(outcome.at, outcome.payload, outcome.queue if outcome.queue != run.part.topic else None)
         elif outcome.kind == "drop" and entry is not None:
-            verdict = Dead(f"dropped: {outcome.reason}: {error}", None)
+            verdict = Dead(f"dropped: {outcome.reason}", None)
         else:
-            verdict = Dead(f"{outcome.reason}: {error}", outcome.payload)
+            verdict = Dead(outcome.reason, outcome.payload)
         self._note(run, row, payload.name, payload.attempt, verdict, error)
 
     def bury(self, run: Run, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> None:
@@ -183,7 +183,10 @@ class JobHandler:
         else:
             outcome, reason = ("dead" if verdict.payload is not None else "dropped"), verdict.reason
         shown = error if not isinstance(error, Stop | TimedOut | BadArguments | UnknownJob | PayloadError) else None
-        self.observers.failed(Failed(name, run.part.topic, -1, row[0], attempt, outcome, reason, shown))
+        job = ""
+        with suppress(PayloadError):
+            job = parse(row[2]).jid  # type: ignore[arg-type]
+        self.observers.failed(Failed(name, run.part.topic, -1, row[0], attempt, outcome, reason, shown, job))
 
 
 def name_of(row: Row) -> str | None:
