@@ -23,7 +23,7 @@ TOPIC_OPTIONS = ("key", "partitions", "codec", "retention", "limit", "rekeyed")
 
 
 class App:
-    """An application. `events` and `jobs` are URLs (`sqlite:///FILE`, `memory:`); further settings by name.
+    """An application. `events` and `jobs` are URLs (sqlite:///FILE, memory:, kafka://, redis://); further settings by name.
 
     Settings: these arguments < barnabas.toml < BARNABAS_* environment < command line; `barnabas check` shows each
     value and where it came from. Raises SettingError or DeclarationError for what cannot work.
