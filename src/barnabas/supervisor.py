@@ -49,6 +49,7 @@ class Child:
         self.word = ""  # why it says that it ends
         self.changing = False  # it was stopped to be started again
         self.crashes = 0  # in a row
+        self.begun = False  # whether it was ever ready
         self.stillborn = 0  # failed starts in a row
         self.start_at: float | None = 0.0  # None: it is not to be started
         self.counts: dict[str, float] = {}
@@ -180,7 +181,7 @@ class Supervisor:
     def heard(self, child: Child, line: str) -> None:
         """A child said something."""
         if line == "ready":
-            child.ready_at = self._monotonic()
+            child.begun, child.ready_at = True, self._monotonic()
             if self._quiet:
                 child.send(signal.SIGTSTP)
             if self._recycling is child:
@@ -229,7 +230,8 @@ class Supervisor:
 
     def _crashed(self, child: Child, what: str, now: float) -> None:
         child.crashes = 1 if now - child.began >= STEADY else child.crashes + 1
-        at_start = child.ready_at is None or (child.word == "failed" and now - child.ready_at < YOUNG)
+        # A place that could begin once will again: the disk is full, a broker is away.
+        at_start = not child.begun if child.ready_at is None else child.word == "failed" and now - child.ready_at < YOUNG
         child.stillborn = child.stillborn + 1 if at_start else 0
         if self._reload:
             log.error("%s; it is started again when a file changes", what)

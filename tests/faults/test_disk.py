@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from shops import Shop, opened, skip_at_home, until
+from shops import SOURCE, Shop, opened, skip_at_home, until
 
 from barnabas.errors import BackendError
 
@@ -63,7 +63,7 @@ def test_full_while_workers_and_senders_run(shop: Shop, request: pytest.FixtureR
     until(lambda: len(shop.said("end", "step")) > 20, "work to begin")
     relieve = relieve or by_limit(shop)
     logs = [f"{kind}{n}" for kind in ("worker", "sender") for n in range(2)]
-    word = "full"
+    word = "is full"
     until(lambda: all(word in shop.log(name) for name in logs[2:]), "the senders to say that the disk is full")
     until(lambda: any(word in shop.log(name) for name in logs[:2]), "a worker to say that the disk is full")
     acked = len(shop.ids("acked"))
@@ -99,7 +99,7 @@ def test_full_from_the_start(shop: Shop, small: Path, what: str) -> None:
     if what == "worker":
         worker = shop.worker("--drain")
         until(lambda: worker.poll() is not None, "the worker to end")
-        assert worker.returncode == 1 and "full" in shop.log() and "Traceback" not in shop.log(), shop.log()
+        assert worker.returncode == 1 and "is full" in shop.log() and "Traceback" not in shop.log(), shop.log()
         relieve()
         worker = shop.worker("--drain")
         until(lambda: worker.poll() is not None, "the worker to drain")
@@ -109,3 +109,17 @@ def test_full_from_the_start(shop: Shop, small: Path, what: str) -> None:
             shop.module.items.send(shop.module.Item(1, "a"))
         (small / "ballast").unlink()
         assert shop.module.items.send(shop.module.Item(1, "a")).result(10).offset == 0
+
+
+def test_a_process_starts_on_a_full_disk(small: Path) -> None:
+    """Its box is mapped memory: a page that the disk has no room for would kill it (SIGBUS)."""
+    (small / "x").write_bytes(bytes(100))
+    ballast = os.open(small / "ballast", os.O_WRONLY | os.O_CREAT)
+    with pytest.raises(OSError, match="No space"):
+        while os.write(ballast, bytes(1000)):
+            pass
+    os.close(ballast)
+    code = f"from barnabas.backends.host import Life; Life({str(small / 'x')!r}, 1)"
+    environ = os.environ | {"PYTHONPATH": str(SOURCE)}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    assert ended.returncode == 1 and "No space left on device" in ended.stderr, ended

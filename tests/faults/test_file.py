@@ -171,7 +171,7 @@ def test_damaged_while_it_is_used(shop: Shop) -> None:
             file.write(random.Random(at).randbytes(4096))
     sender = shop.sender(10_001, 1, log="sender2")
     until(lambda: any("damaged;" in words for words in shop.said("refused")), "the sender to say so")
-    until(lambda: everywhere(shop, "damaged", "worker"), "the workers to say so")
+    until(lambda: everywhere(shop, "it is damaged", "worker"), "the workers to say so")
     assert all(process.poll() is None for process in [*workers, sender])
     os.rename(shop.folder / "backup.db", shop.path)
     until(lambda: len({n for n in shop.ids("acked") if n > 10_000}) > 200, "sends to be stored again")

@@ -130,6 +130,20 @@ def test_children_that_cannot_start_end_it(house, code):
     assert h.supervisor.status == 1
 
 
+def test_a_child_that_could_start_once_is_tried_for_ever(house):
+    """The disk is full, a broker is away: the others wait for it to come back, too."""
+    h = house(2)
+    h.say("ready", 0)
+    h.end(KILLED, 0)
+    for _ in range(3 * LIVES):
+        h.step(BACKOFF[1] + 1)
+        h.end(1)
+    assert not h.supervisor.stopping
+    h.step(BACKOFF[1] + 1)
+    h.say("ready")
+    assert h.supervisor.alive()
+
+
 def test_children_that_fail_as_soon_as_they_are_ready_end_it(house):
     h = house()
     for _ in range(LIVES):

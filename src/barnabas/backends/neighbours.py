@@ -120,16 +120,18 @@ class Neighbours:
         for (number,) in self.home.query("SELECT id FROM processes WHERE id <> ?", (self.number,)):
             dead, silent, work = look(self.home.path, number)
             if dead:
-                self.home.write(partial(self._bury, number=number, work=work))
+                if self.home.write(partial(self._bury, number=number, work=work)):
+                    what = "process %d died with %d deliveries in work; they are given to others"
+                    log.warning(what, number, len(work))
                 if self.home.neighbours is self:
                     forget(self.home.path, number)
             elif silent > self.session and self.home.query("SELECT 1 FROM members WHERE process = ? LIMIT 1", (number,)):
                 self.home.write(partial(self._expel, number=number))
 
-    def _bury(self, db: apsw.Connection, number: int, work: list[tuple[int, int, int]]) -> None:
+    def _bury(self, db: apsw.Connection, number: int, work: list[tuple[int, int, int]]) -> bool:
         """A process died: count its crash against what it had in work, free its partitions and jobs."""
         if self.home.neighbours is not self or not db.execute("SELECT 1 FROM processes WHERE id = ?", (number,)).fetchone():
-            return  # somebody else did, or the file was replaced meanwhile
+            return False  # somebody else did, or the file was replaced meanwhile
         suspects: dict[int, list[int]] = {}
         for owner, first, count in work:
             if owner < 0:
@@ -150,7 +152,7 @@ class Neighbours:
                         crashes[str(offset)] = crashes.get(str(offset), 0) + 1
                 db.execute("UPDATE positions SET open = ? WHERE id = ?", (json.dumps(state), position))
         self._let_go(db, number)
-        log.warning("process %d died with %d deliveries in work; they are given to others", number, len(work))
+        return True
 
     def _let_go(self, db: apsw.Connection, number: int) -> None:
         """A process owns nothing any more."""
