@@ -2,7 +2,7 @@
 
 import faulthandler
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from threading import Event
@@ -21,8 +21,15 @@ SPAWN = get_context("spawn")
 tune = _tune  # what `barnabas run` does to its process; the raw loop of the same bench gets it too
 
 
+class Missing(Exception):
+    """What a bench needs is not on this machine: its rows are left out, with this line."""
+
+
 class Row(NamedTuple):
-    """One line of the table. `unit` is the figure's ("x": raw's time over ours), `each` that of raw and ours."""
+    """One line of the table. `unit` is the figure's ("x": raw's time over ours), `each` that of raw and ours.
+
+    With `percent`, a round gives all it measured, and the figure is that percentile over all rounds, not a median of theirs.
+    """
 
     what: str
     target: float | None  # None: for the reader
@@ -30,34 +37,39 @@ class Row(NamedTuple):
     each: str  # "/s", "us", "ms"
     at_most: bool = False
     note: str = ""
+    percent: int | None = None
 
 
 class Figure(NamedTuple):
     """What one round gave for one row."""
 
-    value: float
+    value: float | list[float]
     raw: float | None
-    ours: float
+    ours: float | None
 
 
 class Bench(NamedTuple):
-    """`run(n, turn)` measures the raw loop and Barnabas in turn (`turn` odd: Barnabas first): a figure a row."""
+    """`run(n, turn)` measures the raw loop and Barnabas in turn (`turn` odd: Barnabas first): a figure a row.
+
+    `server(folder)` is entered once for all rounds of all benches that name it; its address is in os.environ[its name].
+    """
 
     name: str
     run: Callable[[int, int], list[Figure]]
     n: int
     tiny: int
     rows: tuple[Row, ...]
+    server: Callable[[str], AbstractContextManager[str]] | None
 
 
 BENCHES: dict[str, Bench] = {}
 
 
-def bench(n: int, tiny: int, *rows: Row) -> Callable[[Any], Any]:
+def bench(n: int, tiny: int, *rows: Row, server: Any = None) -> Callable[[Any], Any]:
     """Register a function as a bench of `n` messages (`tiny` in a quick look)."""
 
     def register(run: Any) -> Any:
-        BENCHES[run.__name__] = Bench(run.__name__, run, n, tiny, rows)
+        BENCHES[run.__name__] = Bench(run.__name__, run, n, tiny, rows, server)
         return run
 
     return register

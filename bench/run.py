@@ -10,6 +10,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
@@ -61,7 +62,10 @@ def one_round(name: str, n: int, turn: int, folder: str) -> list[Any]:
     done = subprocess.run(command, cwd=folder, env=keep, capture_output=True, text=True, timeout=900)
     if done.returncode:
         raise RuntimeError(done.stderr.strip() or f"exit status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    figures = json.loads(done.stdout.splitlines()[-1])
+    if isinstance(figures, str):
+        raise import_module("kit").Missing(figures)
+    return figures
 
 
 def show(value: float | None, unit: str) -> str:
@@ -80,7 +84,11 @@ def summary(bench: Any, index: int, rounds: list[Any]) -> dict[str, Any]:
     row = bench.rows[index]
     values, *sides = zip(*(figures[index] for figures in rounds), strict=True)
     raw, ours = (None if None in side else statistics.median(side) for side in sides)
-    figure = statistics.median(values)
+    if row.percent is None:
+        figure = statistics.median(values)
+    else:
+        every = [each for value in values for each in value]
+        figure = ours = statistics.quantiles(every, n=100, method="inclusive")[row.percent - 1]
     ok = None if row.target is None else figure <= row.target if row.at_most else figure >= row.target
     found = {"figure": figure, "ok": ok, "raw": raw, "ours": ours, "rounds": values}
     return {"bench": bench.name, "n": bench.n, **row._asdict(), **found}
@@ -95,8 +103,9 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [what, target, *shown]
 
 
-def write(about: dict[str, str], rounds: int, rows: list[dict[str, Any]]) -> None:
+def write(about: dict[str, str], rounds: int, rows: list[dict[str, Any]], missing: dict[str, None]) -> None:
     """RESULTS.md and results.json."""
+    about |= {"left out": "; ".join(missing)} if missing else {}
     lines = [" | ".join(line) for line in (HEAD, ["---"] * len(HEAD), *map(cells, rows))]
     text = f"""# Figures
 
@@ -114,32 +123,40 @@ each. Ratios hold, absolutes move.
 
 def measure(benches: list[Any], rounds: int, quick: bool, all_of_them: bool) -> int:
     """Run the benches and show what came out; returns the exit status."""
+    from kit import Missing
     from rich.console import Console
     from rich.table import Table
 
-    console, rows, failures = Console(), [], 0
+    console, rows, failures, missing = Console(), [], 0, {}
     build = HERE.parent / "build"  # not /tmp, which may be memory: durability would cost nothing there
     build.mkdir(exist_ok=True)
-    with TemporaryDirectory(dir=build) as folder, console.status("") as status:
+    with TemporaryDirectory(dir=build) as folder, ExitStack() as servers, console.status("") as status:
         about = machine(folder)
         for bench in benches:
             figures = []
             try:
+                if bench.server is not None and bench.server.__name__ not in os.environ:
+                    status.update(f"{bench.name}: {bench.server.__name__}")
+                    os.environ[bench.server.__name__] = servers.enter_context(bench.server(folder))
                 for turn in range(rounds):
                     status.update(f"{bench.name}, round {turn + 1} of {rounds}")
                     figures.append(one_round(bench.name, bench.tiny if quick else bench.n, turn, folder))
                 rows += [summary(bench, index, figures) for index in range(len(bench.rows))]
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
+            except Missing as why:
+                missing[str(why)] = None
+            except (RuntimeError, subprocess.SubprocessError) as error:
                 failures += 1
                 console.print(f"{bench.name} failed:\n{error}", markup=False, highlight=False)
     table = Table(*HEAD, title=f"{about['date']}, {about['machine']}")
     for row in rows:
         table.add_row(*(text.replace("*", "").replace("`", "") for text in cells(row)))
     console.print(table)
+    for why in missing:
+        console.print(f"left out: {why}", markup=False, highlight=False)
     if quick or failures or not all_of_them:
         console.print("nothing was written: that takes a run of everything")
     else:
-        write(about, rounds, rows)
+        write(about, rounds, rows, missing)
         console.print(f"written to {HERE / 'RESULTS.md'}")
     return 1 if failures else 0
 
@@ -147,18 +164,23 @@ def measure(benches: list[Any], rounds: int, quick: bool, all_of_them: bool) -> 
 def main() -> int:
     for theme in THEMES:
         import_module(theme)
-    benches = import_module("kit").BENCHES
+    kit = import_module("kit")
+    benches = kit.BENCHES
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", action="append", choices=list(benches), help="this bench (may be repeated)")
+    parser.add_argument("--only", action="append", choices=[*THEMES, *benches], help="these benches, or this one")
     parser.add_argument("--quick", action="store_true", help="a few messages, one round: does it work?")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each bench (5)")
     parser.add_argument("--round", nargs=3, help=argparse.SUPPRESS)  # NAME N TURN: in a process of its own
     given = parser.parse_args()
     if given.round:
         name, n, turn = given.round
-        print(json.dumps(benches[name].run(int(n), int(turn))))
+        try:
+            print(json.dumps(benches[name].run(int(n), int(turn))))
+        except kit.Missing as why:
+            print(json.dumps(str(why)))
         return 0
-    chosen = [benches[name] for name in given.only or benches]
+    only = given.only or benches
+    chosen = [bench for name, bench in benches.items() if name in only or bench.run.__module__ in only]
     return measure(chosen, 1 if given.quick else given.rounds, given.quick, not given.only)
 
 
