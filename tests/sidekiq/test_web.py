@@ -1,17 +1,14 @@
-"""Sidekiq's own web page, served by puma, shows our processes and jobs, and its buttons act on them."""
+"""Sidekiq's own web page, served by puma and used in a headless Chromium: it shows our processes and jobs, and its buttons act
+on them. What it looked like is kept in build/screenshots."""
 
-import html
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from http.cookiejar import CookieJar
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +19,90 @@ from servers import RedisServer, free_port, need
 from barnabas import App
 
 HERE = Path(__file__).parent
+SCREENSHOTS = HERE.parents[1] / "build" / "screenshots"
 pytestmark = pytest.mark.slow
 
+ROOM = """
+import os, time
+from barnabas import App, RetryAfter
 
-class Page:
-    """What a browser does with the page's forms: it sends their hidden fields and the button that was pressed."""
+app = App("webroom", events="memory:", threads=3)
+
+@app.job
+def slow(n: int, name: str) -> None:
+    while not os.path.exists("go"):
+        time.sleep(0.05)
+
+@app.job(retry=3)
+def mail(n: int, to: str) -> None:
+    with open("ran", "a") as file:
+        file.write(f"{n}\\n")
+    if not os.path.exists("mended"):
+        raise RetryAfter(3600)
+"""
+
+
+class Browser:
+    """A person in front of the page. `port`: where it is served."""
 
     def __init__(self, port: int) -> None:
-        self._root = f"http://127.0.0.1:{port}"
-        self._open = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar())).open
+        from selenium import webdriver
 
-    def get(self, path: str) -> str:
-        with self._open(self._root + path, timeout=10) as answer:
-            return str(answer.read().decode())
+        options = webdriver.ChromeOptions()
+        options.binary_location = "/usr/bin/chromium"
+        looks = ("headless=new", "lang=en", "window-size=1300,900")
+        for switch in ("no-sandbox", "disable-dev-shm-usage", "disable-background-networking", *looks):
+            options.add_argument(f"--{switch}")
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+        self.driver.set_page_load_timeout(30)
+        self._root, self._shots = f"http://127.0.0.1:{port}", 0
 
-    def press(self, path: str, button: str, *, near: str = "", tick: str | None = None) -> None:
-        """Press a button of a form on the page: of the one that has `near` in it, with the box of `tick` ticked."""
-        for form in re.findall(r"<form.*?</form>", self.get(path), re.S):
-            pressed = re.search(rf'<(?:input|button)[^>]*type="submit"[^>]*name="{button}"', form)
-            if pressed and near in html.unescape(form):
-                break
-        else:
-            raise AssertionError(f"no button {button!r} on {path} near {near!r}")
-        head = re.match(r'<form(?:[^>]*action="([^"]*)")?', form)
-        fields = [(html.unescape(n), html.unescape(v)) for n, v in self._hidden(form)] + [(button, "1")]
-        if tick is not None:
-            keys = re.findall(r"name='key\[\]' value='([^']*)'", form)
-            fields.append(("key[]", next(html.unescape(key) for key in keys if tick in key)))
-        target = (head and head[1]) or path
-        data = urllib.parse.urlencode(fields).encode()
-        with self._open(urllib.request.Request(self._root + target, data, method="POST"), timeout=10) as answer:
-            assert answer.status == 200
+    def open(self, path: str) -> str:
+        """Go there; what can be read."""
+        self.driver.get(self._root + path)
+        return self.text
 
-    @staticmethod
-    def _hidden(form: str) -> list[tuple[str, str]]:
-        found = []
-        for field in re.findall(r"<input[^>]*hidden[^>]*>", form, re.S):
-            name, value = re.search(r"""name=['"]([^'"]*)""", field), re.search(r"""value=(?:'([^']*)'|"([^"]*)")""", field)
-            if name and value:
-                found.append((name[1], value[1] if value[1] is not None else value[2]))
-        return found
+    @property
+    def text(self) -> str:
+        return str(self.driver.find_element("tag name", "body").text)
+
+    def keep(self, name: str) -> None:
+        """Keep a picture of what is to be seen."""
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.driver.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
+
+    def press(self, path: str, button: str, *, row: str = "", tick: str = "") -> None:
+        """Press the button of this label: the one in the table row that says `row`, or below the list in which the box of
+        `tick` is ticked first. A page that asks whether one is sure hears yes (Debian's has lost its scripts, and does not)."""
+        from selenium.common.exceptions import NoAlertPresentException
+
+        driver = self.driver
+        driver.get(self._root + path)
+        if tick:
+            driver.find_element("css selector", f"input[type=checkbox][value*='{tick}']").click()
+        here = f"//tr[contains(., '{row}')]" if row else ""
+        old = driver.find_element("tag name", "html")
+        driver.find_element("xpath", f"{here}//*[@type='submit' and (@value='{button}' or normalize-space()='{button}')]").click()
+        with suppress(NoAlertPresentException):
+            driver.switch_to.alert.accept()
+        until(lambda: gone(old))  # another page is there
+
+
+def gone(element: Any) -> bool:
+    from selenium.common.exceptions import StaleElementReferenceException
+
+    try:
+        element.is_enabled()
+    except StaleElementReferenceException:
+        return True
+    return False
+
+
+def until(condition: Callable[[], Any], seconds: float = 40.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -72,32 +113,31 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="module")
-def page(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    need("puma")
+def browser(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    need("puma", "chromium", "chromedriver")
     port = free_port()
     env = {"REDIS_URL": server.url, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
     with open(tmp_path_factory.mktemp("puma") / "log", "w") as log:
         command = ["puma", "-b", f"tcp://127.0.0.1:{port}", str(HERE / "config.ru")]
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-    page = Page(port)
-    until(lambda: reached(page))
-    yield page
-    process.terminate()
-    process.wait(20)
-
-
-def reached(page: Page) -> bool:
+    browser = None
     try:
-        return "Sidekiq" in page.get("/")
-    except (urllib.error.URLError, ConnectionError):
+        until(lambda: served(port))
+        browser = Browser(port)
+        yield browser
+    finally:
+        if browser is not None:
+            browser.driver.quit()
+        process.terminate()
+        process.wait(20)
+
+
+def served(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats", timeout=5) as answer:
+            return "sidekiq" in json.load(answer)
+    except OSError:
         return False
-
-
-def until(condition: Any, seconds: float = 40.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -109,66 +149,96 @@ def app(server: RedisServer) -> Iterator[App]:
     app.close()
 
 
-def jids(app: App, state: str) -> list[str]:
-    return [job.jid for job in app.jobs.find_jobs(state)]
+def jids(app: App, state: str, queue: str | None = None) -> list[str]:
+    return [job.jid for job in app.jobs.find_jobs(state, queue)]
 
 
-def test_buttons_act_on_our_waiting_and_dead_jobs(page, app):
-    mail = app.foreign_job("Mail <ü>", queue="mail", retry=3)
-    one, two, three = mail.enqueue_many([("a/b", 1), ("é", 2), ("\u2028", 3)]).result(10)
-    shown = html.unescape(page.get("/queues/mail"))
-    assert one in shown and "Mail <ü>" in shown and '"a/b", 1' in shown
-    page.press("/queues/mail", "delete", near=two)
-    assert jids(app, "ready") == [one, three]
-    later = mail.enqueue_in(3600, "later").result(10)
-    page.press("/scheduled", "add_to_queue", tick=later)
-    assert jids(app, "ready") == [one, three, later] and jids(app, "scheduled") == []
-    never = mail.enqueue_in(3600, "never").result(10)
-    page.press("/scheduled", "delete", tick=never)
-    assert jids(app, "scheduled") == []
-    client = app.jobs.client
-    for n, button in enumerate(("retry", "delete", "kill")):
-        failed = json.loads(client.rpop("queue:mail")) | {"retry_count": 2, "error_message": "smtp", "error_class": "E"}
-        client.zadd("retry", {json.dumps(failed | {"failed_at": time.time()}, separators=(",", ":")): 2_000_000_000.5 + n})
-        assert "smtp" in page.get("/retries")
-        page.press("/retries", button, tick=failed["jid"])
-        assert jids(app, "retry") == []
-    assert jids(app, "ready") == [one] and jids(app, "dead") == [later]
-    assert json.loads(next(app.jobs.find_jobs("ready")).payload)["retry_count"] == 1
-    page.press("/morgue", "retry", tick=later)
-    assert jids(app, "ready") == [one, later] and jids(app, "dead") == []
-    stats = json.loads(page.get("/stats"))["sidekiq"]
-    assert (stats["enqueued"], stats["scheduled"], stats["retries"], stats["dead"]) == (2, 0, 0, 0)
+def test_buttons_of_a_queue_act_on_our_waiting_jobs(browser, app):
+    letter = app.foreign_job("Mail <ü>", queue="post", retry=3)
+    strange = [("a/b", 1), ("é\n'\"&", 2), ("\u2028<script>alert(1)</script>", 3), ("x" * 300, {"k": [None, 1.5]})]
+    one, two, three, four = letter.enqueue_many(strange).result(10)
+    shown = browser.open("/queues/post")
+    browser.keep("queue")
+    assert "Mail <ü>" in shown and '"a/b", 1' in shown and "<script>alert(1)</script>" in shown
+    for gone_now, said, left in ((two, '"&', [one, three, four]), (three, "<script>", [one, four]), (one, "a/b", [four])):
+        browser.press("/queues/post", "Delete", row=said.replace("'", ""))
+        assert jids(app, "ready") == left and gone_now not in left
+    assert "post" in browser.open("/queues")
+    browser.press("/queues", "Delete", row="post")
+    assert jids(app, "ready") == [] and "post" not in [state.name for state in app.jobs.queue_states()]
 
 
-def test_a_process_is_seen_at_work_and_its_buttons_quiet_and_stop_it(page, app, server, tmp_path):
-    (tmp_path / "webroom.py").write_text(
-        "import os, time\nfrom barnabas import App\napp = App('webroom', events='memory:')\n"
-        "@app.job\ndef slow(n: int, name: str):\n    open('began', 'w').close()\n"
-        "    while not os.path.exists('go'):\n        time.sleep(0.05)\n"
-    )
-    first = app.foreign_job("slow").enqueue(7, "Ümläut").result(10)
+def test_a_process_is_seen_at_work_and_every_button_acts_on_it_and_its_jobs(browser, app, server, tmp_path):
+    (tmp_path / "webroom.py").write_text(ROOM)
+    ran = lambda: (tmp_path / "ran").read_text().split() if (tmp_path / "ran").exists() else []  # noqa: E731
+    mail, slow = app.foreign_job("mail", retry=3), app.foreign_job("slow")
+    first = slow.enqueue(7, "Ümläut").result(10)
+    failing = mail.enqueue_many((n, f"<{n}@ü>") for n in range(5)).result(10)
     log = open(tmp_path / "log", "w")  # noqa: SIM115
     command = [sys.executable, "-m", "barnabas", "run", "webroom:app", "--jobs", server.url]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=os.environ)
     try:
-        until(lambda: (tmp_path / "began").exists())
+        until(lambda: sorted(jids(app, "retry")) == sorted(failing) and sorted(ran()) == list("01234"))
         (name,) = [found.name for found in app.jobs.processes()]
-        until(lambda: first in page.get("/busy") and "webroom" in page.get("/busy"))
-        shown = html.unescape(page.get("/busy"))
-        assert name.rpartition(":")[0] in shown and "Ümläut" in shown and "python" in shown
-        page.press("/busy", "quiet", near=name)
-        until(lambda: "quiet" in page.get("/busy").lower().split("<tbody>", 1)[-1] and app.jobs.processes()[0].info["quiet"])
-        late = app.foreign_job("slow").enqueue(8, "late").result(10)
+        until(lambda: first in browser.open("/busy") and "webroom" in browser.text)
+        browser.keep("busy")
+        for text in (name.rpartition(":")[0], name, "python", "Ümläut", "slow", "Queues: default"):
+            assert text in browser.text
+        check_retries(browser, app, failing, tmp_path / "mended", ran)
+        check_schedule(browser, app, mail, ran)
+        stats = json.loads(browser.open("/stats"))["sidekiq"]
+        counted = [stats[key] for key in ("enqueued", "scheduled", "retries", "dead", "busy", "processes")]
+        assert counted == [0, 0, 0, 0, 1, 1]
+        browser.open("/")
+        browser.keep("dashboard")
+
+        browser.press("/busy", "Quiet", row=name.rpartition(":")[0])
+        until(lambda: "quiet" in browser.open("/busy") and app.jobs.processes()[0].info["quiet"])
+        browser.keep("busy-quiet")
+        late = slow.enqueue(8, "late").result(10)
         (tmp_path / "go").touch()
         until(lambda: jids(app, "work") == [])
         time.sleep(2.0)
         assert jids(app, "ready") == [late] and process.poll() is None and app.jobs.processes()[0].name == name
-        page.press("/busy", "stop", near=name)
+        browser.press("/busy", "Stop", row=name.rpartition(":")[0])
         assert process.wait(30) == 0
-        assert app.jobs.processes() == [] and name not in page.get("/busy")
+        assert app.jobs.processes() == [] and name not in browser.open("/busy")
     finally:
         process.kill()
         process.wait()
         log.close()
         print((tmp_path / "log").read_text())
+
+
+def check_retries(browser: Browser, app: App, failing: list[str], mended: Path, ran: Callable[[], list[str]]) -> None:
+    """Five jobs wait for a retry: each button makes of one what it says, in the eyes of the worker that goes on."""
+    assert "RetryAfter: retry after 3600 s" in browser.open("/retries")
+    browser.keep("retries")
+    browser.press("/retries", "Delete", tick=failing[0])
+    browser.press("/retries", "Kill", tick=failing[1])
+    browser.press("/retries", "Kill", tick=failing[2])
+    assert sorted(jids(app, "retry")) == sorted(failing[3:]) and sorted(jids(app, "dead")) == sorted(failing[1:3])
+    browser.press("/retries", "Retry Now", tick=failing[3])
+    until(lambda: ran().count("3") == 2 and failing[3] in jids(app, "retry"))
+    (entry,) = [json.loads(job.payload) for job in app.jobs.find_jobs("retry") if job.jid == failing[3]]
+    assert entry["retry_count"] == 0  # one taken off by the page, one added by the second failure
+    mended.touch()
+    browser.press("/retries", "Retry All")
+    until(lambda: jids(app, "retry") == [] and ran().count("3") == 3 and ran().count("4") == 2)
+    assert failing[1] in browser.open("/morgue") or "<1@ü>" in browser.text
+    browser.keep("dead")
+    browser.press("/morgue", "Retry Now", tick=failing[1])
+    until(lambda: jids(app, "dead") == [failing[2]] and ran().count("1") == 2)
+    browser.press("/morgue", "Delete", tick=failing[2])
+    assert jids(app, "dead") == [] and ran().count("0") == ran().count("2") == 1
+
+
+def check_schedule(browser: Browser, app: App, mail: Any, ran: Callable[[], list[str]]) -> None:
+    """Of two jobs that are due in an hour one is run now, the other never."""
+    soon, never = mail.enqueue_in(3600, 10, "soon").result(10), mail.enqueue_in(3600, 11, "never").result(10)
+    assert '"soon"' in browser.open("/scheduled")
+    browser.keep("scheduled")
+    browser.press("/scheduled", "Add to queue", tick=soon)
+    until(lambda: ran().count("10") == 1 and jids(app, "scheduled") == [never])
+    browser.press("/scheduled", "Delete", tick=never)
+    assert jids(app, "scheduled") == [] and "11" not in ran()
