@@ -1,7 +1,8 @@
 """`kafka://HOST:PORT,...`: topics in Apache Kafka, through confluent-kafka's synchronous client (librdkafka).
 
-`?prefix=NAME` in the URL goes before every topic and group there: several environments in one cluster. A process has one
-producer, opened at its first send; librdkafka's own queue is the send buffer.
+`?prefix=NAME` in the URL goes before every topic and group there: several environments in one cluster. An app has one
+producer, opened at its first send; librdkafka's own queue is the send buffer. A new producer must wait half a second before
+it may send, so that of a closed app is kept for the next.
 """
 
 import atexit
@@ -33,6 +34,8 @@ SERVE = 64  # sends between two looks at delivery reports
 NO_JOBS = "kafka: carries topics, not queues; set jobs=redis://HOST or jobs=sqlite:///FILE.db beside events=kafka://..."
 NO_TABLES = "tables cannot be kept on kafka: yet; set events=sqlite:///FILE.db, or keep the state in a store of your own"
 _open: "weakref.WeakSet[KafkaBackend]" = weakref.WeakSet()
+_idle: "dict[str, list[_Line]]" = {}  # of apps that were closed, by cluster and options
+IDLE = 2  # so many are kept of each
 _inherited: list[Any] = []  # a forked child keeps its parent's clients untouched, here
 
 
@@ -41,6 +44,51 @@ def open_backend(url: str, settings: Any, clock: Any) -> "KafkaBackend":
     backend = KafkaBackend(url, settings, clock)
     _open.add(backend)
     return backend
+
+
+class _Line:
+    """A producer, its app, and the thread that serves its delivery reports."""
+
+    def __init__(self, key: str, make: Callable[..., Any]) -> None:
+        self.key = key
+        self.home: KafkaBackend | None = None
+        self.fatal = False
+        self.producer = make(error_cb=self._trouble)
+
+    def open(self, home: "KafkaBackend") -> None:
+        """Be this app's."""
+        while self.producer.poll(0):  # what happened while it was nobody's
+            pass
+        self.home, self.end = home, threading.Event()
+        threading.Thread(target=self._serve, args=(home, self.end), name="barnabas-reports", daemon=True).start()
+
+    def close(self, timeout: float) -> int:
+        """Wait until all is stored, and drop what is not in time: how many that were."""
+        left: int = self.producer.flush(timeout)
+        if left:
+            self.producer.purge()
+            self.producer.flush(1.0)
+        self.home = None
+        self.end.set()
+        others = _idle.setdefault(self.key, [])
+        if not left and not self.fatal and len(others) < IDLE:
+            others.append(self)
+        return left
+
+    def _trouble(self, error: KafkaError) -> None:
+        self.fatal = self.fatal or error.fatal()
+        if self.home is not None:
+            self.home.trouble(error)
+
+    def _serve(self, home: "KafkaBackend", end: threading.Event) -> None:
+        """Serve delivery reports as they come. Whoever sends a lot serves them too, and is not to be disturbed."""
+        seen = 0
+        while not end.is_set() and (home.line is self or len(self.producer)):
+            busy, seen = home.sent - seen > SERVE // 2, home.sent
+            if busy:
+                end.wait(0.001)
+            else:
+                self.producer.poll(0.2)
 
 
 class _Chunk:
@@ -98,9 +146,9 @@ class KafkaBackend(KafkaDoors):
         self._most: int = settings.buffer_messages
         self._most_bytes: int = settings.buffer_bytes
         self._lock = threading.RLock()
-        self._producer: Any = None
-        self._sent = self._served = 0
-        self._end = threading.Event()
+        self.line: _Line | None = None
+        self._producer: Any = None  # the line's
+        self.sent = self._served = 0
         self.sources: list[Any] = []
 
     # Clients.
@@ -110,7 +158,7 @@ class KafkaBackend(KafkaDoors):
 
         Raises SettingError for what the driver refuses.
         """
-        config = {**own, **self.options, **fixed, "bootstrap.servers": self.servers, "error_cb": self.trouble}
+        config = {**own, **self.options, "bootstrap.servers": self.servers, "error_cb": self.trouble, **fixed}
         if str(config.get("group.protocol", "classic")).lower() == "consumer":  # the broker's to decide
             for name in ("session.timeout.ms", "heartbeat.interval.ms", "partition.assignment.strategy"):
                 if name not in self.options:
@@ -127,20 +175,15 @@ class KafkaBackend(KafkaDoors):
             if self._producer is None:
                 limits = {"queue.buffering.max.messages": max(2 * self._most, 100_000)}
                 limits["queue.buffering.max.kbytes"] = max(1024, 2 * self._most_bytes // 1024)
-                producer = self.client(driver.Producer, PRODUCER | limits)
-                threading.Thread(target=self._serve, args=(producer,), name="barnabas-reports", daemon=True).start()
-                self._producer = producer
+                key = repr((self.servers, sorted(self.options.items()), limits))
+                try:
+                    line = _idle.get(key, []).pop()
+                except IndexError:
+                    line = _Line(key, functools.partial(self.client, driver.Producer, PRODUCER | limits))
+                self.line = line
+                line.open(self)
+                self._producer = line.producer
             return self._producer
-
-    def _serve(self, producer: Any) -> None:
-        """Serve delivery reports as they come. Whoever sends a lot serves them too, and is not to be disturbed."""
-        seen = 0
-        while not self._end.is_set() and (producer is self._producer or self._producer is None):
-            busy, seen = self._sent - seen > SERVE // 2, self._sent
-            if busy:
-                self._end.wait(0.001)
-            else:
-                producer.poll(0.2)
 
     # The sink.
 
@@ -164,9 +207,9 @@ class KafkaBackend(KafkaDoors):
                     self._produce(producer, each, None, chunk.report)
                 else:
                     self._produce(producer, each, chunk.last if chunk is not None and index == last else self._stored)
-        self._sent += count
-        if self._sent - self._served > SERVE:
-            self._served = self._sent
+        self.sent += count
+        if self.sent - self._served > SERVE:
+            self._served = self.sent
             producer.poll(0)
 
     def _produce(self, producer: Any, out: Any, report: Any, shared: Any = None) -> None:
@@ -213,7 +256,8 @@ class KafkaBackend(KafkaDoors):
             self.names.pop(name, None)
         if error.code() == KafkaError._FATAL:
             with self._lock:
-                self._producer = None  # it is of no use any more; the next send opens another
+                if self.line is not None and self.line.fatal:  # of no use any more; the next send opens another
+                    self.line = self._producer = None
         return explain(error, f"a message for topic {name!r}", self, sending=True)
 
     def _wait_for_room(self, producer: Any, count: int, full: bool = False) -> None:
@@ -297,17 +341,13 @@ class KafkaBackend(KafkaDoors):
             return
         with suppress(BarnabasError):
             self.left(True)
-        producer = self._producer
-        if producer is not None:
-            left = producer.flush(self._send_timeout)
-            if left:
-                why = f": {self.away}" if self.away else ""
-                log.error("%s: %d messages could not be stored before the end%s", self.servers, left, why)
-                producer.purge()
-                producer.flush(1.0)
-        self.closed = True
-        self._end.set()
-        self._producer = None
+        with self._lock:
+            self.closed = True
+            line, self._producer = self.line, None
+        if line is not None and (left := line.close(self._send_timeout)):
+            why = f": {self.away}" if self.away else ""
+            log.error("%s: %d messages could not be stored before the end%s", self.servers, left, why)
+        self.line = None
         self.let_go()
         _open.discard(self)
 
@@ -331,7 +371,9 @@ def _in_child() -> None:
     """After a fork: the parent's clients are its own; the child opens new ones at its next use."""
     for backend in list(_open):
         backend.closed = True
-        _inherited.append((backend, backend._producer, backend.clients(), list(backend.sources)))
+        _inherited.append((backend, backend.line, backend.clients(), list(backend.sources)))
+    _inherited.append(dict(_idle))
+    _idle.clear()
     _open.clear()
 
 

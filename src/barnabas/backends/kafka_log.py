@@ -44,7 +44,7 @@ class KafkaLog(KafkaMember):
         if now > self._until - self._session * 0.4:
             self._renew()
         found, wait = self._hand_out(now), timeout
-        busy = any(len(claim.part.held) for claim in self._claims.values())
+        busy = any(claim.part.held for claim in self._claims.values())
         if self._dirty and now - self._committed_at >= (COMMIT if busy else QUIET):
             self._commit()
         if found:

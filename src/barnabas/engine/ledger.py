@@ -27,6 +27,10 @@ class Ledger:
         """How far the account reaches beyond the watermark: in flight, or finished out of order."""
         return len(self._open) + len(self._done)
 
+    def __bool__(self) -> bool:
+        """Whether anything is in flight."""
+        return bool(self._open)
+
     def add(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Take rows into account, in offset order; returns those that are still to be done."""
         if not rows:
