@@ -37,6 +37,7 @@ soak: setup data ## the long tests
 	$(PY) -m pytest -q -m soak -o faulthandler_timeout=3600
 
 bench: setup ## the table of ratios to raw loops and peers
+	-$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(PY) bench/run.py
 
 data: $(DATA)/flights.csv ## the flights of 2013 from New York, in build/data

@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SRC = HERE.parent / "src"
-THEMES = ("topics", "processes", "jobs", "failover", "engine", "start")  # a file each
+THEMES = ("topics", "processes", "jobs", "failover", "redis_jobs", "engine", "start")  # a file each
 HEAD = ["what", "target", "reached", "", "raw", "Barnabas"]
 sys.path.insert(0, str(SRC))
 
