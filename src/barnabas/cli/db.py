@@ -11,11 +11,11 @@ import click
 
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import Wrong, json_option, with_app
+from barnabas.cli.loading import AppGroup, Wrong
 from barnabas.errors import Refused
 
 
-@click.group()
+@click.group(cls=AppGroup)
 def db() -> None:
     """Check, back up or compact the SQLite file of an app."""
 
@@ -31,8 +31,6 @@ def files(app: App) -> list[str]:
 
 
 @db.command()
-@json_option
-@with_app
 def check(app: App, as_json: bool) -> int:
     """Check the file: SQLite's integrity_check, and that what is stored fits together.
 
@@ -57,8 +55,6 @@ def check(app: App, as_json: bool) -> int:
 @db.command()
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.option("--of", type=click.Choice(["events", "jobs"]), help="Which file, where events and jobs have one each.")
-@json_option
-@with_app
 def backup(app: App, file: str, of: str | None, as_json: bool) -> None:
     """Copy the file as it is at this instant to FILE, which must not exist, and check the copy.
 
@@ -101,8 +97,6 @@ def _bar(as_json: bool) -> Iterator[Callable[[int, int], Any]]:
 
 
 @db.command()
-@json_option
-@with_app
 def compact(app: App, as_json: bool) -> None:
     """Give the file's free space back to the system.
 

@@ -10,8 +10,8 @@ from barnabas import dead as letters
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.jobs import dry_option, fields, limit_option, options, short, show_job, when
-from barnabas.cli.loading import Wrong, json_option, known, with_app
+from barnabas.cli.jobs import dry_option, fields, limit_option, short, show_job, when
+from barnabas.cli.loading import AppGroup, Wrong, known, options
 from barnabas.cli.read import as_fields, as_time, shown, text_of
 from barnabas.dead import Letter
 from barnabas.queues import Entry
@@ -19,7 +19,7 @@ from barnabas.queues import Entry
 COLUMNS = ("address", "time", "of", "by", "key", "runs#", "reason")
 
 
-@click.group()
+@click.group(cls=AppGroup)
 def dead() -> None:
     """List, show, retry, drop and export dead letters."""
 
@@ -60,8 +60,6 @@ def _found(app: App, consumer: str | None, addresses: tuple[str, ...] = (), **wh
 @dead.command("list")
 @_filters
 @limit_option
-@json_option
-@with_app
 def list_(app: App, as_json: bool, limit: int, **which: Any) -> None:
     """List dead letters. The newest first, then how many died of what; those dealt with are left out."""
     newest, causes = letters.newest(_found(app, **which), limit)
@@ -86,8 +84,6 @@ def _row(letter: Letter) -> tuple[Any, ...]:
 
 @dead.command()
 @click.argument("address", nargs=-1, required=True)
-@json_option
-@with_app
 def show(app: App, address: tuple[str, ...], as_json: bool) -> int:
     """Show dead letters whole. ADDRESS is TOPIC[PARTITION]@OFFSET, as `dead list` prints it, or a job's id."""
     seen = set()
@@ -128,9 +124,8 @@ def _absent(app: App, addresses: tuple[str, ...], seen: set[str]) -> int:
     return 1 if absent else 0
 
 
-@dead.command()
+@dead.command(json=False)
 @_filters
-@with_app
 def export(app: App, **which: Any) -> None:
     """Print all matching dead letters as JSON lines, with headers and values: messages as `read` does, jobs as `jobs`."""
     for letter in _found(app, **which):
@@ -145,8 +140,6 @@ def _acting(name: str, doc: str, retry: bool, done: str) -> None:
     @click.option("--all", "everything", is_flag=True, help="All there are.")
     @_filters
     @dry_option
-    @json_option
-    @with_app
     def act(app: App, address: tuple[str, ...], everything: bool, dry_run: bool, as_json: bool, **which: Any) -> int:
         if not (address or everything or any(value is not None for value in which.values())):
             raise click.UsageError("name letters by their addresses, or give filters, or --all")

@@ -11,7 +11,7 @@ from barnabas import inspect
 from barnabas import lag as groups
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import Wrong, json_option, known, with_app
+from barnabas.cli.loading import Wrong, command, known
 from barnabas.cli.read import as_start
 
 
@@ -26,11 +26,9 @@ def group_of(app: App, name: str, stored: Iterable[str]) -> str:
     return name
 
 
-@click.command()
+@command()
 @click.argument("name", required=False, metavar="[GROUP|CONSUMER]", shell_complete=known("consumers", "groups"))
 @click.option("--partitions", is_flag=True, help="Show each partition, too.")
-@json_option
-@with_app
 def lag(app: App, name: str | None, partitions: bool, as_json: bool) -> None:
     """Show how far each consumer group is: what is open, for how long, and who is at it. JSON has each partition."""
     found = groups.groups(app)
@@ -61,7 +59,7 @@ def _topics(group: groups.GroupLag) -> str:
     return ", ".join(topic for topic in group.topics if not _retries(group.group, topic))
 
 
-@click.command()
+@command()
 @click.argument("group", metavar="GROUP|CONSUMER", shell_complete=known("consumers", "groups"))
 @click.option("--to", callback=as_start, metavar="earliest|latest|OFFSET|TIME", help="An OFFSET needs --partition; ISO 8601.")
 @click.option("--forget", is_flag=True, help="Forget its positions: a group that is no more, or is to begin as a new one.")
@@ -70,8 +68,6 @@ def _topics(group: groups.GroupLag) -> str:
 @click.option("--clear-tables", is_flag=True, help="Empty the consumer's tables, too.")
 @click.option("--dry-run", is_flag=True, help="Only show what would change.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@json_option
-@with_app
 def reset(app: App, group: str, dry_run: bool, yes: bool, clear_tables: bool, as_json: bool, **where: Any) -> None:
     """Let a consumer group go on elsewhere. It must be stopped; what it has finished there will be handled again."""
     to, forget, partition = where["to"], where.pop("forget"), where["partition"]

@@ -1,8 +1,6 @@
 """`barnabas queues` and `barnabas jobs`: what waits, what is in work, what failed, and what is to become of it."""
 
-import functools
 from collections import Counter
-from collections.abc import Callable
 from datetime import datetime
 from itertools import chain, islice
 from typing import Any
@@ -13,7 +11,7 @@ import msgspec
 from barnabas import queues as stored
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import json_option, known, with_app
+from barnabas.cli.loading import AppGroup, command, known, options
 from barnabas.cli.read import as_time, shown
 from barnabas.jobs.payload import backtrace
 from barnabas.queues import Entry
@@ -23,9 +21,7 @@ COLUMNS = ("job", "queue", "state", "class", "arguments", "failed#", "when", "er
 WIDTH = 100  # characters of a long text in a table
 
 
-@click.command()
-@json_option
-@with_app
+@command()
 def queues(app: App, as_json: bool) -> None:
     """Show the queues: their jobs by state, and how long the first that is ready waits (latency)."""
     columns = ("queue", "ready#", "work#", "scheduled#", "retry#", "dead#", "latency#", "state")
@@ -37,7 +33,7 @@ def queues(app: App, as_json: bool) -> None:
     draw.listing(as_json, stored.queues(app), columns, row, "there is no queue, and the app declares no job")
 
 
-@click.group()
+@click.group(cls=AppGroup)
 def jobs() -> None:
     """List, show, retry and drop stored jobs."""
 
@@ -50,11 +46,6 @@ _FILTERS = [
 ]
 
 
-def options(*added: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add these options, in this order."""
-    return lambda function: functools.reduce(lambda inner, option: option(inner), reversed(added), function)
-
-
 state_option = click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
 limit_option = click.option("--limit", type=click.IntRange(0), default=50, metavar="N", help="At most so many. [50]")
 dry_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
@@ -62,8 +53,6 @@ dry_option = click.option("--dry-run", is_flag=True, help="Only say what would b
 
 @jobs.command("list")
 @options(*_FILTERS, state_option, limit_option)
-@json_option
-@with_app
 def list_(app: App, as_json: bool, limit: int, **which: Any) -> None:
     """List stored jobs. Those in work come first; of each state, those that run first."""
     found = islice(stored.jobs(app, **which), limit + 1)
@@ -105,8 +94,6 @@ def fields(entry: Entry) -> dict[str, Any]:
 
 @jobs.command()
 @click.argument("jid", nargs=-1, required=True)
-@json_option
-@with_app
 def show(app: App, jid: tuple[str, ...], as_json: bool) -> int:
     """Show jobs by their ids, with all that is stored of them."""
     found = list(stored.jobs(app, jid))
@@ -145,8 +132,6 @@ def _acting(name: str, doc: str, to: str | None, done: str) -> None:
     @click.argument("jid", nargs=-1)
     @click.option("--all", "everything", is_flag=True, help="All, or all that match the filters.")
     @options(*_FILTERS, state_option, dry_option)
-    @json_option
-    @with_app
     def act(app: App, jid: tuple[str, ...], everything: bool, dry_run: bool, as_json: bool, **which: Any) -> int:
         filtered = any(value is not None for value in which.values())
         if bool(jid) == everything or (jid and filtered):

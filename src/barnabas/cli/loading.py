@@ -77,31 +77,46 @@ def override(app: App, **flags: Any) -> App:
     return app
 
 
+_JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print JSON, for programs.")
 _OPTIONS = [
-    click.option("--app", "spec", metavar="MODULE:NAME", help="The app. [default: the setting `app`]"),
-    click.option("--events", metavar="URL", help="Where topics live, in place of the setting."),
-    click.option("--jobs", metavar="URL", help="Where queues live, in place of the setting."),
+    click.Option(["--app", "spec"], metavar="MODULE:NAME", help="The app. [default: the setting `app`]"),
+    click.Option(["--events"], metavar="URL", help="Where topics live, in place of the setting."),
+    click.Option(["--jobs"], metavar="URL", help="Where queues live, in place of the setting."),
 ]
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
-def app_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --app, --events and --jobs."""
-    return functools.reduce(lambda inner, option: option(inner), reversed(_OPTIONS), function)
+class AppCommand(click.Command):
+    """A command with --json (unless json=False), --app, --events and --jobs. Its function gets the App that they name as
+    `app`, closed afterwards; with loads=False these options themselves."""
+
+    def __init__(self, *args: Any, json: bool = True, loads: bool = True, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.params += [_JSON] * json + _OPTIONS
+        self.loads = loads
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        if not self.loads:
+            return super().invoke(ctx)
+        spec, events, jobs = (ctx.params.pop(name) for name in ("spec", "events", "jobs"))
+        with contextlib.closing(override(load(spec), events=events, jobs=jobs)) as ctx.params["app"]:
+            return super().invoke(ctx)
 
 
-def with_app(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add those options; the function gets the App as its first argument, and it is closed afterwards."""
+class AppGroup(click.Group):
+    """A group of such commands."""
 
-    @functools.wraps(function)
-    def wrapped(spec: str | None, events: str | None, jobs: str | None, **options: Any) -> Any:
-        app = override(load(spec), events=events, jobs=jobs)
-        try:
-            return function(app, **options)
-        finally:
-            app.close()
+    command_class = AppCommand
 
-    return app_options(wrapped)
+
+def command(**given: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """As click.command, for an AppCommand."""
+    return click.command(cls=AppCommand, **given)
+
+
+def options(*added: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add these options, in this order."""
+    return lambda function: functools.reduce(lambda inner, option: option(inner), reversed(added), function)
 
 
 def _processes(app: App) -> list[str]:

@@ -10,15 +10,13 @@ from barnabas import processes as workers
 from barnabas.app import App
 from barnabas.cli import draw
 from barnabas.cli.groups import group_of
-from barnabas.cli.loading import Wrong, json_option, known, with_app
+from barnabas.cli.loading import Wrong, command, known
 from barnabas.processes import Pause, ProcessInfo
 
 LEAVE = 5.0  # seconds that a process needs to stop, beyond its handlers
 
 
-@click.command()
-@json_option
-@with_app
+@command()
 def processes(app: App, as_json: bool) -> None:
     """List the worker processes, also those of other apps that use the same backends."""
     columns = ("process", "app", "state", "up#", "memory#", "done#", "in work#", "groups", "queues")
@@ -51,10 +49,8 @@ def _named(app: App, names: tuple[str, ...]) -> list[ProcessInfo]:
 _WHO = click.argument("names", nargs=-1, required=True, metavar="PROCESS...", shell_complete=known("processes"))
 
 
-@click.command()
+@command()
 @_WHO
-@json_option
-@with_app
 def quiet(app: App, names: tuple[str, ...], as_json: bool) -> None:
     """Let processes (by name, by pid, or all) finish what they have in work and take nothing new, until they are stopped."""
     for process in _named(app, names):
@@ -62,10 +58,8 @@ def quiet(app: App, names: tuple[str, ...], as_json: bool) -> None:
         _say(as_json, f"{process.name} was asked to be quiet", process=process.name, asked="quiet")
 
 
-@click.command()
+@command()
 @_WHO
-@json_option
-@with_app
 def stop(app: App, names: tuple[str, ...], as_json: bool) -> int:
     """Stop processes (by name, by pid, or all) as SIGTERM does, and wait for their end. Under a supervisor that is to
     run on, another process takes the place of a stopped one."""
@@ -119,11 +113,9 @@ _complete = known("consumers", "groups", "queues")
 _key_option = click.option("--key", metavar="K", help="Only messages with this key.")
 
 
-@click.command()
+@command()
 @click.argument("name", required=False, metavar=f"[{_NAME}]", shell_complete=_complete)
 @_key_option
-@json_option
-@with_app
 def pause(app: App, name: str | None, key: str | None, as_json: bool) -> None:
     """Pause a consumer, a queue or a key, in all processes, until it is resumed; without a name, list what is paused."""
     if name is not None:
@@ -133,11 +125,9 @@ def pause(app: App, name: str | None, key: str | None, as_json: bool) -> None:
     draw.listing(as_json, workers.pauses(app), ("paused", "name", "key"), lambda p: (p.kind, p.name, p.key), "nothing is paused")
 
 
-@click.command()
+@command()
 @click.argument("name", metavar=_NAME, shell_complete=_complete)
 @_key_option
-@json_option
-@with_app
 def resume(app: App, name: str, key: str | None, as_json: bool) -> None:
     """Resume what was paused."""
     _change(app, name, key, False, as_json)

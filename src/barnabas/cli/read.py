@@ -11,7 +11,7 @@ import msgspec
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import json_option, known, with_app
+from barnabas.cli.loading import command, known
 
 _decode = msgspec.json.Decoder().decode
 
@@ -31,7 +31,7 @@ def as_time(ctx: click.Context, param: click.Parameter, text: str | None, others
         raise click.BadParameter(f"{text!r} is not {others}a time such as 2026-01-31T12:00:00", ctx, param) from None
 
 
-@click.command()
+@command()
 @click.argument("topic", shell_complete=known("topics"))
 @click.option(
     "--from",
@@ -44,8 +44,6 @@ def as_time(ctx: click.Context, param: click.Parameter, text: str | None, others
 @click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="At most so many messages.")
 @click.option("--key", metavar="K", help="Only messages with this key.")
-@json_option
-@with_app
 def read(app: App, topic: str, start: inspect.Start | None, follow: bool, as_json: bool, **which: Any) -> None:
     """Show the messages of a topic: each partition in its order, between partitions the oldest first."""
     start = start if start is not None else "latest" if follow else "earliest"

@@ -11,21 +11,19 @@ from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw, logs
 from barnabas.cli.jobs import fields, when
-from barnabas.cli.loading import Wrong, json_option, known, with_app
+from barnabas.cli.loading import Wrong, command, known
 from barnabas.cli.read import as_fields
 from barnabas.errors import UnknownTopic
 from barnabas.replay import Output, Replay, own_part
 from barnabas.replay import replay as run
 
 
-@click.command()
+@command()
 @click.argument("topic", shell_complete=known("topics"))
 @click.argument("offset", type=click.IntRange(0), required=False)
 @click.option("--partition", type=click.IntRange(0), metavar="N", help="The partition of OFFSET.")
 @click.option("--consumer", metavar="NAME", help="Through this one. [default: the only one]", shell_complete=known("consumers"))
 @click.option("--pdb", is_flag=True, help="If it fails, look at where: the debugger, in the frame that raised.")
-@json_option
-@with_app
 def replay(
     app: App, topic: str, offset: int | None, partition: int | None, consumer: str | None, pdb: bool, as_json: bool
 ) -> int:

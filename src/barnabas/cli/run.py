@@ -15,7 +15,7 @@ import click
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw, logs
-from barnabas.cli.loading import Wrong, app_options, load, override
+from barnabas.cli.loading import Wrong, command, load, override
 from barnabas.cli.process import ANEW, Stopper, serve
 from barnabas.cli.status import Status
 from barnabas.errors import BackendError
@@ -26,7 +26,7 @@ from barnabas.worker import Worker, chosen
 log = logging.getLogger("barnabas")
 
 
-@click.command()
+@command(json=False, loads=False)
 @click.argument("target", required=False, metavar="[MODULE:NAME]")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this consumer, job or queue:NAME; repeatable.")
 @click.option("--except", "skip", multiple=True, metavar="NAME", help="Not this one; repeatable.")
@@ -36,7 +36,6 @@ log = logging.getLogger("barnabas")
 @click.option("--reload", "reloads", is_flag=True, help="Start again when a file changes (needs watchfiles).")
 @click.option("--child", type=int, hidden=True)
 @click.option("--lifeline", type=int, hidden=True)
-@app_options
 def run(target: str | None, spec: str | None, processes: int | None, **options: Any) -> int:
     """Run the app's consumers and jobs until SIGTERM or Ctrl-C.
 

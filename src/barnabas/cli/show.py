@@ -9,16 +9,14 @@ from msgspec.structs import astuple
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import Wrong, app_options, json_option, known, load, override, with_app
+from barnabas.cli.loading import Wrong, command, known, load, override
 from barnabas.errors import BarnabasError
 from barnabas.settings import Row
 from barnabas.topic import Retention
 
 
-@click.command()
+@command()
 @click.argument("act", type=click.Choice(["list", "plan", "apply"]), default="list")
-@json_option
-@with_app
 def topics(app: App, act: str, as_json: bool) -> None:
     """List the stored topics: partitions, messages, bytes, retention, and whether the app declares them.
 
@@ -81,11 +79,9 @@ def _kept(retention: Retention | None) -> str:
     return ", ".join(limits) or "for good"
 
 
-@click.command()
+@command()
 @click.argument("name", shell_complete=known("tables"))
 @click.argument("key", required=False)
-@json_option
-@with_app
 def table(app: App, name: str, key: str | None, as_json: bool) -> None:
     """Show a table as it was last settled, or its value under KEY."""
     if name not in app.tables:
@@ -107,10 +103,8 @@ def _key(key: Any) -> str:
     return key.decode(errors="backslashreplace") if isinstance(key, bytes) else str(key)
 
 
-@click.command()
+@command()
 @click.option("--format", "form", type=click.Choice(["text", "mermaid", "json"]), default="text", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="As --format json.")
-@with_app
 def flow(app: App, form: str, as_json: bool) -> None:
     """Show what flows where: consumed topics and what they are answered on, or the whole graph as Mermaid or JSON."""
     graph = inspect.flow(app)
@@ -120,9 +114,7 @@ def flow(app: App, form: str, as_json: bool) -> None:
         click.echo(inspect.flow_mermaid(graph) if form == "mermaid" else inspect.flow_text(app))
 
 
-@click.command()
-@json_option
-@app_options
+@command(loads=False)
 def check(spec: str | None, events: str | None, jobs: str | None, as_json: bool) -> int:
     """Check the settings and what the app declares; show each setting's value and where it came from."""
     try:

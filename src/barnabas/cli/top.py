@@ -15,7 +15,7 @@ import click
 from barnabas import lag, processes
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import json_option, with_app
+from barnabas.cli.loading import command
 from barnabas.errors import BackendError
 from barnabas.ports import QueueState
 
@@ -142,10 +142,8 @@ def _at(work: dict[str, Any]) -> str:
     return f"{where}@{work['offset']}"
 
 
-@click.command()
+@command()
 @click.option("--once", is_flag=True, help="Print one frame and end; so it does where the output is not a terminal.")
-@json_option
-@with_app
 def top(app: App, once: bool, as_json: bool) -> None:
     """Show groups, queues, processes and the slowest handlers, live; q or Ctrl-C ends it. JSON is a line a second."""
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):

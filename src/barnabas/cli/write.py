@@ -15,7 +15,7 @@ import msgspec
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import Wrong, json_option, known, with_app
+from barnabas.cli.loading import Wrong, command, known
 from barnabas.cli.read import as_time
 from barnabas.errors import SendError, UnknownTopic
 from barnabas.future import Future
@@ -26,13 +26,11 @@ from barnabas.topic import Topic
 AHEAD = 5000  # messages on their way at a time
 
 
-@click.command()
+@command()
 @click.argument("topic", shell_complete=known("topics"))
 @click.argument("value", required=False)
 @click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Send each line of this file.")
 @click.option("--key", metavar="K", help="The key, in place of the one that the topic takes from the value.")
-@json_option
-@with_app
 def send(app: App, topic: str, value: str | None, file: Path | None, key: str | None, as_json: bool) -> None:
     """Send VALUE (JSON) to a topic; "-" sends each line of standard input, --file each line of a file.
 
@@ -115,14 +113,12 @@ def _sent(topic: Topic[Any], lines: Iterable[tuple[str, bytes]], key: str | None
         yield future.result(patience)
 
 
-@click.command()
+@command()
 @click.argument("job", shell_complete=known("jobs"))
 @click.argument("args", nargs=-1)
 @click.option("--in", "delay", type=click.FloatRange(0), metavar="SECONDS", help="Run it that much later.")
 @click.option("--at", callback=as_time, metavar="TIME", help="Run it then (ISO 8601).")
 @click.option("--queue", metavar="NAME", help="Another queue than the job's own.")
-@json_option
-@with_app
 def enqueue(
     app: App, job: str, args: tuple[str, ...], delay: float | None, at: datetime | None, queue: str | None, as_json: bool
 ) -> int:
