@@ -11,7 +11,7 @@ import pytest
 from conftest import failures, settled, wait_for, waiting
 
 from barnabas import Reject, RetryAfter
-from barnabas.backends.queues import QueueOrder
+from barnabas.backends.shares import QueueOrder
 from barnabas.errors import SendError
 from barnabas.jobs.payload import backtrace, parse
 

@@ -19,7 +19,7 @@ from barnabas import App
 from barnabas.backends import sqlite_read
 from barnabas.backends.host import Life, look
 from barnabas.backends.sqlite_care import backup, check, compact
-from barnabas.backends.sqlite_open import SCHEMA, SOUND, check_library, check_place, migrate, mounted
+from barnabas.backends.sqlite_file import SCHEMA, SOUND, check_library, check_place, migrate, mounted
 from barnabas.errors import BackendError, Refused
 from barnabas.worker import Worker
 
@@ -122,7 +122,7 @@ def test_opening_asks_all_of_it(tmp_path, monkeypatch):
     with pytest.raises(BackendError, match="WAL-reset"):
         app.events.topics()
     monkeypatch.undo()
-    monkeypatch.setattr("barnabas.backends.sqlite_open.mounted", lambda folder, table: ("nfs4", folder))
+    monkeypatch.setattr("barnabas.backends.sqlite_file.mounted", lambda folder, table: ("nfs4", folder))
     with pytest.raises(BackendError, match=f"nfs4, mounted at {tmp_path}"):
         app.events.topics()
     monkeypatch.undo()

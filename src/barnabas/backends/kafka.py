@@ -5,14 +5,12 @@ producer, opened at its first send; librdkafka's own queue is the send buffer. A
 it may send, so that of a closed app is kept for the next.
 """
 
-import atexit
 import functools
 import itertools
 import logging
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -33,17 +31,9 @@ log = logging.getLogger("barnabas")
 SERVE = 64  # sends between two looks at delivery reports
 NO_JOBS = "kafka: carries topics, not queues; set jobs=redis://HOST or jobs=sqlite:///FILE.db beside events=kafka://..."
 NO_TABLES = "tables cannot be kept on kafka: yet; set events=sqlite:///FILE.db, or keep the state in a store of your own"
-_open: "weakref.WeakSet[KafkaBackend]" = weakref.WeakSet()
 _idle: "dict[str, list[_Line]]" = {}  # of apps that were closed, by cluster and options
 IDLE = 2  # so many are kept of each
-_inherited: list[Any] = []  # a forked child keeps its parent's clients untouched, here
-
-
-def open_backend(url: str, settings: Any, clock: Any) -> "KafkaBackend":
-    """A cluster; it is reached for at the first use."""
-    backend = KafkaBackend(url, settings, clock)
-    _open.add(backend)
-    return backend
+_inherited: list[Any] = []  # a forked child keeps its parent's idle producers untouched, here
 
 
 class _Line:
@@ -349,7 +339,6 @@ class KafkaBackend(KafkaDoors):
             log.error("%s: %d messages could not be stored before the end%s", self.servers, left, why)
         self.line = None
         self.let_go()
-        _open.discard(self)
 
 
 class _Refused:
@@ -362,20 +351,11 @@ class _Refused:
         return self._topic
 
 
-def _at_exit() -> None:
-    for backend in list(_open):
-        backend.close()
-
-
 def _in_child() -> None:
-    """After a fork: the parent's clients are its own; the child opens new ones at its next use."""
-    for backend in list(_open):
-        backend.closed = True
-        _inherited.append((backend, backend.line, backend.clients(), list(backend.sources)))
+    """After a fork: idle producers are the parent's, too."""
     _inherited.append(dict(_idle))
     _idle.clear()
-    _open.clear()
 
 
-atexit.register(_at_exit)
 os.register_at_fork(after_in_child=_in_child)
+open_backend = KafkaBackend

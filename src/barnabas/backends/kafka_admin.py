@@ -64,10 +64,6 @@ class KafkaAdmin:
         """A client of the driver."""
         raise NotImplementedError
 
-    def clients(self) -> list[Any]:
-        """Those that are open here."""
-        return [self._admin, self._reader, *self._askers.values()]
-
     def let_go(self) -> None:
         """Close them."""
         with self._admin_lock:

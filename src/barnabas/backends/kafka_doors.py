@@ -43,9 +43,6 @@ class KafkaDoors(KafkaAdmin):
         self._reported: tuple[float, Mapping[str, Any]] = (0.0, {})
         self._started = 0.0
 
-    def clients(self) -> list[Any]:
-        return [*super().clients(), self._watcher]
-
     def let_go(self) -> None:
         with self._control_lock:
             if self._watcher is not None:

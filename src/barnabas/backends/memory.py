@@ -12,8 +12,7 @@ from typing import Any
 from zlib import crc32
 
 from barnabas.backends.memory_admin import MemoryAdmin
-from barnabas.backends.queues import QueueOrder
-from barnabas.backends.shares import close_books, open_account, spread
+from barnabas.backends.shares import QueueOrder, close_books, open_account, spread
 from barnabas.errors import DeclarationError, UnknownTopic
 from barnabas.message import Outgoing, OutgoingJob, Row
 from barnabas.ports import Listener, Part, Result, TopicState

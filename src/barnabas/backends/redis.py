@@ -6,11 +6,8 @@ queue -> payload), `landing:<process>:<queue>` (where its blocking moves go), `w
 payload -> how often its process died), `control`. A job is in a queue, in a set, or in exactly one process's hands.
 """
 
-import atexit
 import logging
-import os
 import threading
-import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,15 +30,6 @@ from barnabas.ports import Listener, Source
 
 log = logging.getLogger("barnabas")
 LATER = (ReadOnlyError, BusyLoadingError)  # answers that say "not here, not now"
-_open: "weakref.WeakSet[RedisBackend]" = weakref.WeakSet()
-_inherited: list[Any] = []  # a forked child keeps its parent's connections untouched, here
-
-
-def open_backend(url: str, settings: Any, clock: Any) -> "RedisBackend":
-    """Connect to a URL's server, and refuse what it must not be."""
-    backend = RedisBackend(url, settings, clock)
-    _open.add(backend)
-    return backend
 
 
 class Where:
@@ -207,7 +195,6 @@ class RedisBackend(RedisAdmin):
             source.leave()
         self.client.close()
         self.where.pool.disconnect()
-        _open.discard(self)
 
 
 def explain(where: str, error: BaseException) -> BackendError:
@@ -232,18 +219,4 @@ def explain(where: str, error: BaseException) -> BackendError:
     return BackendError(f"{where}: {hint} ({text})")
 
 
-def _at_exit() -> None:
-    for backend in list(_open):
-        backend.close()
-
-
-def _in_child() -> None:
-    """After a fork: the parent's connections are its own; the child opens new ones at its next use."""
-    for backend in list(_open):
-        backend.closed = True
-        _inherited.append((backend, backend.where.pool))
-    _open.clear()
-
-
-atexit.register(_at_exit)
-os.register_at_fork(after_in_child=_in_child)
+open_backend = RedisBackend

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import hiredis
 from redis.exceptions import ResponseError
 
-from barnabas.errors import BufferFull, SendError
+from barnabas.backends.shares import Room
+from barnabas.errors import SendError
 from barnabas.jobs.payload import PayloadError, enqueued
 from barnabas.message import OutgoingJob
 
@@ -42,14 +43,12 @@ class Outbox:
 
     def __init__(self, home: "RedisBackend", settings: Any) -> None:
         self._home = home
-        self._timeout: float = settings.send_timeout
-        self._most = (settings.buffer_messages, settings.buffer_bytes)
         lock = threading.Lock()
-        self._room, self._bell = threading.Condition(lock), threading.Condition(lock)  # who waits for room; the thread
+        self._room = Room(home.where.name, "jobs", settings, lambda: self._failed, lock)
+        self._bell = threading.Condition(lock)  # what the thread waits for
         self._last = 0.0  # when somebody sent last
         self._pending: deque[tuple[float, Sequence[OutgoingJob]]] = deque()
         self._split = False  # the first of those is the rest of a call's, the beginning of which has left
-        self._waiting = [0, 0]  # jobs and bytes that are not stored yet
         self._asleep = self._hurry = False  # the thread; and what it is told
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -64,40 +63,19 @@ class Outbox:
         """Take these. Raises BufferFull when there was no room for them for `send_timeout` seconds."""
         if self._closed or self._home.closed:
             raise SendError(f"{self._home.where.name} was closed; the app opens it again at its next use")
-        count, size = len(jobs), sum([len(job[1]) for job in jobs])
+        size = sum([len(job[1]) for job in jobs])
         with self._room:
-            waiting, (most, most_bytes) = self._waiting, self._most
-            if waiting[0] and (waiting[0] + count > most or waiting[1] + size > most_bytes):
-                self._wait_for_room(count, size)
-            waiting[0] += count
-            waiting[1] += size
+            self._room.enter(len(jobs), size)
             future = jobs[-1][4]
             if future is not None and future._hand is None:
                 future._hand = self
             self._last = now = time.monotonic()
-            self._pending.append((now + self._timeout, jobs))
+            self._pending.append((now + self._room.timeout, jobs))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="barnabas-send", daemon=True)
                 self._thread.start()
             elif self._asleep:
                 self._bell.notify()
-
-    def _wait_for_room(self, count: int, size: int) -> None:
-        """On an event-loop thread nobody may block: twice the limit is the end there."""
-        import asyncio
-
-        timeout, waiting, (most, most_bytes) = self._timeout, self._waiting, self._most
-        if asyncio._get_running_loop() is not None:
-            if waiting[0] + count <= 2 * most and waiting[1] + size <= 2 * most_bytes:
-                return
-            timeout = 0.0
-        room = lambda: not waiting[0] or (waiting[0] + count <= most and waiting[1] + size <= most_bytes)  # noqa: E731
-        if not self._room.wait_for(room, timeout):
-            why = f" (the last try failed: {self._failed})" if self._failed else ""
-            raise BufferFull(
-                f"the send buffer of {self._home.where.name} was full for {timeout} s: {waiting[0]} jobs, {waiting[1]} bytes wait"
-                f"{why}; send slower, or raise buffer_messages, buffer_bytes or send_timeout"
-            )
 
     def awaited(self, future: Any, blocking: bool) -> None:
         """Somebody is about to wait for this future: store what is pending in his thread, after whoever is at it."""
@@ -125,7 +103,7 @@ class Outbox:
                     if self._closed:
                         break
                     now = time.monotonic()
-                    age = now - self._pending[0][0] + self._timeout if self._pending else 0.0
+                    age = now - self._pending[0][0] + self._room.timeout if self._pending else 0.0
                     if (self._asleep and self._pending) or age >= LINGER:
                         break
                     self._asleep = not self._pending and now > self._last + AWAKE
@@ -165,10 +143,7 @@ class Outbox:
             self._failed = None
             log.warning("%s: jobs are stored again", self._home.where.name)
         if not commands:
-            with self._room:
-                self._waiting[0] -= count
-                self._waiting[1] -= size
-                self._room.notify_all()
+            self._room.leave(count, size)
             return None
         return error  # type: ignore[no-any-return]
 
@@ -184,7 +159,7 @@ class Outbox:
             why = self._home.explain(error)
             for command in commands:
                 for job in command.jobs:
-                    self._lose(job, SendError(f"the job was not stored within {self._timeout} s: {why}"))
+                    self._lose(job, SendError(f"the job was not stored within {self._room.timeout} s: {why}"))
             commands.clear()
 
     def _take(self) -> tuple[list[OutgoingJob], float]:
@@ -262,8 +237,8 @@ class Outbox:
         with self._room:
             rest = self._pending.popleft()[1] if self._split else ()
             self._split = False
-            self._waiting[0] -= len(rest)
-            self._waiting[1] -= sum([len(other[1]) for other in rest])
+            self._room.count -= len(rest)
+            self._room.size -= sum([len(other[1]) for other in rest])
         for lost in (job, *rest):
             if lost[4] is not None:
                 lost[4].fail(error)
@@ -274,14 +249,11 @@ class Outbox:
         """Wait until all is stored, at most so many seconds; the number of jobs that are not."""
         if timeout:
             self._wake()
-        with self._room:
-            if timeout:
-                self._room.wait_for(lambda: not self._waiting[0], timeout)
-            return self._waiting[0]
+        return self._room.emptied(timeout)
 
     def close(self) -> None:
         """Store what is waiting, at most `send_timeout` seconds, and say what could not be."""
-        left = self.flush(self._timeout)
+        left = self.flush(self._room.timeout)
         if left:
             log.error("%s: %d jobs could not be stored before the end: %s", self._home.where.name, left, self._failed)
         self._end.set()

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from redis.exceptions import RedisError, ResponseError
 
-from barnabas.backends.queues import QueueOrder
 from barnabas.backends.redis_admin import text
 from barnabas.backends.redis_life import BLOCK, Life
-from barnabas.backends.shares import HOST
+from barnabas.backends.shares import HOST, QueueOrder
 from barnabas.engine.alone import CRASHES
 from barnabas.errors import BackendError
 from barnabas.message import Row

@@ -1,12 +1,15 @@
-"""What every log backend does alike: fair shares of a group's partitions, and the account of a partition in hand."""
+"""What backends do alike: fair shares of a group's partitions, the account of a partition in hand, the room in a send buffer."""
 
 import json
+import random
 import socket
+import threading
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from barnabas.engine.ledger import Intervals, Ledger, Straight
+from barnabas.errors import BufferFull
 from barnabas.ports import Part, Result
 
 HOST = socket.gethostname()
@@ -16,9 +19,57 @@ M = TypeVar("M", bound=Hashable)
 P = TypeVar("P", bound=Hashable)
 
 
-def numbers(counts: Mapping[str, int]) -> dict[int, int]:
-    """Counts by offset, as JSON keeps them."""
-    return {int(offset): n for offset, n in counts.items()}
+class Room(threading.Condition):
+    """The room in a send buffer: how many messages or jobs (`count`), of how many bytes (`size`), are not stored yet. Hold it
+    to `enter`. trouble: why nothing leaves just now, if anything is known."""
+
+    def __init__(self, where: str, what: str, settings: Any, trouble: Callable[[], Any], lock: Any = None) -> None:
+        super().__init__(lock)
+        self.timeout: float = settings.send_timeout
+        self.count = self.size = 0
+        self._where, self._what, self._trouble = where, what, trouble
+        self._most: int = settings.buffer_messages
+        self._most_bytes: int = settings.buffer_bytes
+
+    def enter(self, count: int, size: int) -> None:
+        """Take room for these. Raises BufferFull when there was none for `send_timeout` seconds."""
+        if self.count and (self.count + count > self._most or self.size + size > self._most_bytes):
+            self._wait_for(count, size)
+        self.count += count
+        self.size += size
+
+    def _wait_for(self, count: int, size: int) -> None:
+        """On an event-loop thread nobody may block: twice the limit is the end there."""
+        import asyncio
+
+        def fits(times: int) -> bool:
+            return self.count + count <= times * self._most and self.size + size <= times * self._most_bytes
+
+        timeout = self.timeout
+        if asyncio._get_running_loop() is not None:
+            if fits(2):
+                return
+            timeout = 0.0
+        if not self.wait_for(lambda: not self.count or fits(1), timeout):
+            why = f" (the last try failed: {said})" if (said := self._trouble()) else ""
+            raise BufferFull(
+                f"the send buffer of {self._where} was full for {timeout} s: {self.count} {self._what}, {self.size} bytes "
+                f"wait{why}; send slower, or raise buffer_messages, buffer_bytes or send_timeout"
+            )
+
+    def leave(self, count: int, size: int) -> None:
+        """Give the room back of what was stored, or is not to be any more."""
+        with self:
+            self.count -= count
+            self.size -= size
+            self.notify_all()
+
+    def emptied(self, timeout: float) -> int:
+        """Wait until all is stored, at most so many seconds; how many are not."""
+        with self:
+            if timeout:
+                self.wait_for(lambda: not self.count, timeout)
+            return self.count
 
 
 def fair(members: Sequence[M], partitions: Sequence[P], owners: Mapping[P, M]) -> dict[P, M]:
@@ -122,3 +173,27 @@ def state_of(part: Part, done: list[tuple[int, int]]) -> str | None:
     if part.crashes:
         state["crashes"] = dict(part.crashes)
     return json.dumps(state) if state else None
+
+
+def told(state: str | None) -> tuple[Intervals, dict[int, int], dict[int, int]]:
+    """What `state_of` wrote: the intervals that are finished, failed runs and crashes by offset."""
+    said = json.loads(state) if state else {}
+    runs, crashes = ({int(at): n for at, n in said.get(name, {}).items()} for name in ("attempts", "crashes"))
+    return [(a, b) for a, b in said.get("done", ())], runs, crashes
+
+
+class QueueOrder:
+    """In which order a worker looks at its queues. `["a", "b"]`: strict, the first that has jobs. `{"a": 5, "b": 1}`: at
+    random by weight, `a` is looked at first five times out of six."""
+
+    def __init__(self, queues: Sequence[str] | Mapping[str, int], rand: random.Random | None = None) -> None:
+        self.names = list(queues)
+        self._weights = dict(queues) if isinstance(queues, Mapping) and len(queues) > 1 else None
+        self._rand = rand or random.Random()
+
+    def next(self) -> list[str]:
+        """The queues in the order for this look."""
+        if self._weights is None:
+            return self.names
+        keys = {name: self._rand.random() ** (1.0 / max(1, weight)) for name, weight in self._weights.items()}
+        return sorted(keys, key=lambda name: -keys[name])

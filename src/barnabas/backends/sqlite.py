@@ -5,11 +5,9 @@ its process in the same transaction (group commit). Readers have a connection of
 never the standard library's sqlite3: that one waits a switch interval for every step (facts: sqlite.md).
 """
 
-import atexit
 import logging
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
@@ -18,10 +16,11 @@ from typing import Any, TypeVar
 import apsw
 
 from barnabas.backends.neighbours import Neighbours
+from barnabas.backends.shares import Room
 from barnabas.backends.sqlite_admin import SqliteAdmin
 from barnabas.backends.sqlite_file import OpenFile, identity
 from barnabas.backends.sqlite_read import explain
-from barnabas.errors import BackendError, BufferFull, DeclarationError, Replaced, SendError
+from barnabas.errors import BackendError, DeclarationError, Replaced, SendError
 from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Listener, Source
 
@@ -29,15 +28,6 @@ T = TypeVar("T")
 log = logging.getLogger("barnabas")
 TURN, TURN_BYTES = 2000, 2 << 20  # sends of one transaction, some 5 ms: what others may have to wait for several times
 ENOUGH = 5.0  # seconds that anything may take when a backend is closed
-_open: "weakref.WeakSet[SqliteBackend]" = weakref.WeakSet()
-_inherited: list[Any] = []  # a forked child keeps its parent's handles untouched, here
-
-
-def open_backend(url: str, settings: Any, clock: Any) -> "SqliteBackend":
-    """Open the file of a URL, creating it if need be."""
-    backend = SqliteBackend(url, settings, clock)
-    _open.add(backend)
-    return backend
 
 
 class SqliteBackend(SqliteAdmin):
@@ -47,17 +37,14 @@ class SqliteBackend(SqliteAdmin):
         self.url = url
         self.closed = False
         self.clock = clock
-        self._send_timeout: float = settings.send_timeout
-        self._most = (settings.buffer_messages, settings.buffer_bytes)
         self._joining, self._next, self._mutex = (threading.Lock() for _ in range(3))  # the last two: doors as host.Turn has
         super().__init__(OpenFile(url.removeprefix("sqlite:///"), settings.session_timeout))
         self._names: dict[tuple[str, str], int] = {}
         self.retention: dict[str, Any] = {}
         self._pending: list[Outgoing | OutgoingJob] = []
         self._limbo: list[tuple[list[Outgoing | OutgoingJob], list[tuple[Any, Any]]]] = []  # stored in a file that is away
-        self._waiting = [0, 0]  # messages and bytes in the buffer
         self._failed: BaseException | None = None
-        self._room = threading.Condition()
+        self._room = Room(self.path, "messages", settings, lambda: self._failed or self.file.turn.trouble)
         self._committer: threading.Thread | None = None
         self._spin = int.from_bytes(os.urandom(2), "little")
         self._moved: dict[int, int] = {}
@@ -176,7 +163,7 @@ class SqliteBackend(SqliteAdmin):
     def _take_pending(self, whole: bool = False) -> list[Outgoing | OutgoingJob]:
         with self._room:
             most = len(self._pending) if whole else TURN
-            if self._waiting[1] > TURN_BYTES and not whole:
+            if self._room.size > TURN_BYTES and not whole:
                 sizes = accumulate(len(out[3] or b"") if len(out) == 7 else 0 for out in self._pending[:TURN])
                 most = 1 + sum(size < TURN_BYTES for size in sizes)
             pending, self._pending = self._pending[:most], self._pending[most:]
@@ -189,11 +176,7 @@ class SqliteBackend(SqliteAdmin):
     def _resolve(self, pending: list[Outgoing | OutgoingJob], stored: list[tuple[Any, Any]]) -> None:
         self.settled(stored)
         if pending:
-            size = sum([len(out[3] or b"") for out in pending if len(out) == 7])
-            with self._room:
-                self._waiting[0] -= len(pending)
-                self._waiting[1] -= size
-                self._room.notify_all()
+            self._room.leave(len(pending), sum([len(out[3] or b"") for out in pending if len(out) == 7]))
 
     def declare(self, topics: Iterable[Any]) -> None:
         for topic in topics:
@@ -213,41 +196,14 @@ class SqliteBackend(SqliteAdmin):
     def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
         if self.closed:
             raise SendError(f"{self.path} was closed; the app opens it again at its next use")
-        count = len(outgoing)
         size = sum([len(out[3] or b"") for out in outgoing if len(out) == 7])
-        most, most_bytes = self._most
         with self._room:
-            waiting = self._waiting
-            if waiting[0] and (waiting[0] + count > most or waiting[1] + size > most_bytes):
-                self._wait_for_room(count, size)
-            waiting[0] += count
-            waiting[1] += size
+            self._room.enter(len(outgoing), size)
             self._pending += outgoing
             if self._committer is None:
                 self._committer = threading.Thread(target=self._commit_pending, name="barnabas-commit", daemon=True)
                 self._committer.start()
             self._room.notify_all()
-
-    def _wait_for_room(self, count: int, size: int) -> None:
-        """On an event-loop thread nobody may block: twice the limit is the end there."""
-        most, most_bytes = self._most
-        import asyncio
-
-        timeout = self._send_timeout
-        if asyncio._get_running_loop() is not None:
-            if self._waiting[0] + count <= 2 * most and self._waiting[1] + size <= 2 * most_bytes:
-                return
-            timeout = 0.0
-        fits = self._room.wait_for(
-            lambda: not self._waiting[0] or (self._waiting[0] + count <= most and self._waiting[1] + size <= most_bytes), timeout
-        )
-        if not fits:
-            why = self._failed or self.file.turn.trouble
-            why = f" (the last try failed: {why})" if why else ""
-            raise BufferFull(
-                f"the send buffer of {self.path} was full for {timeout} s: {self._waiting[0]} messages, {self._waiting[1]} "
-                f"bytes wait{why}; send slower, or raise buffer_messages, buffer_bytes or send_timeout"
-            )
 
     def _commit_pending(self) -> None:
         while True:
@@ -290,10 +246,7 @@ class SqliteBackend(SqliteAdmin):
                     self._resolve([out], [(out[-1], refused)])
 
     def flush(self, timeout: float) -> int:
-        with self._room:
-            if timeout:
-                self._room.wait_for(lambda: not self._waiting[0], timeout)
-            return self._waiting[0]
+        return self._room.emptied(timeout)
 
     # What consumers and workers use.
 
@@ -363,7 +316,7 @@ class SqliteBackend(SqliteAdmin):
         """Store what is still waiting, at most `send_timeout` seconds, say what could not be, and let go."""
         if self.closed:
             return
-        left = self.flush(self._send_timeout)
+        left = self.flush(self._room.timeout)
         if left:
             why = self._failed or self.file.turn.trouble
             log.error("%s: %d messages could not be stored before the end: %s", self.path, left, why)
@@ -380,7 +333,12 @@ class SqliteBackend(SqliteAdmin):
                 out[-1].fail(lost, told=True)
         with suppress(BackendError), self._alone(), self._reading:  # else a thread waits for its turn: it ends with the process
             self.file.close()
-        _open.discard(self)
+
+    def disown(self) -> None:
+        """In a forked child: the locks of the turn and of the life are to go with the parent."""
+        self.file.turn.close()
+        if self.neighbours.life is not None:
+            self.neighbours.life.abandon()
 
 
 def _of_one(error: BaseException) -> bool:
@@ -390,21 +348,4 @@ def _of_one(error: BaseException) -> bool:
     return not isinstance(error, MemoryError)
 
 
-def _at_exit() -> None:
-    for backend in list(_open):
-        backend.close()
-
-
-def _in_child() -> None:
-    """After a fork: the parent's handles are its own; the child opens new ones at its next use."""
-    for backend in list(_open):
-        backend.closed = True
-        backend.file.turn.close()  # its locks, too, go with the parent
-        if backend.neighbours.life is not None:
-            backend.neighbours.life.abandon()
-        _inherited.append((backend, backend.file))
-    _open.clear()
-
-
-atexit.register(_at_exit)
-os.register_at_fork(after_in_child=_in_child)
+open_backend = SqliteBackend

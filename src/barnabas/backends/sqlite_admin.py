@@ -9,7 +9,7 @@ from typing import Any
 import apsw
 
 from barnabas.backends.host import look
-from barnabas.backends.shares import CONTROL, HOST, STATES, by_partition, finished, numbers
+from barnabas.backends.shares import CONTROL, HOST, STATES, by_partition, finished, told
 from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_store import SqliteStore
 from barnabas.errors import Refused, UnknownTopic
@@ -69,10 +69,7 @@ class SqliteAdmin(SqliteStore):
             "FROM positions p JOIN names n ON n.id = p.grp JOIN heads h ON h.gid = p.gid "
             "LEFT JOIN members m ON m.id = p.member LEFT JOIN processes r ON r.id = m.process ORDER BY 1, 2, 3"
         ):
-            state = json.loads(open_ or "{}")
-            done = [(a, b) for a, b in state.get("done", ())]
-            attempts, crashes = numbers(state.get("attempts", {})), numbers(state.get("crashes", {}))
-            found.append(Position(group, topic, number, first, end, offset, done, attempts, crashes, name_of(*process)))
+            found.append(Position(group, topic, number, first, end, offset, *told(open_), name_of(*process)))
         return found
 
     def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
@@ -110,8 +107,7 @@ class SqliteAdmin(SqliteStore):
         for at, some in by_partition(letters).items():
             gid, first = self._head(db, *at)
             stood, open_ = one(db, "SELECT offset, open FROM positions WHERE grp = ? AND gid = ?", (grp, gid)) or (first, None)
-            done = [(a, b) for a, b in json.loads(open_ or "{}").get("done", ())]
-            fresh, offset, done = finished(max(stood, first), done, some)
+            fresh, offset, done = finished(max(stood, first), told(open_)[0], some)
             db.execute(_PLACED, (grp, gid, offset, json.dumps({"done": done}) if done else None))
             outputs += [out for out in map(some.get, fresh) if out is not None]
             count += len(fresh)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import apsw
 
 from barnabas.backends.host import Turn, look
-from barnabas.backends.sqlite_open import SCHEMA, living
+from barnabas.backends.sqlite_file import SCHEMA, living
 from barnabas.backends.sqlite_read import SHIFT, connect, explain, one
 from barnabas.errors import BackendError, Refused
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import apsw
 
-from barnabas.backends.queues import QueueOrder
+from barnabas.backends.shares import QueueOrder
 from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_sources import Fetcher
 from barnabas.jobs.payload import PayloadError, enqueued

@@ -1,7 +1,6 @@
 """The reading half of a SQLite file: it never waits for writers and never writes."""
 
 import errno
-import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import apsw
 import msgspec
 
+from barnabas.backends.shares import told
 from barnabas.errors import BackendError
 from barnabas.message import Row
 from barnabas.ports import TopicState
@@ -160,8 +160,7 @@ class SqliteReader:
                         "WHERE h.topic = ? AND h.partition >= 0",
                         (group, topic),
                     ):
-                        done = json.loads(open_).get("done", []) if open_ else []
-                        count += max(0, next_ - max(first, offset or 0)) - sum(b - a for a, b in done)
+                        count += max(0, next_ - max(first, offset or 0)) - sum(b - a for a, b in told(open_)[0])
             for queue in queues:
                 (gid,) = one(db, "SELECT max(gid) FROM heads WHERE topic = ? AND partition = -1", (queue,))
                 for where, args in (("state = 0", ()), ("state = 1 AND owner IS NOT NULL", ()), ("at <= ?", (self.clock.now(),))):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import apsw
 
-from barnabas.backends.shares import close_books, numbers, open_account, spread, state_of
+from barnabas.backends.shares import close_books, open_account, spread, state_of, told
 from barnabas.backends.sqlite_read import one
 from barnabas.errors import BackendError
 from barnabas.message import Row
@@ -201,13 +201,11 @@ class SqliteLog(Fetcher):
                 "WHERE p.grp = ? AND p.gid = ?",
                 (self._group, gid),
             )
-            state = json.loads(open_) if open_ else {}
+            done, attempts, crashes = told(open_)
             part = Part(topic, number, id_, self._group_name)
             part.until = self._lease or self.home.clock.monotonic() + self.home.neighbours.session * 0.7
-            open_account(
-                part, self._ordered, offset, [(a, b) for a, b in state.get("done", ())], numbers(state.get("attempts", {}))
-            )
-            part.crashes.update(numbers(state.get("crashes", {})))
+            open_account(part, self._ordered, offset, done, attempts)
+            part.crashes.update(crashes)
             came[gid] = part, epoch
         if came and any(owner is None and gid not in self._parts and gid not in came for gid, (owner, _) in owners.items()):
             # Who gets the larger share depends on who has what: with our claim it may be somebody else's turn to take it.

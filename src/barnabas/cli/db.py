@@ -75,10 +75,9 @@ def backup(app: App, file: str, of: str | None, as_json: bool) -> None:
             size = backup(paths[0], os.path.abspath(file), tell)
         except Refused as error:  # no process is in its way
             raise Wrong(str(error), "barnabas db backup --help") from None
-    if as_json:
-        draw.json_line({"file": paths[0], "backup": os.path.abspath(file), "bytes": size, "seconds": monotonic() - began})
-    else:
-        click.echo(f"{paths[0]}: {draw.size(size)} copied to {file} and checked, in {monotonic() - began:.1f} s")
+    seconds = monotonic() - began
+    said = f"{paths[0]}: {draw.size(size)} copied to {file} and checked, in {seconds:.1f} s"
+    draw.say(as_json, said, file=paths[0], backup=os.path.abspath(file), bytes=size, seconds=seconds)
 
 
 @contextmanager
@@ -106,7 +105,5 @@ def compact(app: App, as_json: bool) -> None:
 
     for path in files(app):
         before, after = compact(path)
-        if as_json:
-            draw.json_line({"file": path, "before": before, "after": after})
-        else:
-            click.echo(f"{path}: {draw.size(before)} before, {draw.size(after)} now")
+        said = f"{path}: {draw.size(before)} before, {draw.size(after)} now"
+        draw.say(as_json, said, file=path, before=before, after=after)

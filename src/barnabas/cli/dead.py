@@ -154,10 +154,8 @@ def _acting(name: str, doc: str, retry: bool, done: str) -> None:
                 yield letter
 
         dealt = letters.deal(app, noted(), retry=retry, dry_run=dry_run)
-        if as_json:
-            draw.json_line({done: dealt.done, "gone": dealt.gone, "refused": dict(dealt.refused), "dry_run": dry_run})
-        else:
-            click.echo(f"{'would be ' if dry_run else ''}{done}: {dealt.done:,}")
+        said = {done: dealt.done, "gone": dealt.gone, "refused": dict(dealt.refused), "dry_run": dry_run}
+        draw.say(as_json, f"{'would be ' if dry_run else ''}{done}: {dealt.done:,}", **said)
         _say_left(done, dealt)
         return 1 if _absent(app, address, seen) or not dealt.done else 0
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import click
 import msgspec
 
 
@@ -39,6 +40,11 @@ def show(drawn: Any) -> None:
 def json_line(value: Any) -> None:
     """Print one JSON value on a line of its own."""
     line(msgspec.json.encode(value))
+
+
+def say(as_json: bool, said: str, **fields: Any) -> None:
+    """Print what was done: for people, or its fields as JSON."""
+    json_line(fields) if as_json else click.echo(said)
 
 
 def listing(

@@ -55,7 +55,7 @@ def quiet(app: App, names: tuple[str, ...], as_json: bool) -> None:
     """Let processes (by name, by pid, or all) finish what they have in work and take nothing new, until they are stopped."""
     for process in _named(app, names):
         workers.ask(app, process, "quiet")
-        _say(as_json, f"{process.name} was asked to be quiet", process=process.name, asked="quiet")
+        draw.say(as_json, f"{process.name} was asked to be quiet", process=process.name, asked="quiet")
 
 
 @command()
@@ -72,7 +72,7 @@ def stop(app: App, names: tuple[str, ...], as_json: bool) -> int:
         for name in [name for name, process in waited.items() if (process.host, process.pid) not in running]:
             del waited[name]
             seconds = time.monotonic() - began
-            _say(as_json, f"{name} has ended ({seconds:.1f} s)", process=name, ended=True, seconds=seconds)
+            draw.say(as_json, f"{name} has ended ({seconds:.1f} s)", process=name, ended=True, seconds=seconds)
         time.sleep(0.2)
     for name, process in waited.items():
         if as_json:
@@ -80,13 +80,6 @@ def stop(app: App, names: tuple[str, ...], as_json: bool) -> int:
         why = f"it gives no sign of life for {process.silent:.0f} s" if process.silent > LEAVE else "it was asked to"
         click.echo(f"Error: {name} has not ended yet ({why}); to end it at once: kill -KILL {process.pid}", err=True)
     return 1 if waited else 0
-
-
-def _say(as_json: bool, text: str, **fields: Any) -> None:
-    if as_json:
-        draw.json_line(fields)
-    else:
-        click.echo(text)
 
 
 def _pause(app: App, name: str, key: str | None) -> Pause:
@@ -137,7 +130,7 @@ def _change(app: App, name: str, key: str | None, on: bool, as_json: bool) -> No
     wanted = _pause(app, name, key)
     changed, done = workers.set_pause(app, wanted, on), "paused" if on else "resumed"
     word = f"is {done}" if changed else "was paused already" if on else "was not paused"
-    _say(as_json, f"{_what(wanted)} {word}", **{"kind": wanted.kind, "name": wanted.name, "key": wanted.key, done: changed})
+    draw.say(as_json, f"{_what(wanted)} {word}", **{"kind": wanted.kind, "name": wanted.name, "key": wanted.key, done: changed})
     left = [p.key for p in workers.pauses(app) if (p.kind, p.name) == ("key", wanted.name)]
     if not on and wanted.kind == "group" and left:
         click.echo(f"still paused of it: the keys {', '.join(map(repr, left))}; barnabas resume {name} --key K", err=True)

@@ -44,12 +44,8 @@ def send(app: App, topic: str, value: str | None, file: Path | None, key: str | 
         raise UnknownTopic(f"app {app.name!r} declares no topic {topic!r}; {hint}")
     if value is not None and value != "-":
         [message] = _sent(target, [("the value", value.encode())], key)
-        if as_json:
-            names = ("topic", "partition", "offset", "key", "timestamp")
-            draw.json_line({name: getattr(message, name) for name in names})
-        else:
-            click.echo(f"{message.topic}[{message.partition}]@{message.offset}")
-        return
+        said = {name: getattr(message, name) for name in ("topic", "partition", "offset", "key", "timestamp")}
+        return draw.say(as_json, f"{message.topic}[{message.partition}]@{message.offset}", **said)
     if file is not None:
         with file.open("rb") as stream:
             for where, data in _lines(file.name, stream):
@@ -57,10 +53,8 @@ def send(app: App, topic: str, value: str | None, file: Path | None, key: str | 
     began = monotonic()
     with _opened(file, f"Sending to {topic}", as_json) as stream:
         count = sum(1 for _ in _sent(target, _lines(file.name if file is not None else "line", stream), key))
-    if as_json:
-        draw.json_line({"topic": topic, "sent": count})
-    else:
-        click.echo(f"sent {count:,} messages to {topic} ({count / max(1e-9, monotonic() - began):,.0f}/s)")
+    rate = count / max(1e-9, monotonic() - began)
+    draw.say(as_json, f"sent {count:,} messages to {topic} ({rate:,.0f}/s)", topic=topic, sent=count)
 
 
 def _opened(file: Path | None, title: str, as_json: bool) -> AbstractContextManager[Iterable[bytes]]:
@@ -138,10 +132,7 @@ def enqueue(
     if jid is None:
         click.echo(f"Error: a before_enqueue hook of the app refused job {job!r}", err=True)
         return 1
-    if as_json:
-        draw.json_line({"job": job, "jid": jid, "queue": queue or found.queue, "at": due})
-    else:
-        click.echo(jid)
+    draw.say(as_json, jid, job=job, jid=jid, queue=queue or found.queue, at=due)
     return 0
 
 
