@@ -21,6 +21,10 @@ class Replaced(BackendError):
     """Another file was put in the place of the one that a worker uses: it is to start anew."""
 
 
+class PositionLost(BackendError):
+    """A group's position is no longer stored, and its policy is to stop."""
+
+
 class SendError(BarnabasError):
     """A message or job could not be made durable."""
 

@@ -2,12 +2,9 @@
 
 import json
 import os
-import random
-import secrets
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +14,7 @@ import confluent_kafka as driver
 import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import NewTopic
-from servers import murmur2, shared_kafka
+from servers import murmur2
 
 from barnabas import App, Delivery
 from barnabas.backends.kafka_options import COMMON
@@ -25,20 +22,6 @@ from barnabas.errors import DeclarationError, SendError, UnknownTopic, ValueTooL
 from barnabas.worker import Worker
 
 DEV = [sys.executable, str(Path(__file__).parents[2] / "dev" / "kafka")]
-
-
-@pytest.fixture
-def make() -> Iterator[object]:
-    prefix, apps = secrets.token_hex(4), []
-
-    def app(create_topics: bool = True, servers: str = "", **settings: object) -> App:
-        url = f"kafka://{servers or shared_kafka()}?prefix={prefix}-"
-        apps.append(App("shop", events=url, jobs="memory:", create_topics=create_topics, **settings))
-        return apps[-1]
-
-    yield app
-    for each in apps:
-        each.close()
 
 
 def wait_for(condition, what: str, seconds: float = 30.0) -> None:
@@ -58,9 +41,9 @@ def running(app: App) -> Iterator[Worker]:
         assert not worker.stop(10.0)
 
 
-def drain(app: App) -> None:
+def drain(app: App, seconds: float = 30.0) -> None:
     with running(app) as worker:
-        wait_for(worker.drained, "drained")
+        wait_for(worker.drained, "drained", seconds)
 
 
 def test_a_missing_topic_fails_its_send_at_once_and_a_start_in_a_sentence(make) -> None:
@@ -201,36 +184,6 @@ def _sent(topic, value: int) -> bool:
     except SendError:
         return False
     return True
-
-
-def test_random_records_do_no_harm(make) -> None:
-    app, seen, lock = make(), [], threading.Lock()
-    topic = app.topic("orders", bytes, codec="raw", partitions=3)
-
-    @app.consumer(topic, concurrency=5)
-    def read(value: bytes | None, delivery: Delivery) -> None:
-        with lock:
-            seen.append((delivery.partition, delivery.offset))
-
-    events = app.events
-    choose = random.Random(7)
-    producer = driver.Producer({**COMMON, "bootstrap.servers": events.servers, "message.max.bytes": 2_000_000})
-    count = 20_000
-    for n in range(count):
-        large = 900_000 if n % 5000 == 0 else 200
-        value = choose.choice([None, b"", choose.randbytes(choose.randrange(200)), choose.randbytes(large)])
-        key = choose.choice([None, b"", "k", choose.randbytes(5), choose.randbytes(choose.randrange(1, 200))])
-        headers = choose.choice([None, [("a", None), ("", b""), ("a", choose.randbytes(20))], [("ü", "text")]])
-        while True:
-            try:
-                producer.produce(f"{events.prefix}orders", value, key, headers=headers)
-                break
-            except BufferError:
-                producer.poll(0.1)
-    assert producer.flush(30) == 0
-    drain(app)
-    ends = {n: end for state in events.topics() if state.name == "orders" for n, (_, end, _) in enumerate(state.partitions)}
-    assert sorted(seen) == [(n, offset) for n, end in ends.items() for offset in range(end)] and len(seen) == count
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import confluent_kafka as driver
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import (
     AdminClient,
     AlterConfigOpType,
@@ -29,6 +30,7 @@ T = TypeVar("T")
 DEFAULT_PARTITIONS = 6
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 PATIENCE = 10.0  # seconds an administrative request may take
+LOOK = 5.0  # seconds between two looks at the ids of topics
 ROOM = 64 * 1024  # bytes that a stored message may have beyond its topic's limit: key, headers, framing
 
 
@@ -59,6 +61,9 @@ class KafkaAdmin:
         self._reader: Any = None
         self._askers: dict[str, Any] = {}
         self._admin_lock = threading.RLock()
+        self._ids: dict[str, str] = {}  # of topics, as they are called in Kafka
+        self._asked_for: dict[str, Any] = {}
+        self._asked_at = 0.0
 
     def client(self, kind: Callable[..., Any], own: Mapping[str, Any], **fixed: Any) -> Any:
         """A client of the driver."""
@@ -127,6 +132,22 @@ class KafkaAdmin:
             raise explain(error.args[0], "the list of topics", self) from error
         cut = len(self.prefix)
         return {name[cut:]: len(topic.partitions) for name, topic in found.items() if name.startswith(self.prefix)}
+
+    def ids(self, names: Iterable[str], wait: bool = False) -> Mapping[str, str]:
+        """The ids of topics, those known: a topic that was deleted and made anew has another. Asked for anew every few seconds,
+        and without waiting for the answer, unless `wait`."""
+        with self._admin_lock:
+            now, missing = time.monotonic(), set(names) - self._ids.keys()
+            if wait or (not self._asked_for and (missing or now - self._asked_at > LOOK)):
+                asked = list(names) if wait else [*self._ids, *missing]
+                self._asked_for = self.admin.describe_topics(TopicCollection(asked)) if asked else {}
+                self._asked_at = now
+            if wait or all(future.done() for future in self._asked_for.values()):
+                for name, future in self._asked_for.items():
+                    with suppress(KafkaException, TimeoutError):  # it is not there just now, or nobody can say
+                        self._ids[name] = str(future.result(PATIENCE).topic_id)
+                self._asked_for = {}
+            return self._ids
 
     # Topics.
 

@@ -43,10 +43,11 @@ _AGAIN = {  # a commit that a rebalance was in the way of
 class Claim:
     """A partition in hand: its Part and account, and the rows there was no room for yet."""
 
-    __slots__ = ("at", "behind", "full", "kept", "part", "paused", "root", "weight")
+    __slots__ = ("at", "behind", "full", "id", "kept", "part", "paused", "root", "weight")
 
-    def __init__(self, part: Part, at: tuple[str, int], root: tuple[str, int]) -> None:
+    def __init__(self, part: Part, at: tuple[str, int], root: tuple[str, int], id: str | None) -> None:
         self.part = part
+        self.id = id  # the topic's, whose offsets these are
         self.at = at  # its name in Kafka, and number
         self.root = root  # the partition that the group gave us, with which it came
         self.behind: list[Row] = []
@@ -81,6 +82,7 @@ class KafkaMember:
         session = home.options.get("session.timeout.ms")
         self._session = float(session) / 1000 if session is not None else home.session
         self._claims: dict[tuple[str, int], Claim] = {}
+        self._ids: dict[str, str] = {}  # of the topics whose offsets ours are
         self._numbers = 0
         self._dirty: dict[Claim, None] = {}
         self._sent: list[Claim] = []  # a commit is on its way
@@ -235,14 +237,17 @@ class KafkaMember:
             if stored.error is not None:
                 raise explain(stored.error, f"the positions of {self.group!r}", self.home)
             kept[stored.topic, stored.partition] = stored
+        ids = self.home.ids({tp.topic for tp in where}, wait=True)
+        anew = {tp.topic for tp in where if self._ids.get(tp.topic, ids.get(tp.topic)) != ids.get(tp.topic)}
         for tp in where:
             known = kept[tp.topic, tp.partition]
-            tp.offset = driver.OFFSET_INVALID if known.metadata == FORGOTTEN else known.offset
+            tp.offset = driver.OFFSET_INVALID if known.metadata == FORGOTTEN or tp.topic in anew else known.offset
+        self._ids.update({tp.topic: ids[tp.topic] for tp in where if tp.topic in ids})
         cut = len(self.home.prefix)
         fresh = {(tp.topic[cut:], tp.partition) for tp in where if tp.offset < 0}
         begins = self.home.ends(fresh, OffsetSpec.earliest())
         if self._start == "latest":  # but for what came to the group's own retry topics
-            begins |= self.home.ends([at for at in fresh if self.home.prefix + at[0] in self._names])
+            begins |= self.home.ends([at for at in fresh if self.home.prefix + at[0] in {*self._names} - anew])
         claims = []
         for tp in where:
             at = (tp.topic[cut:], tp.partition)
@@ -261,7 +266,7 @@ class KafkaMember:
         done, attempts, crashes = unpack(offset, beside)
         open_account(part, self._ordered, offset, done, attempts)
         part.crashes.update(crashes)
-        return Claim(part, at, root)
+        return Claim(part, at, root, self._ids.get(at[0]))
 
     def _on_revoke(self, consumer: Any, where: list[TopicPartition]) -> None:
         claims = self._going(where)

@@ -10,7 +10,7 @@ from confluent_kafka.admin import OffsetSpec
 
 from barnabas.backends.kafka_group import BUSY, Claim, KafkaMember
 from barnabas.backends.kafka_words import MOST, as_row, explain
-from barnabas.errors import BackendError
+from barnabas.errors import PositionLost
 from barnabas.message import Row
 from barnabas.ports import Part
 
@@ -41,8 +41,9 @@ class KafkaLog(KafkaMember):
         if self._lapsed or (self._claims and now > self._until - self._session / 20):
             self._lapse()
             return []
-        if now > self._until - self._session * 0.4:
+        if now > self._until - self._session * 0.4:  # about once a second
             self._renew()
+            self._see_new_topics()
         found, wait = self._hand_out(now), timeout
         busy = any(claim.part.held for claim in self._claims.values())
         if self._dirty and now - self._committed_at >= (COMMIT if busy else QUIET):
@@ -175,11 +176,11 @@ class KafkaLog(KafkaMember):
     def _out_of_range(self, claim: Claim, error: KafkaError) -> None:
         """Its position is no longer stored: the topic's retention was faster, or it was made anew."""
         name, number = claim.part.topic, claim.part.partition
-        latest = self._policy in ("latest", "largest")
+        latest = self._policy in ("latest", "largest") and claim.at == claim.root  # what waits to be retried is not passed over
         if self._policy == "error":
-            self._error = BackendError(
-                f"{name}[{number}]: the position of {self.group!r} is no longer stored ({error.str()}); set it with `barnabas "
-                "reset`, or choose kafka={'auto.offset.reset': 'earliest'}"
+            self._error = PositionLost(
+                f"{name}[{number}]: the position of {self.group!r}, {claim.part.held.next}, is no longer stored ({error.str()}); "
+                "set it with `barnabas reset`, or choose kafka={'auto.offset.reset': 'earliest'} or 'latest'"
             )
             return
         target = self.home.ends([(name, number)], OffsetSpec.latest() if latest else OffsetSpec.earliest())[name, number]
@@ -187,6 +188,20 @@ class KafkaLog(KafkaMember):
             "%s: its position %d in %s[%d] is no longer stored (%s); it goes on at the %s, %d",
             self.group, claim.part.held.next, name, number, error.str(), "latest" if latest else "earliest", target,
         )  # fmt: skip
+        self._jump(claim, target)
+
+    def _see_new_topics(self) -> None:
+        """Topics that were deleted and made anew: the driver reads on at the old offset, without a word."""
+        ids = self.home.ids(self._ids)
+        for claim in list(self._claims.values()):
+            topic = claim.at[0]
+            if ids.get(topic, claim.id) != claim.id:
+                log.error("%s: topic %r was deleted and made anew; it is read from its beginning", self.group, claim.part.topic)
+                self._ids[topic] = ids[topic]
+                self._jump(claim, 0)
+
+    def _jump(self, claim: Claim, target: int) -> None:
+        """Go on there."""
         self._listener.revoked([claim.part])
         self._forget([claim])
         self._claims[claim.at] = fresh = self._claim(claim.at, claim.root, target, None)

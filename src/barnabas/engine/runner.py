@@ -11,7 +11,7 @@ from barnabas.engine.checkpoint import checkpoint
 from barnabas.engine.crew import Crew
 from barnabas.engine.handler import retry_at
 from barnabas.engine.observe import Observers, Settled
-from barnabas.errors import BackendError, Replaced
+from barnabas.errors import BackendError, PositionLost, Replaced
 from barnabas.message import Row
 from barnabas.ports import Part, Result, Source
 from barnabas.verdict import Again
@@ -114,7 +114,7 @@ class Runner:
             if crew.error is not None:
                 self.error = crew.error
                 return True
-        return False
+        return self.error is not None
 
     def _guard(self, act: Callable[[float], Any], timeout: float) -> bool:
         """Do it; where the backend cannot, say so once, wait a little, and let the loop try again."""
@@ -122,6 +122,9 @@ class Runner:
             act(timeout)
         except Replaced:
             raise
+        except PositionLost as error:
+            self.error = error
+            return False
         except Exception as error:
             if self._away != repr(error):
                 self._away = repr(error)
