@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from barnabas import backends
@@ -13,6 +14,7 @@ from barnabas.engine.observe import Observer, Observers
 from barnabas.errors import DeclarationError
 from barnabas.job import OPTIONS as JOB_OPTIONS
 from barnabas.job import STORED, Job
+from barnabas.jobs.cron import Schedule
 from barnabas.ports import Backend
 from barnabas.settings import Settings
 from barnabas.state.table import Table
@@ -38,6 +40,7 @@ class App:
         self.topics: dict[str, Topic[Any]] = {}
         self.consumers: dict[str, Consumer] = {}
         self.job_handlers: dict[str, Job] = {}
+        self.crons: dict[str, Schedule] = {}
         self.tables: dict[str, Table[Any]] = {}
         self.hooks: list[Any] = []
         self.enqueue_hooks: list[Callable[[dict[str, Any]], Any]] = []
@@ -175,6 +178,34 @@ class App:
             raise DeclarationError(f"job {name!r} is run by another program; declare it with app.job to run it here")
 
         return Job(self, elsewhere, name=name, **options)
+
+    def cron(
+        self,
+        line: str | None = None,
+        *,
+        every: timedelta | None = None,
+        tz: str | None = None,
+        on_missed: str = "once",
+        overlap: bool = False,
+        name: str | None = None,
+    ) -> Callable[[Any], Job]:
+        """Enqueue a job by the clock: decorates a job, or a function, which becomes one. `line`: "*/5 * * * *", or with six
+        fields the first is seconds; `every=timedelta(...)`: whole seconds, counted from the epoch.
+
+        tz ("UTC"): the time zone of the line. on_missed: what becomes of ticks at which no worker ran: "once" (one run for the
+        last of them), "skip", "all". overlap (False): whether a run is enqueued while the last one has not ended; with "all"
+        they follow each other. name: where a job has several. A function with a parameter gets the time of the tick, a
+        datetime. Each tick is enqueued once over all processes, whichever run the job's queue.
+        """
+        def declare(target: Any) -> Job:
+            job: Job = target if isinstance(target, Job) else self.job(target)
+            schedule = Schedule(job, line, every, tz, on_missed, overlap, name)
+            if schedule.name in self.crons:
+                raise DeclarationError(f"cron {schedule.name!r}: the name is taken by another schedule; give one of them name=")
+            self.crons[schedule.name] = schedule
+            return job
+
+        return declare
 
     def table(self, name: str, type: Any = None) -> Table[Any]:
         """Declare a table: keyed values of `type`, settled together with the position of the consumer that owns it."""

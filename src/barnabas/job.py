@@ -3,7 +3,7 @@
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,12 +16,15 @@ from barnabas.engine.handler import refuse_generator
 from barnabas.engine.hooks import check_hooks, refuse_async
 from barnabas.errors import DeclarationError, SendError
 from barnabas.future import Future, resolved
-from barnabas.jobs.payload import PayloadError, build, derived_jid, new_jid
-from barnabas.message import OutgoingJob
+from barnabas.jobs.beyond import KEPT
+from barnabas.jobs.payload import PayloadError, build, derived_jid, hooked, new_jid
+from barnabas.message import OutgoingJob, note
 
-STORED = ("retry_for", "retry_queue", "backtrace", "dead")  # options that travel with a job, for whoever runs it
+STORED = ("retry_for", "retry_queue", "backtrace", "dead", "tags")  # options that travel with a job, for whoever runs it
 CALLED = ("retry_delay", "on_exhausted", "on_death")
-OPTIONS = ("queue", "retry", "name", "timeout", "hooks", *STORED, *CALLED)
+OPTIONS = ("queue", "retry", "name", "timeout", "hooks", "expires_in", "result_ttl", *STORED, *CALLED)
+LINK = -1.0  # in place of the time of a job that begins when the one before it in its chain has ended
+CHAIN = 1000  # jobs in a chain: each carries those behind it
 _NONE: dict[str, Any] = {}
 _new: Any = tuple.__new__  # a third of the price of OutgoingJob(...)
 _NEEDED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -47,11 +50,16 @@ class Job:
         self.on_exhausted: Callable[[dict[str, Any], BaseException], Any] | None = options.get("on_exhausted")
         self.on_death: Callable[[dict[str, Any], BaseException], Any] | None = options.get("on_death")
         self.backtrace: bool | int = options.get("backtrace", False)
+        self.tags: list[str] = options.get("tags", [])
+        self.expires_in: float | None = options.get("expires_in")
+        self.result_ttl: float | None = options.get("result_ttl")
         self.hooks = check_hooks(self.owner, options.get("hooks", []))
         self._check()
         self._check_failing()
-        plain = {"retry_for": None, "retry_queue": None, "backtrace": False, "dead": True}
+        plain = {"retry_for": None, "retry_queue": None, "backtrace": False, "dead": True, "tags": None}
         self._extra = {name: options[name] for name in STORED if name in options and options[name] is not plain[name]} or None
+        more = {"expires_in": self.expires_in, "result_ttl": self.result_ttl}
+        self._more = {name: value for name, value in more.items() if value is not None}  # see jobs.payload.More
         self.awaited = inspect.iscoroutinefunction(function)
         refuse_async(self.owner, self.awaited, [*app.hooks, *self.hooks])
         refuse_generator(self.owner, function)
@@ -84,6 +92,7 @@ class Job:
             check_queue(self.owner, self.retry_queue, "retry_queue")
         if not isinstance(self.backtrace, int) or self.backtrace < 0:
             self._refuse("backtrace", self.backtrace, "give the number of lines to store, True for all, or False")
+        check_call(self.owner, tags=self.tags, expires_in=self.expires_in, result_ttl=self.result_ttl)
         for option in CALLED:
             function = getattr(self, option)
             if function is not None and (not callable(function) or inspect.iscoroutinefunction(function)):
@@ -154,17 +163,17 @@ class Job:
         return new_jid(), None
 
     def _outgoing(
-        self, args: tuple[Any, ...], at: float | None, queue: str | None, retry: Any, jid: str, future: Any
+        self, args: tuple[Any, ...], at: float | None, call: Mapping[str, Any], jid: str, future: Any
     ) -> OutgoingJob | None:
-        target, extra = queue or self.queue, self._extra
-        if retry is not None and self.retry_for is not None and extra:  # a call's own count beats the job's window
-            extra = {name: value for name, value in extra.items() if name != "retry_for"}
+        target, retry, extra = self.queue, self.retry, self._extra
+        if call or self._more:
+            target, retry, extra = self._called(call, at)
         try:
             payload = build(
                 self.name,
                 args,
                 queue=target,
-                retry=self.retry if retry is None else retry,
+                retry=retry,
                 jid=jid,
                 now=self.app.clock.now(),
                 at=at is not None,
@@ -173,24 +182,31 @@ class Job:
         except PayloadError as error:
             raise SendError(f"{self.owner} cannot be enqueued: {error}") from error
         if self.app.enqueue_hooks:
-            changed = _apply(self.app.enqueue_hooks, payload)
+            changed = hooked(self.app.enqueue_hooks, payload, target)
             if changed is None:
                 return None
             payload, target = changed
         return _new(OutgoingJob, (target, payload, at, jid, future))  # type: ignore[no-any-return]
 
+    def _called(self, call: Mapping[str, Any], at: float | None) -> tuple[str, Any, dict[str, Any]]:
+        """Queue, retry and further fields of a job with what a call of it says."""
+        extra, more = {**(self._extra or {})}, {**self._more, **call.get("more", {})}
+        if "retry" in call:
+            extra.pop("retry_for", None)  # a call's own count beats the job's window
+        if "tags" in call:
+            extra["tags"] = call["tags"]
+        if "expires_in" in more and at != LINK:
+            more["expires_at"] = (self.app.clock.now() if at is None else at) + more.pop("expires_in")
+        if more:
+            extra["barnabas"] = more
+        return call.get("queue", self.queue), call.get("retry", self.retry), extra
+
     def _enqueue(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        at: float | None,
-        queue: str | None = None,
-        retry: Any = None,
-        now: bool = False,
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], at: float | None, call: Mapping[str, Any] = _NONE
     ) -> Future[str]:
-        jid, held = self._new_id(now)
+        jid, held = self._new_id("now" in call)
         future = held if held is not None else Future(jid)
-        out = self._outgoing(self._positions(args, kwargs), at, queue, retry, jid, future)
+        out = self._outgoing(self._positions(args, kwargs), at, call, jid, future)
         if out is None:
             return resolved(None)
         if held is not None:
@@ -198,6 +214,14 @@ class Job:
         else:
             self.app.jobs.send((out,))
         return future
+
+    def _leave(self, outs: list[OutgoingJob], held: bool) -> None:
+        """Send these, or hold them back until the handler has returned."""
+        if held:
+            for out in outs:
+                CURRENT.get().add(out)  # type: ignore[union-attr]
+        else:
+            self.app.jobs.send(outs)
 
     def _after(self, delay: float | timedelta) -> float:
         seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
@@ -225,43 +249,101 @@ class Job:
         """Store one job for each tuple of arguments; the future gives their ids once all are durable."""
         return self.options().enqueue_many(arguments)
 
-    def options(self, *, queue: str | None = None, retry: bool | int | None = None, now: bool = False) -> "Options":
+    def enqueue_debounced(self, key: str, /, *args: Any, wait: float | timedelta, **kwargs: Any) -> Future[str]:
+        """Store a job that runs after `wait` (seconds or a timedelta), unless it is asked for again by the same `key`: of calls
+        that follow each other more quickly, the last one runs. The others end as "superseded"."""
+        if self.app.job_handlers.get(self.name) is not self:
+            raise SendError(f"{self.owner} cannot be debounced: it is run by another program, which would run every call")
+        if not isinstance(key, str) or not key:
+            raise SendError(f"{self.owner}: enqueue_debounced({key!r}): give a text that names what is to be done once")
+        at, name = self._after(wait), f"debounce:{self.name}:{key}"
+        jid, held = self._new_id(False)
+        future = held if held is not None else Future(jid)
+        out = self._outgoing(self._positions(args, kwargs), at, {"more": {"debounce": name}}, jid, None)
+        if out is None:
+            return resolved(None)
+        outs = [out, note(name, jid.encode(), at + KEPT, future)]  # last, so that it never names a job that is not there
+        self._leave(outs, held is not None)
+        return future
+
+    def then(self, *jobs: "Job | Options") -> "Options":
+        """A chain: `job.then(second, third).enqueue(...)`. Each begins when the one before it has returned, with what that
+        returned as its argument. It is stored in the job itself; a job that dies ends it, and retried goes on with it."""
+        return Options(self, _NONE).then(*jobs)
+
+    def options(
+        self,
+        *,
+        queue: str | None = None,
+        retry: bool | int | None = None,
+        tags: list[str] | None = None,
+        expires_in: float | None = None,
+        now: bool = False,
+    ) -> "Options":
         """The same job with other options for the next call: `job.options(queue="slow").enqueue(...)`."""
         if queue is not None:
             check_queue(self.owner, queue)
         if retry is not None and (not isinstance(retry, int) or retry < 0):
             self._refuse("retry", retry, "give the number of retries (0: none), True for 25, or False")
-        return Options(self, queue, retry, now)
+        check_call(self.owner, tags=tags or [], expires_in=expires_in)
+        more = None if expires_in is None else {"expires_in": expires_in}
+        said = {"queue": queue, "retry": retry, "tags": tags, "now": now or None, "more": more}
+        return Options(self, {name: value for name, value in said.items() if value is not None})
 
 
 class Options:
     """A job with other options, as `job.options(...)` returns it."""
 
-    def __init__(self, job: Job, queue: str | None, retry: bool | int | None, now: bool) -> None:
+    def __init__(self, job: Job, call: Mapping[str, Any]) -> None:
         self._job = job
-        self._with = (queue, retry, now)
+        self._call = call
+
+    def then(self, *jobs: "Job | Options") -> "Options":
+        """As Job.then."""
+        links = [each if isinstance(each, Options) else Options(each, _NONE) for each in jobs]
+        more = self._call.get("more", {})
+        chain = [*more.get("then", ()), *(link._link() for link in links)]
+        if len(chain) >= CHAIN:
+            raise DeclarationError(f"{self._job.owner}: a chain of {len(chain) + 1} jobs: {CHAIN} are the most")
+        for each in [self._job, *(link._job for link in links[:-1])]:
+            if each.app.job_handlers.get(each.name) is not each:
+                raise DeclarationError(f"{each.owner} is run by another program, which knows no chains: it can only be the last")
+        return Options(self._job, {**self._call, "more": {**more, "then": chain}})
+
+    def _link(self) -> dict[str, Any]:
+        """What a chain stores of this job. Raises DeclarationError for what cannot be part of one."""
+        job, call = self._job, self._call
+        if job._least > 1 or not (job._most or job._rest):
+            raise DeclarationError(
+                f"{job.owner} cannot be part of a chain: it gets one argument, what the job before it returned, and takes "
+                f"{job._signature}"
+            )
+        if "then" in call.get("more", {}) or "now" in call:
+            raise DeclarationError(f"{job.owner}: a chain is made of jobs, not of chains; now=True belongs to its first job")
+        queue, retry, extra = job._called(call, LINK)
+        return {"class": job.name, "queue": queue, "retry": retry, **extra}
 
     def enqueue(self, *args: Any, **kwargs: Any) -> Future[str]:
         """As Job.enqueue."""
-        return self._job._enqueue(args, kwargs, None, *self._with)
+        return self._job._enqueue(args, kwargs, None, self._call)
 
     def enqueue_in(self, delay: float | timedelta, *args: Any, **kwargs: Any) -> Future[str]:
         """As Job.enqueue_in."""
-        return self._job._enqueue(args, kwargs, self._job._after(delay), *self._with)
+        return self._job._enqueue(args, kwargs, self._job._after(delay), self._call)
 
     def enqueue_at(self, when: float | datetime, *args: Any, **kwargs: Any) -> Future[str]:
         """As Job.enqueue_at."""
-        return self._job._enqueue(args, kwargs, _at(when), *self._with)
+        return self._job._enqueue(args, kwargs, _at(when), self._call)
 
     def enqueue_many(self, arguments: Iterable[tuple[Any, ...]]) -> Future[list[str]]:
         """As Job.enqueue_many."""
-        job, (queue, retry, now) = self._job, self._with
+        job, call = self._job, self._call
         hand = CURRENT.get()
-        held = hand is not None and hand.open and not now
+        held = hand is not None and hand.open and "now" not in call
         out, jids = [], []
         for args in arguments:
-            jid = job._new_id(now)[0] if held else new_jid()
-            made = job._outgoing(job._positions(tuple(args), _NONE), None, queue, retry, jid, None)
+            jid = job._new_id(False)[0] if held else new_jid()
+            made = job._outgoing(job._positions(tuple(args), _NONE), None, call, jid, None)
             if made is not None:
                 out.append(made)
                 jids.append(jid)
@@ -279,12 +361,18 @@ class Options:
                 many.resolve(None if last.result() is None else jids)
 
         last.add_done_callback(done)
-        if held:
-            for o in out:
-                hand.add(o)  # type: ignore[union-attr]
-        else:
-            job.app.jobs.send(out)
+        job._leave(out, held)
         return many
+
+
+def check_call(owner: str, *, tags: Any, **seconds: Any) -> None:
+    """Refuse tags that are no texts, and what is no number of seconds."""
+    if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) and tag for tag in tags):
+        raise DeclarationError(f"{owner}: tags={tags!r}: give a list of texts")
+    for name, value in seconds.items():
+        wrong = isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 10**9
+        if value is not None and wrong:
+            raise DeclarationError(f"{owner}: {name}={value!r}: give seconds, above 0 and up to 1,000,000,000, or None")
 
 
 def check_queue(owner: str, queue: Any, option: str = "queue") -> None:
@@ -300,10 +388,3 @@ def _at(when: float | datetime) -> float:
     return float(at)
 
 
-def _apply(hooks: list[Callable[[dict[str, Any]], Any]], payload: bytes) -> tuple[bytes, str] | None:
-    """Let the before_enqueue hooks change the job's fields; None if one returned False."""
-    fields = msgspec.json.decode(payload)
-    for hook in hooks:
-        if hook(fields) is False:
-            return None
-    return msgspec.json.encode(fields), fields["queue"]

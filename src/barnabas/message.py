@@ -49,10 +49,17 @@ Outgoing: TypeAlias = tuple[Any, int | None, Key, bytes | None, Headers | None, 
 
 
 class OutgoingJob(NamedTuple):
-    """A job on its way into a queue: Sidekiq's JSON, due time in epoch seconds (None: now), its future (if any)."""
+    """A job on its way into a queue: Sidekiq's JSON, due time in epoch seconds (None: now), its future (if any).
+
+    Without a queue ("") it is a note: `payload` is to be known to all processes under the name `jid` until `at`."""
 
     queue: str
     payload: bytes
     at: float | None
     jid: str
     future: Any
+
+
+def note(name: str, value: bytes, until: float, future: Any = None) -> OutgoingJob:
+    """A note on its way, stored where the jobs are and with them; b"" forgets it. `until`: epoch seconds."""
+    return OutgoingJob("", value, until, name, future)

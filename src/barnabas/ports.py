@@ -217,6 +217,12 @@ class Backend(Sink, Protocol):
         """Make jobs "ready" now (as `payload.recalled` writes them), or "dead"; None drops them. Those in work are left
         alone. Returns how many were moved."""
 
+    def note(self, name: str, timeout: float = 0.0) -> bytes | None:
+        """A note (see `message.note`), None if there is none; waits up to `timeout` seconds for it."""
+
+    def swap(self, name: str, old: bytes | None, new: bytes, until: float, jobs: Sequence[OutgoingJob]) -> bool:
+        """Store a note and jobs that are due in one step, if the note still is `old`; whether it was."""
+
     def processes(self) -> list[Process]:
         """The worker processes that live (or have not been buried yet)."""
 

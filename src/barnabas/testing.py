@@ -111,6 +111,8 @@ class Trial:
         raises = self._raises if raises is None else raises
         self._failed = []
         runners = self._worker.runners if self._worker is not None else []
+        if self._worker is not None and self._worker.cron:
+            self._worker.cron.step()
         for _ in range(ROUNDS):
             moved = [self._turn(runner) for runner in runners]
             for runner in runners:
@@ -175,7 +177,8 @@ class Trial:
         return _off_loop(lambda: self._runner.run(coroutine))
 
     def _saw(self, record: Any) -> None:
-        if isinstance(record, Failed) and (record.outcome != "skipped" or record.error is not None):
+        quiet = ("skipped", "expired", "superseded")
+        if isinstance(record, Failed) and (record.outcome not in quiet or record.error is not None):
             self._failed.append(record)
 
     # One turn.

@@ -22,6 +22,7 @@ from barnabas.engine.crews import LoopCrew, ThreadCrew
 from barnabas.engine.runner import Pauses, Runner
 from barnabas.engine.work import SLOT
 from barnabas.errors import BackendError, DeclarationError
+from barnabas.jobs.cron import Cron
 from barnabas.jobs.work import Entry, JobHandler, name_of, router
 from barnabas.ports import Backend, Part
 from barnabas.state.table import Cells
@@ -83,6 +84,7 @@ class Worker:
         self.consumers, self.queues = chosen(app, only, skip)
         if not self.consumers and not self.queues:
             raise DeclarationError("there is nothing to run: the app has no consumer and no job (or --only left none)")
+        self.cron = Cron(app, [s for s in app.crons.values() if s.job.queue in self.queues])
         self.inline = inline
         self.drive: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run  # for inline crews
         self.gate = Gate()
@@ -226,8 +228,18 @@ class Worker:
             thread.start()
             self._threads.append(thread)
             self._fetching.add(runner)
+        if self.cron:
+            thread = threading.Thread(target=self._tick, name="barnabas-cron", daemon=True)
+            thread.start()
+            self._threads.append(thread)
         if any(c.handler.timed for r in self.runners for c in r.crews):
             threading.Thread(target=self._watch, name="barnabas-watchdog", daemon=True).start()
+
+    def _tick(self) -> None:
+        """Enqueue what is due by the clock, until this process is to begin nothing new."""
+        while not self.quiet and not self._stopping.is_set():
+            wait = self.cron.step() - self.app.clock.now()
+            self._stopping.wait(max(0.01, min(wait, 1.0)))  # clocks are set, and a process goes quiet
 
     def _hook(self, hook: Callable[[], Any], timeout: float = 60.0) -> None:
         out = hook()

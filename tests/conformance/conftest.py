@@ -173,9 +173,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def wanted(item: Any) -> bool:
         name = getattr(item, "callspec", None) and item.callspec.params.get("place")
-        if name in EVENTS_ONLY and item.path.name == "test_working_off_jobs.py":
+        if name in EVENTS_ONLY and "jobs" in item.path.name:
             return "topic(" in inspect.getsource(item.function)
-        return name not in JOBS_ONLY or ".job" in inspect.getsource(item.function) or "stocked" in item.fixturenames
+        jobs = "jobs" in item.path.name or "stocked" in item.fixturenames or ".job" in inspect.getsource(item.function)
+        return name not in JOBS_ONLY or jobs
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
     items[:] = [item for item in items if wanted(item)]

@@ -12,9 +12,9 @@ from typing import Any
 from zlib import crc32
 
 from barnabas.backends.memory_admin import MemoryAdmin
-from barnabas.backends.shares import QueueOrder, close_books, open_account, spread
+from barnabas.backends.shares import NOTES, Notes, QueueOrder, close_books, noted, open_account, over, spread
 from barnabas.errors import DeclarationError, UnknownTopic
-from barnabas.message import Outgoing, OutgoingJob, Row
+from barnabas.message import Outgoing, OutgoingJob, Row, note
 from barnabas.ports import Listener, Part, Result, TopicState
 from barnabas.verdict import Again, Dead
 
@@ -41,7 +41,7 @@ class _Partition:
         return self.first + len(self.rows)
 
 
-class MemoryBackend(MemoryAdmin):
+class MemoryBackend(Notes, MemoryAdmin):
     """A place for topics, queues and tables that ends with the process."""
 
     def __init__(self, url: str, clock: Any) -> None:
@@ -98,7 +98,9 @@ class MemoryBackend(MemoryAdmin):
 
     def _push(self, job: OutgoingJob) -> None:
         self._number += 1
-        if job.at is not None and job.at > self.clock.now():
+        if not job.queue:
+            self._keep(dict([noted(job.jid, job.payload, job.at or 0.0)]))
+        elif job.at is not None and job.at > self.clock.now():
             heapq.heappush(self.later, (job.at, self._number, "scheduled", job))
         else:
             self.ready.setdefault(job.queue, deque()).append((self._number, job))
@@ -168,6 +170,9 @@ class MemoryBackend(MemoryAdmin):
                         count += 1
                     del log.rows[:count]
                     log.first += count
+            notes = self.tables.get(NOTES, {})
+            for key in [key for key, data in notes.items() if over(data, now)]:
+                del notes[key]
 
     # What consumers and workers use.
 
@@ -184,11 +189,22 @@ class MemoryBackend(MemoryAdmin):
         """Store outputs and cells of results."""
         for result in results:
             self.store(result.outputs)
-            for (table, key), data in result.cells.items():
-                if data is None:
-                    self.tables.setdefault(table, {}).pop(key, None)
-                else:
-                    self.tables.setdefault(table, {})[key] = data
+            self._keep(result.cells)
+
+    def _keep(self, cells: Mapping[tuple[str, Any], bytes | None]) -> None:
+        for (table, key), data in cells.items():
+            if data is None:
+                self.tables.setdefault(table, {}).pop(key, None)
+            else:
+                self.tables.setdefault(table, {})[key] = data
+
+    def swap(self, name: str, old: bytes | None, new: bytes, until: float, jobs: Sequence[OutgoingJob]) -> bool:
+        with self.lock:
+            same = self.note(name) == old
+            if same:
+                self.store([note(name, new, until), *jobs])
+        self.ring()
+        return same
 
     def cell(self, table: str, key: Any) -> bytes | None:
         return self.tables.get(table, {}).get(key)

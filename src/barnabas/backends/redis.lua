@@ -233,3 +233,15 @@ for _ = 1, number() do
   end
 end
 return moved
+
+--- swap
+-- Store a note and push jobs, if the note still is what it was ("": absent). Returns whether it was.
+local name, old, new, left = key(arg()), arg(), arg(), arg()
+if (redis.call('GET', name) or '') ~= old then return 0 end
+redis.call('SET', name, new, 'PX', left)
+for _ = 1, number() do
+  local queue, payload = arg(), arg()
+  redis.call('SADD', key('queues'), queue)
+  redis.call('LPUSH', key('queue:' .. queue), payload)
+end
+return 1

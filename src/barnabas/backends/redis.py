@@ -8,6 +8,7 @@ payload -> how often its process died), `control`. A job is in a queue, in a set
 
 import logging
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-import hiredis  # noqa: F401 - without it redis-py takes ten times as long, and says nothing
+import hiredis  # without it redis-py takes ten times as long, and says nothing
 import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError
@@ -140,6 +141,31 @@ class RedisBackend(RedisAdmin):
 
     def flush(self, timeout: float) -> int:
         return self.outbox.flush(timeout)
+
+    def noting(self, name: str, value: bytes, until: float) -> bytes:
+        """The commands that store a note, and tell who waits for it."""
+        pack: Any = hiredis.pack_command
+        key, left = self.key(f"barnabas:note:{name}"), max(1, min(int((until - self.clock.now()) * 1000), 1 << 50))
+        return pack(("SET", key, value, "PX", left) if value else ("DEL", key)) + pack(("PUBLISH", key, ""))  # type: ignore[no-any-return]
+
+    def note(self, name: str, timeout: float = 0.0) -> bytes | None:
+        key, deadline = self.key(f"barnabas:note:{name}"), time.monotonic() + timeout
+        with self.edge():
+            value = self.client.get(key)
+            if value is not None or timeout <= 0:
+                return value  # type: ignore[no-any-return]
+            with self.client.pubsub() as news:
+                news.subscribe(key)
+                while (left := deadline - time.monotonic()) > 0:
+                    news.get_message(timeout=min(left, 5.0))  # (that we are subscribed is the first)
+                    if (value := self.client.get(key)) is not None:
+                        return value  # type: ignore[no-any-return]
+        return None
+
+    def swap(self, name: str, old: bytes | None, new: bytes, until: float, jobs: Sequence[OutgoingJob]) -> bool:
+        left = max(1, min(int((until - self.clock.now()) * 1000), 1 << 50))
+        pairs = [part for job in jobs for part in (job.queue, job.payload)]
+        return bool(self.script("swap", f"barnabas:note:{name}", old or b"", new, left, len(jobs), *pairs))
 
     def _refuse_topics(self) -> None:
         raise BackendError(

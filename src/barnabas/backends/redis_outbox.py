@@ -183,9 +183,13 @@ class Outbox:
         now, key = self._home.clock.now(), self._home.key
         queues: dict[str, tuple[list[bytes], list[OutgoingJob]]] = {}
         later: list[OutgoingJob] = []
+        notes: list[Command] = []
         for job in jobs:
-            queue, payload, at, _, _ = job
+            queue, payload, at, name, _ = job
             if at is not None:
+                if not queue:
+                    notes.append(Command(self._home.noting(name, payload, at), 2, [job]))
+                    continue
                 if at > now:
                     later.append(job)
                     continue
@@ -203,7 +207,7 @@ class Outbox:
         if later:
             pairs = [part for job in later for part in (repr(float(job[2] or 0)), job[1])]
             commands.append(Command(pack(("ZADD", key("schedule"), *pairs)), 1, later, min(job[2] or 0 for job in later)))
-        return commands
+        return commands + notes
 
     def _attempt(self, link: Any, commands: list[Command]) -> BaseException | None:
         """Send commands and read their answers; returns why those that are still in the list are to be tried again. What is

@@ -3,7 +3,9 @@
 import json
 import random
 import socket
+import struct
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,6 +16,7 @@ from barnabas.ports import Part, Result
 
 HOST = socket.gethostname()
 CONTROL = "barnabas.control"  # the table that keeps what operators have asked for
+NOTES = "barnabas.notes"  # the table that keeps notes, each behind eight bytes that say until when
 STATES = ("ready", "work", "scheduled", "retry", "dead")
 M = TypeVar("M", bound=Hashable)
 P = TypeVar("P", bound=Hashable)
@@ -161,6 +164,43 @@ def by_target(outputs: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     for output in outputs:
         (messages if len(output) == 7 else jobs).append(output)
     return messages, jobs
+
+
+_until = struct.Struct(">d")
+
+
+def noted(name: str, value: bytes, until: float) -> tuple[tuple[str, str], bytes | None]:
+    """A note as a cell."""
+    return (NOTES, name), _until.pack(until) + value if value else None
+
+
+def over(data: bytes, now: float) -> bool:
+    """Whether the time of a note, as it is stored, is over."""
+    return _until.unpack_from(data)[0] <= now  # type: ignore[no-any-return]
+
+
+def unnoted(data: bytes | None, now: float) -> bytes | None:
+    """What a note says, None where its time is over."""
+    return None if data is None or over(data, now) else data[_until.size :]
+
+
+class Notes:
+    """Notes of a home that has tables, and tells watchers of whatever is stored."""
+
+    def note(self: Any, name: str, timeout: float = 0.0) -> bytes | None:
+        news, deadline = threading.Event(), time.monotonic() + timeout
+        end = self.watch(news.set) if timeout > 0 else lambda: None
+        try:
+            while True:
+                said = unnoted(self.cell(NOTES, name), self.clock.now())
+                left = deadline - time.monotonic()
+                if said is not None or left <= 0:
+                    return said
+                news.wait(min(left, 1.0))
+                news.clear()
+                time.sleep(min(left, 0.005))  # whatever comes meanwhile is one look
+        finally:
+            end()
 
 
 def state_of(part: Part, done: list[tuple[int, int]]) -> str | None:

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import apsw
 
 from barnabas.backends.neighbours import Neighbours
-from barnabas.backends.shares import Room
+from barnabas.backends.shares import NOTES, Notes, Room, unnoted
 from barnabas.backends.sqlite_admin import SqliteAdmin
 from barnabas.backends.sqlite_file import OpenFile, identity
-from barnabas.backends.sqlite_read import explain
+from barnabas.backends.sqlite_read import explain, one
 from barnabas.errors import BackendError, DeclarationError, Replaced, SendError
-from barnabas.message import Outgoing, OutgoingJob
+from barnabas.message import Outgoing, OutgoingJob, note
 from barnabas.ports import Listener, Source
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ TURN, TURN_BYTES = 2000, 2 << 20  # sends of one transaction, some 5 ms: what ot
 ENOUGH = 5.0  # seconds that anything may take when a backend is closed
 
 
-class SqliteBackend(SqliteAdmin):
+class SqliteBackend(Notes, SqliteAdmin):
     """One file, as this process sees it."""
 
     def __init__(self, url: str, settings: Any, clock: Any) -> None:
@@ -153,6 +153,7 @@ class SqliteBackend(SqliteAdmin):
             self._resolve(pending, stored)
         return result
 
+    swept = ""  # up to which note it was looked whose time is over
     _stir = False  # counts in `heads` moved in a way that only reading tells
 
     def stir(self, db: apsw.Connection, where: str, args: Sequence[Any] = ()) -> None:
@@ -244,6 +245,17 @@ class SqliteBackend(SqliteAdmin):
                     refused = SendError(f"{self.path}: a message or job cannot be stored: {error}")
                     log.error("%s", refused)
                     self._resolve([out], [(out[-1], refused)])
+
+    def swap(self, name: str, old: bytes | None, new: bytes, until: float, jobs: Sequence[OutgoingJob]) -> bool:
+        def act(db: apsw.Connection) -> bool:
+            tbl = self.name_id(db, "table", NOTES)
+            row = one(db, "SELECT value FROM cells WHERE tbl = ? AND key = ?", (tbl, name))
+            same = unnoted(row and row[0], self.clock.now()) == old
+            if same:
+                self._store(db, [*jobs, note(name, new, until)])
+            return same
+
+        return self.write(act)
 
     def flush(self, timeout: float) -> int:
         return self._room.emptied(timeout)

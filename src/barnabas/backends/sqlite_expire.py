@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import apsw
 
+from barnabas.backends.shares import NOTES, over
 from barnabas.backends.sqlite_read import SHIFT
 
 if TYPE_CHECKING:
@@ -27,7 +28,23 @@ def expire(home: "SqliteBackend", now: float) -> int:
                 dropped += count
                 if count < STEP:
                     break
+    _forget(home, now)
     return dropped
+
+
+def _forget(home: "SqliteBackend", now: float) -> None:
+    """Drop notes whose time is over: a page at each look, the whole table in turn."""
+    tbl: int = home._find("table", NOTES) or 0
+    rows = home.query("SELECT key, value FROM cells WHERE tbl = ? AND key > ? ORDER BY key LIMIT 5000", (tbl, home.swept))
+    home.swept = rows[-1][0] if len(rows) == 5000 else ""
+    past: list[tuple[str, bytes]] = [(key, data) for key, data in rows if over(data, now)]
+    for start in range(0, len(past), 500):
+        drop = [(tbl, *row) for row in past[start : start + 500]]  # its value, too: it may have been written anew
+        home.write(partial(_drop, notes=drop))
+
+
+def _drop(db: apsw.Connection, notes: list[tuple[int, str, bytes]]) -> None:
+    db.executemany("DELETE FROM cells WHERE tbl = ? AND key = ? AND value = ?", notes)
 
 
 def _expired(home: "SqliteBackend", gid: int, keep: object, now: float) -> list[tuple[int, int, int]]:

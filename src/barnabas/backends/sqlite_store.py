@@ -7,7 +7,7 @@ from zlib import crc32
 import apsw
 import msgspec
 
-from barnabas.backends.shares import by_target
+from barnabas.backends.shares import by_target, noted
 from barnabas.backends.sqlite_read import SHIFT, SqliteReader, one
 from barnabas.errors import UnknownTopic
 from barnabas.message import Outgoing, OutgoingJob
@@ -91,18 +91,24 @@ class SqliteStore(SqliteReader):
         now = self.clock.now()
         rows: list[tuple[Any, ...]] = []
         counts: dict[int, int] = {}
+        notes: dict[tuple[str, Any], bytes | None] = {}
         for queue, payload, at, jid, future in jobs:
+            if future is not None:
+                stored.append((future, jid))
+            if not queue:
+                notes.update([noted(jid, payload, at or 0.0)])
+                continue
             qid = self.queue_ids.get(queue)
             if qid is None:
                 qid = self._create_queue(db, queue)
             later = at is not None and at > now
             rows.append((qid, 2 if later else 0, at if later else None, jid, payload))
             counts[qid] = counts.get(qid, 0) + 1
-            if future is not None:
-                stored.append((future, jid))
         db.executemany("INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)", rows)
         for qid, n in counts.items():
             self._moved[qid] = one(db, "UPDATE heads SET next = next + ? WHERE gid = ? RETURNING next", (n, qid))[0]
+        if notes:
+            self._keep(db, notes)
 
     def _create(self, db: apsw.Connection, topic: Any) -> list[int]:
         """Create a topic's partitions where they are missing. Keeps what another process created meanwhile."""
@@ -140,6 +146,10 @@ class SqliteStore(SqliteReader):
     ) -> list[tuple[Any, Any]]:
         """Inside a settlement's transaction: what its handlers sent and wrote."""
         stored = self._store(db, outputs)
+        self._keep(db, cells)
+        return stored
+
+    def _keep(self, db: apsw.Connection, cells: dict[tuple[str, Any], bytes | None]) -> None:
         upsert, drop = [], []
         for (table, key), data in cells.items():
             tbl = self.name_id(db, "table", table)
@@ -151,4 +161,3 @@ class SqliteStore(SqliteReader):
             db.executemany("INSERT INTO cells VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", upsert)
         if drop:
             db.executemany("DELETE FROM cells WHERE tbl = ? AND key = ?", drop)
-        return stored

@@ -25,6 +25,7 @@ COMMANDS = {
     "reset": ("groups", "Let a consumer group go on elsewhere."),
     "queues": ("jobs", "Show the queues."),
     "jobs": ("jobs", "List, show, retry and drop stored jobs."),
+    "cron": ("cron", "List, run and pause what is enqueued by the clock."),
     "dead": ("dead", "List, show, retry, drop and export dead letters."),
     "replay": ("replay", "Run one stored message through a consumer, and keep nothing."),
     "processes": ("processes", "List the worker processes."),

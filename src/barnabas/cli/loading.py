@@ -130,6 +130,7 @@ _NAMES: dict[str, Callable[[App], Iterable[str]]] = {
     "topics": lambda app: app.topics,
     "consumers": lambda app: app.consumers,
     "jobs": lambda app: app.job_handlers,
+    "crons": lambda app: app.crons,
     "tables": lambda app: app.tables,
     "groups": lambda app: sorted({at.group for at in app.events.positions()}),
     "queues": lambda app: [f"queue:{state.name}" for state in app.jobs.queue_states() if state.name],

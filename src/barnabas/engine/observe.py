@@ -15,8 +15,12 @@ class Settled(msgspec.Struct, frozen=True):
     seconds: float
 
 
+_LEVELS = {"again": 30, "retry topic": 30, "expired": 30, "waits": 30, "superseded": 10}  # of logging; else an error, 40
+
+
 class Failed(msgspec.Struct, frozen=True):
-    """One failed run, and what became of it: "again", "retry topic", "dead", "skipped" or "stop"."""
+    """One failed run, and what became of it: "again", "retry topic", "dead", "skipped", "stop"; or a job that was not to run:
+    "expired", "superseded", "waits" (for a worker that knows it)."""
 
     name: str
     topic: str
@@ -62,8 +66,8 @@ class Observers:
         import logging  # 3 ms that `import barnabas` need not pay
 
         log = logging.getLogger("barnabas")
-        level = logging.WARNING if record.outcome in ("again", "retry topic") else logging.ERROR
-        shown = level == logging.ERROR and not record.reason.startswith("undecodable")  # that went through no code but ours
+        level = _LEVELS.get(record.outcome, 40)
+        shown = level == 40 and not record.reason.startswith("undecodable")  # that went through no code but ours
         if log.isEnabledFor(level):
             log.log(
                 level,

@@ -108,6 +108,29 @@ def build(
     return data
 
 
+def dumps(name: str, value: Any) -> bytes:
+    """The JSON of a value that job `name` returned. Raises PayloadError as `build` does."""
+    try:
+        data = _encode(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        _check(name, [value])
+        raise PayloadError(str(error)) from error
+    if data.find(b"null") >= 0:
+        _check(name, [value])
+    return data
+
+
+def hooked(hooks: Sequence[Callable[[dict[str, Any]], Any]], payload: bytes, queue: str) -> tuple[bytes, str] | None:
+    """A job and its queue after before_enqueue hooks, which may change its fields; None if one returned False."""
+    if not hooks:
+        return payload, queue
+    fields = msgspec.json.decode(payload)
+    for hook in hooks:
+        if hook(fields) is False:
+            return None
+    return msgspec.json.encode(fields), fields["queue"]
+
+
 def _check(name: str, args: Sequence[Any]) -> None:
     """Raise PayloadError for the first argument that Ruby could not read back."""
     for index, value in enumerate(args, 1):
@@ -139,12 +162,29 @@ def _fault(value: Any, depth: int) -> str | None:
 # Reading.
 
 
+class More(msgspec.Struct, frozen=True, gc=False):
+    """What a job asks for that Sidekiq has no word for, in its field "barnabas", which others keep and show as it is.
+
+    cron: the schedule whose run it is, and which is to know when it has ended. debounce: the note that names the only one of
+    several to run. expires_at: epoch seconds after which it does not begin. then: what follows it in its chain, of which it is
+    number `step`. result_ttl: seconds that what it returns is kept. unknown_since: when somebody met it who did not know it.
+    """
+
+    cron: str | None = None
+    debounce: str | None = None
+    expires_at: float | None = None
+    then: list[msgspec.Raw] = []
+    step: int = 1
+    result_ttl: float | None = None
+    unknown_since: float | None = None
+
+
 class Payload(
     msgspec.Struct,
     frozen=True,
     gc=False,
     kw_only=True,
-    rename={"name": "class", "raw_created_at": "created_at", "raw_failed_at": "failed_at"},
+    rename={"name": "class", "raw_created_at": "created_at", "raw_failed_at": "failed_at", "more": "barnabas"},
 ):
     """What a worker needs to know of a job. Unknown keys are skipped here and kept by `failed` and `enqueued`.
 
@@ -163,6 +203,7 @@ class Payload(
     retry_count: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] | None = None
     retry_for: Any = None
     dead: Any = None
+    more: More | None = None
 
     @property
     def attempt(self) -> int:

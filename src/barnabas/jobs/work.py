@@ -5,6 +5,7 @@ import logging
 from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from types import CoroutineType
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from barnabas.engine.hooks import wrap
 from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
 from barnabas.errors import BarnabasError, Reject, RetryAfter, TimedOut
+from barnabas.jobs.beyond import BadResult, End, Unneeded
 from barnabas.jobs.payload import Payload, PayloadError, Wait, failed, parse
 from barnabas.message import Delivery, Row
 from barnabas.verdict import Again, Dead
@@ -28,6 +30,9 @@ class UnknownJob(BarnabasError):
 
 class BadArguments(BarnabasError):
     """A stored job's arguments do not fit its function."""
+
+
+_OURS = (Stop, TimedOut, BadArguments, BadResult, UnknownJob, Unneeded, PayloadError)  # their text says it all
 
 
 class _Name(msgspec.Struct):
@@ -126,7 +131,11 @@ class JobHandler:
         if self.timed:
             run.limit = entry.job.timeout
         if entry.hooked:
-            return (entry.function, self._delivery(run, row, payload, args), *args)
+            args = (self._delivery(run, row, payload, args), *args)
+        if payload.more is not None:
+            end = End(entry, payload)
+            end.admit()
+            return (_more_async if self.awaited else _more, end, *args)
         return (entry.function, *args)
 
     def _delivery(self, run: Run, row: Row, payload: Payload, args: tuple[Any, ...]) -> Delivery[Any]:
@@ -142,7 +151,11 @@ class JobHandler:
             self._note(run, row, "rubbish", 1, Dead(f"undecodable: {rubbish}", data), rubbish)
             return
         entry = self._entries.get(payload.name)
-        final = isinstance(error, Reject | BadArguments)
+        if isinstance(error, Unneeded):
+            self._note(run, row, payload.name, payload.attempt, Dead(str(error), None), error, error.outcome)
+            self._lost(run, entry, payload, now, str(error))
+            return
+        final = isinstance(error, Reject | BadArguments | BadResult)
         outcome = failed(
             data,
             error,
@@ -158,6 +171,8 @@ class JobHandler:
             if outcome.spent and entry.tell("on_exhausted", run, row, outcome.payload, error) == "discard":
                 outcome = outcome._replace(kind="drop", reason=f"discarded by on_exhausted, {outcome.reason}")
             entry.tell("on_death", run, row, outcome.payload, error)
+        if outcome.kind != "again":
+            self._lost(run, entry, payload, now, outcome.reason)
         if outcome.kind == "again":
             verdict = Again(outcome.at, outcome.payload, outcome.queue if outcome.queue != run.part.topic else None)
         elif outcome.kind == "drop" and entry is not None:
@@ -170,19 +185,27 @@ class JobHandler:
         """A job is dead whatever it says itself: it took its process with it too often."""
         data: bytes = row[2]  # type: ignore[assignment]
         with suppress(PayloadError):
-            entry, why = self._entries.get(parse(data).name), error or BarnabasError(reason)
+            payload = parse(data)
+            entry, why = self._entries.get(payload.name), error or BarnabasError(reason)
+            self._lost(run, entry, payload, now, reason)
             data = failed(data, why, now, final=True).payload
             if entry is not None:
                 entry.tell("on_death", run, row, data, why)
         self._note(run, row, run.part.topic, attempt, Dead(reason, data), error)
 
-    def _note(self, run: Run, row: Row, name: str, attempt: int, verdict: Again | Dead, error: BaseException | None) -> None:
+    def _lost(self, run: Run, entry: Entry | None, payload: Payload, now: float, reason: str) -> None:
+        if payload.more is not None:
+            run.outputs += End(entry, payload).lost(now, reason)
+
+    def _note(
+        self, run: Run, row: Row, name: str, attempt: int, verdict: Again | Dead, error: BaseException | None, outcome: str = ""
+    ) -> None:
         run.others[row[0]] = verdict
         if isinstance(verdict, Again):
-            outcome, reason = "again", f"{type(error).__name__}: {error}"
+            outcome, reason = outcome or "again", f"{type(error).__name__}: {error}"
         else:
-            outcome, reason = ("dead" if verdict.payload is not None else "dropped"), verdict.reason
-        shown = error if not isinstance(error, Stop | TimedOut | BadArguments | UnknownJob | PayloadError) else None
+            outcome, reason = outcome or ("dead" if verdict.payload is not None else "dropped"), verdict.reason
+        shown = error if not isinstance(error, _OURS) else None
         job = ""
         with suppress(PayloadError):
             job = parse(row[2]).jid  # type: ignore[arg-type]
@@ -202,6 +225,19 @@ def router(entries: Mapping[str, Entry]) -> Callable[[Row], int]:
     async_names = {name for name, entry in entries.items() if entry.awaited}
 
     return lambda row: 1 if name_of(row) in async_names else 0
+
+
+def _more(end: End, *args: Any) -> Any:
+    out = end.function(*args)
+    if type(out) is not CoroutineType:  # else it is refused
+        end.done(out)
+    return out
+
+
+async def _more_async(end: End, *args: Any) -> Any:
+    out = await end.function(*args)
+    end.done(out)
+    return out
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
