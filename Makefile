@@ -38,6 +38,8 @@ soak: setup data ## the long tests
 
 bench: setup ## the table of ratios to raw loops and peers
 	-$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	-test -d build/quix || { $(PYTHON) -m venv build/quix \
+		&& build/quix/bin/python -m pip install --quiet --disable-pip-version-check quixstreams msgspec; }
 	$(PY) bench/run.py
 
 data: $(DATA)/flights.csv ## the flights of 2013 from New York, in build/data

@@ -1,4 +1,4 @@
-"""Take-over on one SQLite file: how long the partitions of a process that is killed or frozen see nothing handled."""
+"""Take-over: how long the partitions of a process that is killed or frozen see nothing handled."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from threading import Event, Thread
 from time import monotonic, sleep
 from typing import Any
 
-from kit import SPAWN, WAIT, Figure, Row, bench
+from kit import SPAWN, WAIT, Figure, Row, app_on, bench
 
 from barnabas import App, Delivery
 from barnabas.worker import Worker
@@ -20,14 +20,14 @@ PARTITIONS, WORKERS = 6, 3
 EVERY = 0.01  # seconds between two messages of a partition
 
 
-def shop(path: str, session: float) -> tuple[App, Any]:
-    app = App("bench", events=f"sqlite:///{path}", jobs=f"sqlite:///{path}", session_timeout=session)
+def shop(place: str, session: float, **options: Any) -> tuple[App, Any]:
+    app = app_on(place, session_timeout=session, **options)
     return app, app.topic("ticks", int, partitions=PARTITIONS)
 
 
-def work(path: str, session: float, owner: Any, since: Any) -> None:
+def work(owner: Any, since: Any, place: str, session: float, options: dict[str, Any]) -> None:
     """A worker that says from when on it handled what of each partition."""
-    app, ticks = shop(path, session)
+    app, ticks = shop(place, session, **options)
     me = os.getpid()
 
     @app.consumer(ticks)
@@ -41,16 +41,16 @@ def work(path: str, session: float, owner: Any, since: Any) -> None:
 
 
 class Group:
-    """Workers on a file, and a thread that sends to every partition all the time."""
+    """Workers, and a thread that sends to every partition all the time."""
 
-    def __init__(self, path: str, session: float) -> None:
+    def __init__(self, place: str, session: float, **options: Any) -> None:
         self._owner, self._since = SPAWN.Array("q", PARTITIONS, lock=False), SPAWN.Array("d", PARTITIONS, lock=False)
-        self._args = (path, session, self._owner, self._since)
-        self._app, self._ticks = shop(path, session)
+        self._args = (self._owner, self._since, place, session, options)
+        self._app, self._ticks = shop(place, session, **options)
+        self._app.events.declare([self._ticks])
         self._end = Event()
         self._workers = [self._start() for _ in range(WORKERS)]
         Thread(target=self._send, daemon=True).start()
-        self.settle()
 
     def _start(self) -> BaseProcess:
         worker = SPAWN.Process(target=work, args=self._args, daemon=True)
@@ -62,12 +62,13 @@ class Group:
             for partition in range(PARTITIONS):
                 self._ticks.send(1, partition=partition)
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Wait until every worker has its share."""
         wait(lambda: all(list(self._owner).count(worker.pid) == PARTITIONS // WORKERS for worker in self._workers))
 
     def hit(self, number: signal.Signals) -> float:
         """Send the signal to a worker; the seconds until all its partitions are handled by others."""
+        self._settle()
         worker = self._workers.pop(0)
         sleep(0.137)  # at no particular instant of what happens twice a second
         lost = [n for n in range(PARTITIONS) if self._owner[n] == worker.pid]
@@ -80,9 +81,7 @@ class Group:
         else:
             worker.join()
         self._workers.append(worker if worker.is_alive() else self._start())
-        seconds = max(self._since[n] for n in lost) - began
-        self.settle()
-        return seconds
+        return max(self._since[n] for n in lost) - began
 
     def close(self) -> None:
         """End all of it."""

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from threading import Event
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
 import apsw
@@ -51,7 +51,7 @@ class Figure(NamedTuple):
 class Bench(NamedTuple):
     """`run(n, turn)` measures the raw loop and Barnabas in turn (`turn` odd: Barnabas first): a figure a row.
 
-    `server(folder)` is entered once for all rounds of all benches that name it; its address is in os.environ[its name].
+    `server(folder)` is entered once for all rounds of all benches that name it; its address is in the environment, by its name.
     """
 
     name: str
@@ -143,7 +143,22 @@ class Tally:
         return self.marks[-1] - self.marks[0]
 
 
-def work_off(app: App, name: str, n: int, started: Callable[[], None] = lambda: None) -> float:
+def app_on(place: str, **settings: Any) -> App:
+    """An app on a SQLite file, or on another backend's URL."""
+    url = place if "://" in place else f"sqlite:///{place}"
+    return App("bench", events=url, jobs="memory:" if url.startswith("kafka") else url, create_topics=True, **settings)
+
+
+def assigned(worker: Worker, count: int = 6) -> None:
+    """Wait until its runner has so many partitions of a topic of ours: 6 is all of them by default."""
+    until = perf_counter() + WAIT
+    while sum(part.topic in worker.app.topics for part in worker.runners[0].parts) != count:
+        expect("its share in time", perf_counter() < until, True)
+        sleep(0.01)
+    sleep(0.1)  # it waits
+
+
+def work_off(app: App, name: str, n: int, started: Callable[[Worker], None] = lambda worker: None) -> float:
     """Run a worker until n are settled, see that nothing else came of them, stop it; when the last was settled."""
     left, ends, last = [n], [0.0], Event()
 
@@ -156,7 +171,7 @@ def work_off(app: App, name: str, n: int, started: Callable[[], None] = lambda: 
 
     worker = Worker(app)
     worker.start()
-    started()
+    started(worker)
     if not last.wait(WAIT):
         faulthandler.dump_traceback()
         raise TimeoutError(f"{left[0]} of {n} are not settled after {WAIT} s; the worker's error: {worker.failed()!r}")

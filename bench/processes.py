@@ -13,7 +13,23 @@ from time import perf_counter, process_time, sleep, time
 from typing import Any
 
 import msgspec
-from kit import WAIT, Figure, Order, Row, Tally, bench, expect, in_turn, orders, other, raw_db, tune, work_off
+from kit import (
+    WAIT,
+    Figure,
+    Order,
+    Row,
+    Tally,
+    app_on,
+    assigned,
+    bench,
+    expect,
+    in_turn,
+    orders,
+    other,
+    raw_db,
+    tune,
+    work_off,
+)
 from topics import RAW, send_ours, shop
 
 from barnabas import App
@@ -184,9 +200,9 @@ def turns(n: int, turn: int) -> list[Figure]:
 # Waking up, and sleeping.
 
 
-def handle_timed(parent: Connection, path: str, n: int) -> None:
+def handle_timed(parent: Connection, place: str, n: int) -> None:
     """The seconds from each send to its handler's start: `total` says when it was sent, on a clock of all processes."""
-    app, topic = shop(path)
+    app, topic = shop(place)
     tally, times = Tally(n), []
 
     @app.consumer(topic)
@@ -194,9 +210,9 @@ def handle_timed(parent: Connection, path: str, n: int) -> None:
         times.append(perf_counter() - order.total)
         tally.one(order)
 
-    def started() -> None:
+    def started(worker: Worker) -> None:
         tune()
-        sleep(0.5)  # it has its partitions, and waits
+        assigned(worker)
         parent.send("ready")
 
     work_off(app, "handle", n, started)
@@ -212,9 +228,15 @@ def handle_timed(parent: Connection, path: str, n: int) -> None:
     _most("the same, p99", 8, "ms"),
 )
 def wake_up(n: int, turn: int) -> list[Figure]:
-    with TemporaryDirectory(dir=Path.cwd()) as folder, other(handle_timed, f"{folder}/file.db", n) as handler:
-        app, topic = shop(f"{folder}/file.db")
-        app.events.flush(0)
+    with TemporaryDirectory(dir=Path.cwd()) as folder:
+        return woken(f"{folder}/file.db", n)
+
+
+def woken(place: str, n: int) -> list[Figure]:
+    """From a send here to its handler's start in another process."""
+    with other(handle_timed, place, n) as handler:
+        app, topic = shop(place)
+        app.topic("first", int).send(1).result(WAIT)  # the sink is open
         handler.recv()
         tune()
         began = perf_counter()
@@ -256,9 +278,9 @@ def idle(n: int, turn: int) -> list[Figure]:
 # A backlog.
 
 
-def handle_backlog(parent: Connection, path: str, n: int) -> None:
+def handle_backlog(parent: Connection, place: str, n: int) -> None:
     """The megabytes that a worker had at its peak, and by which it grew while it handled the last four fifths."""
-    app, topic = shop(path)
+    app, topic = shop(place)
     tally, sizes, seen = Tally(n), [], 0
 
     @app.consumer(topic)
@@ -269,7 +291,7 @@ def handle_backlog(parent: Connection, path: str, n: int) -> None:
             sizes.append(memory())
         tally.one(order)
 
-    work_off(app, "handle", n, tune)
+    work_off(app, "handle", n, lambda _: tune())
     assert tally.seconds
     app.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -311,14 +333,14 @@ def spins(seconds: float) -> int:
     return int(10_000 * seconds / best)
 
 
-def tasks_on(path: str) -> tuple[App, Any]:
-    app = App("bench", events=f"sqlite:///{path}", jobs=f"sqlite:///{path}")
+def tasks_on(place: str) -> tuple[App, Any]:
+    app = app_on(place)
     return app, app.topic("tasks", int, partitions=PARTITIONS)
 
 
-def take_share(parent: Connection, path: str, processes: int, times: int) -> None:
+def take_share(parent: Connection, place: str, processes: int, times: int) -> None:
     """Handle by computing until the parent says that all is done; the numbers that were handled here, and the last's time."""
-    app, tasks = tasks_on(path)
+    app, tasks = tasks_on(place)
     seen, last = [], 0.0
 
     @app.consumer(tasks)
@@ -331,10 +353,7 @@ def take_share(parent: Connection, path: str, processes: int, times: int) -> Non
     worker = Worker(app)
     worker.start()
     tune()
-    until = perf_counter() + WAIT
-    while sum(part.topic == tasks.name for part in worker.runners[0].parts) != PARTITIONS // processes:
-        expect("its share in time", perf_counter() < until, True)
-        sleep(0.01)
+    assigned(worker, PARTITIONS // processes)
     parent.send("ready")
     parent.recv()
     expect("handlers that held the stop up", worker.stop(5.0), [])
@@ -342,16 +361,15 @@ def take_share(parent: Connection, path: str, processes: int, times: int) -> Non
     parent.send((seen, last))
 
 
-def shared_by(processes: int, n: int, times: int) -> float:
+def shared_by(place: str, processes: int, n: int, times: int) -> float:
     """Messages a second, from the first send to the last handled."""
-    with TemporaryDirectory(dir=Path.cwd()) as folder, ExitStack() as stack:
-        app, tasks = tasks_on(f"{folder}/file.db")
+    with ExitStack() as stack:
+        app, tasks = tasks_on(place)
         app.events.declare([tasks])
-        workers = [
-            stack.enter_context(other(take_share, f"{folder}/file.db", processes, times)) for _ in range(processes)
-        ]
+        workers = [stack.enter_context(other(take_share, place, processes, times)) for _ in range(processes)]
         for worker in workers:
             worker.recv()
+        app.topic("first", int).send(1).result(WAIT)  # the sink is open
         began = perf_counter()
         tasks.send_many(range(n)).result(WAIT)
         while app.events.open_work({"bench-compute": ["tasks"]}, []):
@@ -372,5 +390,10 @@ def shared_by(processes: int, n: int, times: int) -> float:
 )
 def share(n: int, turn: int) -> list[Figure]:
     times = spins(0.001)
-    one, four = in_turn(turn, lambda: shared_by(1, n, times), lambda: shared_by(SHARERS, n, times))
+    with TemporaryDirectory(dir=Path.cwd()) as folder:
+        one, four = in_turn(
+            turn,
+            lambda: shared_by(f"{folder}/one.db", 1, n, times),
+            lambda: shared_by(f"{folder}/four.db", SHARERS, n, times),
+        )
     return [Figure(four / one, one, four)]

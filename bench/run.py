@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SRC = HERE.parent / "src"
-THEMES = ("topics", "processes", "jobs", "failover", "redis_jobs", "engine", "start")  # a file each
+THEMES = ("topics", "processes", "jobs", "failover", "engine", "start", "kafka", "redis_jobs")  # a file each
 HEAD = ["what", "target", "reached", "", "raw", "Barnabas"]
 sys.path.insert(0, str(SRC))
 
@@ -135,9 +135,9 @@ def measure(benches: list[Any], rounds: int, quick: bool, all_of_them: bool) -> 
         for bench in benches:
             figures = []
             try:
-                if bench.server is not None and bench.server.__name__ not in os.environ:
+                if bench.server is not None and bench.server.__name__.upper() not in os.environ:
                     status.update(f"{bench.name}: {bench.server.__name__}")
-                    os.environ[bench.server.__name__] = servers.enter_context(bench.server(folder))
+                    os.environ[bench.server.__name__.upper()] = servers.enter_context(bench.server(folder))
                 for turn in range(rounds):
                     status.update(f"{bench.name}, round {turn + 1} of {rounds}")
                     figures.append(one_round(bench.name, bench.tiny if quick else bench.n, turn, folder))

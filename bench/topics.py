@@ -9,7 +9,23 @@ from time import perf_counter, sleep, time
 from typing import Any
 
 import msgspec
-from kit import WAIT, Figure, Order, Row, Tally, bench, expect, in_turn, orders, other, raw_db, tune, work_off
+from kit import (
+    WAIT,
+    Figure,
+    Order,
+    Row,
+    Tally,
+    app_on,
+    assigned,
+    bench,
+    expect,
+    in_turn,
+    orders,
+    other,
+    raw_db,
+    tune,
+    work_off,
+)
 
 from barnabas import App
 
@@ -22,8 +38,8 @@ RAW_ROWS = 1_000  # of a transaction, and of a read: more is no faster
 TABLE_KEYS = 400
 
 
-def shop(path: str) -> tuple[App, Any]:
-    app = App("bench", events=f"sqlite:///{path}", jobs=f"sqlite:///{path}")
+def shop(place: str) -> tuple[App, Any]:
+    app = app_on(place)
     return app, app.topic("orders", Order, key="customer")
 
 
@@ -82,9 +98,9 @@ def handle_ours(parent: Connection, path: str, n: int) -> None:
     tally = Tally(n)
     app.consumer(topic, name="handle")(tally.one)
 
-    def started() -> None:
+    def started(worker: Any) -> None:
         tune()
-        sleep(0.1)  # it has its partitions, and waits
+        assigned(worker)
         parent.send("ready")
 
     work_off(app, "handle", n, started)

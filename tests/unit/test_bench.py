@@ -16,6 +16,6 @@ THEMES = ("topics", "processes", "jobs", "failover", "engine", "start")
 def test_every_bench_runs():
     pytest.importorskip("huey")
     only = [word for theme in THEMES for word in ("--only", theme)]
-    done = subprocess.run([sys.executable, str(RUN), "--quick", *only], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(RUN), "--quick", *only], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing was written" in done.stdout
