@@ -1,12 +1,19 @@
-"""The line is cut at every single command in turn, before it arrives or before its answer does: nothing is lost by it,
-nothing is stuck, and nothing runs more often than at-least-once allows."""
+"""Every single command is the last one in turn: of a process, that is killed before it leaves, in its middle, or when it is
+answered; or of a line, that is cut. Nothing is lost by it, nothing is stuck, and nothing runs more often than at-least-once
+allows."""
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import mortal
 import pytest
 import redis
 from redis.connection import AbstractConnection
@@ -14,23 +21,123 @@ from servers import shared_redis
 
 from barnabas import App, Reject, RetryAfter
 from barnabas.backends import redis_life
-from barnabas.errors import BackendError
+from barnabas.jobs.payload import build
 from barnabas.worker import Worker
 
+pytestmark = pytest.mark.slow
 JOBS, LATER = 40, 10
+LANES = 4  # cases at a time
+LEFT = """-- of the prefix ARGV[1]: what is in queue a, in the sets, and in hands, in one look
+local n = redis.call('LLEN', ARGV[1] .. 'queue:a')
+for _, set in ipairs({'retry', 'schedule'}) do n = n + redis.call('ZCARD', ARGV[1] .. set) end
+for _, key in ipairs(redis.call('KEYS', ARGV[1] .. 'barnabas:work:*')) do n = n + redis.call('HLEN', key) end
+for _, key in ipairs(redis.call('KEYS', ARGV[1] .. 'barnabas:landing:*')) do n = n + redis.call('LLEN', key) end
+return n"""
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name, value in mortal.HASTE.items():
+        monkeypatch.setattr(redis_life, name, value)
+    with redis.Redis(port=shared_redis().port, client_name="watch") as client:
+        client.flushall()
+        yield client
+
+
+def until_nothing_is_left(client: Any, prefix: str = "") -> None:
+    end = time.monotonic() + 20
+    while client.eval(LEFT, 0, prefix):
+        assert time.monotonic() < end, client.keys(f"{prefix}*")
+        time.sleep(0.01)
+
+
+def each_step(case: Callable[[int, int], bool]) -> int:
+    """Call `case(lane, step)` for steps 1, 2, ... until there is none; the number of steps."""
+    with ThreadPoolExecutor(LANES) as pool:
+        for first in range(1, 400, LANES):
+            met = [pool.submit(case, lane, first + lane) for lane in range(LANES)]
+            for lane, future in enumerate(met):
+                try:
+                    future.result()
+                except Exception as error:
+                    raise AssertionError(f"step {first + lane}") from error
+            if not any(future.result() for future in met):
+                return first
+    raise AssertionError("there is no end to it")
+
+
+# A process dies.
+
+
+def fill(client: Any, prefix: str) -> None:
+    """Jobs that are ready, due, to be retried, and in the hands of a process that died."""
+    job = [build("work", [n], queue="a", retry=10, now=1.0) for n in range(10)]
+    pipe = client.pipeline()
+    pipe.sadd(f"{prefix}queues", "a").lpush(f"{prefix}queue:a", *job[:6])
+    pipe.zadd(f"{prefix}schedule", {job[6]: 2.0}).zadd(f"{prefix}retry", {job[7]: 2.0})
+    pipe.hset(f"{prefix}barnabas:workers", "ghost:1:0", "a").hset(f"{prefix}barnabas:work:ghost:1:0", "5:a", job[8])
+    pipe.lpush(f"{prefix}barnabas:landing:ghost:1:0:a", job[9]).execute()
+
+
+def survive(client: Any, url: str, prefix: str, folder: Path) -> None:
+    """Another process takes over from one that died, and all is as if nothing had been."""
+    for key in client.keys(f"{prefix}barnabas:alive:*"):
+        client.delete(key)  # its lease is over
+    app = mortal.shop(url, str(folder))
+    worker = Worker(app)
+    worker.start()
+    until_nothing_is_left(client, prefix)
+    assert not worker.stop(5.0)
+    app.close()
+    ran = Counter(map(int, (folder / "ran").read_text().split()))
+    assert set(ran) == mortal.JOBS
+    assert all(ran[n] <= {1: 3, 100: 3}.get(n, 2) for n in ran), ran
+    assert client.zcard(f"{prefix}dead") == 1
+    assert set(client.keys(f"{prefix}barnabas:*")) <= {f"{prefix}barnabas:crashes".encode()}
+
+
+@pytest.mark.parametrize("when", ["unsent", "half", "answered"])
+def test_a_process_that_dies_at_any_command_loses_nothing(client, when, tmp_path):
+    command = [sys.executable, str(Path(__file__).with_name("mortal.py"))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    lives = [subprocess.Popen(command, **pipes) for _ in range(LANES)]
+
+    def case(lane: int, step: int) -> bool:
+        prefix, folder = f"{when}{step}:", tmp_path / f"{step}"
+        url = f"{shared_redis().url}?prefix={prefix}"
+        folder.mkdir()
+        fill(client, prefix)
+        life = lives[lane]
+        print(url, folder, when, step, file=life.stdin, flush=True)
+        ended = life.stdout.readline().strip()
+        assert ended in ("0", f"{int(signal.SIGKILL)}")
+        survive(client, url, prefix, folder)
+        return ended != "0"
+
+    try:
+        assert each_step(case) > 30
+    finally:
+        for life in lives:
+            life.communicate(timeout=20)
+
+
+# A line is cut.
 
 
 class Line:
-    """Counts what goes over all connections, and breaks one of them at the n-th."""
+    """Counts what goes over the connections to each database, and breaks one of them at the n-th."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-        self.count, self.at, self._lock = 0, 0, threading.Lock()
+        self.count, self.at, lock = Counter[int](), dict[int, int](), threading.Lock()
         real = getattr(AbstractConnection, what)
 
         def counted(connection: Any, *args: Any, **options: Any) -> Any:
-            with self._lock:
-                self.count += 1
-                hit = self.count == self.at
+            at = self.at.get(connection.db)
+            if connection.client_name == "watch" or at is None:
+                return real(connection, *args, **options)
+            with lock:
+                self.count[connection.db] += 1
+                hit = self.count[connection.db] == at
             if not hit:
                 return real(connection, *args, **options)
             if what == "read_response":
@@ -41,16 +148,12 @@ class Line:
         monkeypatch.setattr(AbstractConnection, what, counted)
 
 
-@pytest.fixture
-def client() -> Iterator[Any]:
-    with redis.Redis(port=shared_redis().port, db=8) as client:
-        yield client
-
-
-def scenario(line: Line, at: int, client: Any) -> None:
-    """Enqueue, schedule, claim, settle, retry, bury, move, stop, with the n-th step broken."""
+def scenario(line: Line, db: int, at: int) -> bool:
+    """Enqueue, schedule, claim, settle, retry, bury, move, stop, with the n-th step broken; whether there was one."""
+    client = redis.Redis(port=shared_redis().port, db=db, client_name="watch")
     client.flushdb()
-    app = App("steps", events="memory:", jobs=shared_redis().url.replace("/0", "/8"), threads=4, checkpoint_interval=0.01)
+    url = shared_redis().url.replace("/0", f"/{db}")
+    app = App("steps", events="memory:", jobs=url, threads=4, checkpoint_interval=0.01)
     ran: Counter[int] = Counter()
     failed: set[int] = set()
 
@@ -65,50 +168,34 @@ def scenario(line: Line, at: int, client: Any) -> None:
 
     try:
         app.jobs  # noqa: B018 - opened before the count begins
-        line.count, line.at = 0, at
+        line.count[db], line.at[db] = 0, at
         sent = [work.enqueue_many((n,) for n in range(JOBS - LATER))]
         sent += [work.enqueue_in(0.05, n) for n in range(JOBS - LATER, JOBS)]  # type: ignore[misc]
         worker = Worker(app)
-        for _ in range(2):  # a worker does not start while Redis is away, and says so
-            try:
-                worker.start()
-                break
-            except Exception:
-                worker = Worker(app)
+        try:
+            worker.start()
+        except Exception:  # a worker does not start while Redis is away, and says so
+            worker = Worker(app)
+            worker.start()
         for future in sent:
             future.result(10)
-        end = time.monotonic() + 20
-
-        def left() -> int:
-            try:
-                return app.jobs.open_work({}, ["a"])
-            except BackendError:  # it was this one that was cut
-                return 1
-
-        while left() or client.zcard("retry") + client.zcard("schedule") or left():  # (in hand, waiting, in a queue again)
-            assert time.monotonic() < end, (client.keys("*"), app.jobs.queue_states(), ran)
-            time.sleep(0.01)
+        until_nothing_is_left(client)
         assert not worker.stop(5.0)
     finally:
-        line.at = 0
+        met = line.count[db] >= line.at.pop(db, 0)
         app.close()
     dead = Counter(job.jid for job in app.jobs.find_jobs("dead"))
     app.close()
     assert set(ran) == set(range(JOBS))
-    assert len(dead) == JOBS // 10 and client.llen("queue:a") == 0
+    assert len(dead) == JOBS // 10
     extra = sum(ran.values()) - JOBS - len(failed)
     assert extra <= JOBS + 8, ran  # an enqueue whose answer is lost is repeated: a job with the same id
     assert client.keys("barnabas:*") == []
+    client.close()
+    return met
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["send_packed_command", "read_response"])
-def test_a_cut_at_any_step_loses_nothing(client, what, monkeypatch):
-    for name, value in {"LEASE": 2, "RENEW": 0.3, "SCAN": 0.2, "CALM": 0.0, "TICK": 0.1}.items():
-        monkeypatch.setattr(redis_life, name, value)
+def test_a_cut_at_any_command_loses_nothing(client, what, monkeypatch):
     line = Line(monkeypatch, what)
-    for at in range(1, 61, 2):
-        try:
-            scenario(line, at, client)
-        except Exception as error:
-            raise AssertionError(f"with {what} number {at} cut") from error
+    assert each_step(lambda lane, step: scenario(line, lane + 1, step)) > 30
