@@ -50,7 +50,7 @@ class RedisServer:
         self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         import redis
 
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while True:
             try:
                 with redis.Redis(port=self.port) as client:

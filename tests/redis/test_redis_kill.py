@@ -157,10 +157,10 @@ def check(folder: Path, kills: int, monkeypatch: pytest.MonkeyPatch) -> None:
     witness.touch()
     monkeypatch.setenv("KILL_WITNESS", str(witness))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
-    server = RedisServer(folder, durable=True)
+    server = RedisServer(folder, durable=True, options=("--auto-aof-rewrite-min-size", "1mb"))  # or it loads for ever longer
     proxy = Proxy(server.port)
     team = Team(f"redis://127.0.0.1:{proxy.port}/0", folder)
-    app = App("sender", events="memory:", jobs=server.url)
+    app = App("sender", events="memory:", jobs=server.url, send_timeout=120.0)
     note, task = app.foreign_job("note", queue="notes"), app.foreign_job("task", queue="tasks")
     try:
         with frozen(team, 0, 36.0):
@@ -173,7 +173,7 @@ def check(folder: Path, kills: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 blows[kind] += 1
                 blow(kind, team, server, proxy, dice)
                 for future in futures:
-                    future.result(60)
+                    future.result(150)
         client, end = app.jobs.client, time.monotonic() + STUCK
         work = lambda: app.jobs.open_work({}, ["notes", "tasks"])  # noqa: E731
         left = lambda: work() or client.zcard("retry") + client.zcard("schedule") or work()  # noqa: E731

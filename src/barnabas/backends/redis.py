@@ -124,7 +124,7 @@ class RedisBackend(RedisAdmin):
                     f"{self.where.name} has maxmemory-policy {policy}: it would throw jobs away when memory is short; set it to "
                     "noeviction, or say ?allow_eviction=true in the URL if that may be"
                 )
-            if not info.get("aof_enabled"):
+            if not info.get("aof_enabled") and not info.get("loading"):  # (while it loads it says no to both)
                 saves: Any = None
                 with suppress(RedisError):  # a hosted one may not say
                     saves = self.client.config_get("save").get("save")

@@ -276,8 +276,8 @@ class RedisQueues:
 
     def _begin_anew(self) -> None:
         """Our claim on what we hold ended, or we were taken for dead: settle what we still can, give back the rest."""
-        log.warning("%s: this process was silent for too long; what it has not finished goes back to its queues", self.name)
         self.life.join()  # raises while Redis is away
+        log.warning("%s: this process was silent for too long; what it has not finished goes back to its queues", self.name)
         self._closing = True
         try:
             self._listener.revoked(list(self.parts.values()))
