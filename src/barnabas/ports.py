@@ -14,12 +14,12 @@ class Part:
 
     `until` (monotonic seconds) is when the claim on it ends unless renewed: no delivery starts after it. `attempts`
     and `crashes` count failed runs and lost processes of offsets that are still open. `paused`: nothing is to be claimed
-    from this queue. `done`: how many of it this process has finished.
+    from this queue; `room`: how many may be claimed of it at most. `done`: how many of it this process has finished.
     """
 
     __slots__ = (
         "attempts", "cells", "closed", "crashes", "done", "group", "held", "id", "lanes", "partition", "paused", "retries",
-        "topic", "until",
+        "room", "topic", "until",
     )  # fmt: skip
 
     def __init__(self, topic: str, partition: int, id: int, group: str = "") -> None:
@@ -31,12 +31,17 @@ class Part:
         self.until = FOREVER
         self.closed = False
         self.paused = False
+        self.room: float = FOREVER  # whoever claims takes off, whoever finishes puts back
         self.done = 0
         self.attempts: dict[int, int] = {}
         self.crashes: dict[int, int] = {}
         self.lanes: dict[Any, Any] = {}
         self.cells: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})  # unsettled, settled
         self.held: Any = None  # the source's own account of this partition
+
+    def claimable(self) -> bool:
+        """Whether jobs may be claimed from this queue just now."""
+        return not self.paused and self.room > 0
 
 
 class Result(NamedTuple):

@@ -154,6 +154,10 @@ class Settings:
     queues: list[str] | dict[str, int] | None = _option(
         _queues, None, "a list (strict order) or weights; unset: those of the declared jobs", key="jobs.queues"
     )
+    concurrency: dict[str, int] = _option(
+        _table, {}, "of these queues, jobs at a time in a process", key="jobs.concurrency",
+        entries={"*": Option(_number, None, "jobs of this queue at a time in a process", low=1, high=10_000)},
+    )  # fmt: skip
     stop_timeout: float = _option(_number, 25.0, "a stop waits this long for work in hand", "seconds")
     send_timeout: float = _option(_number, 30.0, "a send waits this long for room in the buffer", "seconds")
     buffer_messages: int = _option(_number, 10_000, "sends that may wait for the backend", "messages", low=1)

@@ -37,9 +37,11 @@ def chosen(app: App, only: Iterable[str] = (), skip: Iterable[str] = ()) -> tupl
 
     A job's name stands for its queue. Raises DeclarationError for a name that nothing has.
     """
-    queues = app.settings.queues
-    if queues is None:
-        queues = list(dict.fromkeys(q for job in app.job_handlers.values() for q in (job.queue, job.retry_queue) if q))
+    declared = list(dict.fromkeys(q for job in app.job_handlers.values() for q in (job.queue, job.retry_queue) if q))
+    queues = declared if app.settings.queues is None else app.settings.queues
+    if strange := app.settings.concurrency.keys() - {*declared, *queues}:
+        there = ", ".join(sorted({*declared, *queues})) or "none"
+        raise DeclarationError(f"jobs.concurrency names {', '.join(sorted(strange))}: no job has such a queue; there are {there}")
 
     def names(wanted: Iterable[str]) -> set[str]:
         found = set()
@@ -179,7 +181,8 @@ class Worker:
             if awaited in kinds:
                 crews.append(self._crew(JobHandler("jobs", entries, awaited, app.observers), "none", size, jobs))
         route = router(entries) if len(crews) == 2 else None
-        runner = self._runner("jobs", crews, route=route, limit=1000, ahead=None if self.inline else 0.05)
+        ahead = None if self.inline else 0.05
+        runner = self._runner("jobs", crews, route=route, limit=1000, ahead=ahead, widths=app.settings.concurrency)
         runner.attach(jobs.queues(self.queues, runner))
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 import uuid
 from datetime import UTC, datetime, timedelta
 
@@ -12,8 +13,9 @@ from conftest import failures, settled, wait_for, waiting
 
 from barnabas import Reject, RetryAfter
 from barnabas.backends.shares import QueueOrder
-from barnabas.errors import SendError
+from barnabas.errors import DeclarationError, SendError
 from barnabas.jobs.payload import backtrace, parse
+from barnabas.worker import Worker
 
 
 class Order(msgspec.Struct):
@@ -198,6 +200,57 @@ def test_threads_is_how_many_sync_jobs_run_at_once(place):
     mail.enqueue_many((n,) for n in range(300)).result(10)
     place.drain(app)
     assert most == 3 and not failures(app)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_queue_can_be_given_fewer_at_a_time_than_there_are_threads(place, kind):
+    app = place.app(queues=["mail", "rest"], threads=6, concurrency={"mail": 2})
+    lock, now, most, done = threading.Lock(), 0, 0, []
+    gate = threading.Event()
+
+    def enter(by: int) -> None:
+        nonlocal now, most
+        with lock:
+            now += by
+            most = max(most, now)
+
+    @app.job(queue="mail")
+    def mail(n: int):
+        enter(1)
+        gate.wait(10)
+        time.sleep(0.001)
+        enter(-1)
+        done.append(n)
+
+    @app.job(queue="mail")
+    async def post(n: int):
+        enter(1)
+        while not gate.is_set():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.001)
+        enter(-1)
+        done.append(n)
+
+    rest = app.job(lambda n: done.append(f"rest {n}"), name="rest", queue="rest")
+    first, second = (mail, mail) if kind == "sync" else (mail, post)
+    for n in range(0, 40, 2):
+        first.enqueue(n)
+        second.enqueue(n + 1)
+    rest.enqueue_many((n,) for n in range(10)).result(10)
+    with place.running(app) as worker:
+        wait_for(lambda: len(done) == 10 and now == 2, worker=worker)  # the others are not held up
+        state = {state.name: state for state in app.jobs.queue_states()}["mail"]
+        assert (state.work, state.ready) == (2, 38)  # what this process may not begin yet, others may
+        gate.set()
+        wait_for(worker.drained, worker=worker)
+    assert most == 2 and sorted(n for n in done if type(n) is int) == [*range(40)] and not failures(app)
+
+
+def test_a_limit_for_a_queue_that_nobody_has_is_refused(place):
+    app = place.app(concurrency={"mial": 2})
+    app.job(lambda n: None, name="mail", queue="mail")
+    with pytest.raises(DeclarationError, match=r"jobs.concurrency names mial: no job has such a queue; there are mail"):
+        Worker(app)
 
 
 def test_async_jobs_run_beside_each_other_and_beside_sync_ones(place):

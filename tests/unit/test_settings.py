@@ -47,6 +47,7 @@ def test_defaults(folder: Path) -> None:
         "threads": 10,
         "coroutines": 100,
         "queues": None,
+        "concurrency": {},
         "stop_timeout": 25.0,
         "send_timeout": 30.0,
         "buffer_messages": 10_000,

@@ -401,15 +401,17 @@ class MemoryQueues:
         room = limit - len(self.work)
         with home.lock:
             for name in self._order.next():
-                ready = None if self.parts[name].paused else home.ready.get(name)
+                part = self.parts[name]
+                ready = home.ready.get(name) if part.claimable() else None
                 rows: list[Row] = []
-                while ready and room > 0:
+                while ready and room > 0 and part.room > 0:
                     number, job = ready.popleft()
                     self.work[number] = job
                     rows.append((number, job.jid, job.payload, None, home.clock.now()))
                     room -= 1
+                    part.room -= 1
                 if rows:
-                    found.append((self.parts[name], rows))
+                    found.append((part, rows))
         return found
 
     def settle(self, results: Sequence[Result]) -> None:

@@ -98,24 +98,23 @@ for _, name in ipairs(shut) do paused[name] = true end
 local counted = redis.call('EXISTS', key('barnabas:crashes')) == 1
 
 for i = 1, number() do
-  local name, jobs = arg(), {}
+  local name, free, jobs = arg(), math.min(room, number()), {}
   local queue, land = key('queue:' .. name), key('barnabas:landing:' .. id .. ':' .. name)
   if landed == 1 then
-    while room > 0 and not paused[name] do
+    while #jobs < free and not paused[name] do
       local job = redis.call('RPOP', land)
       if not job then break end
       jobs[#jobs + 1] = job
-      room = room - 1
     end
     unland(land, queue)
   end
-  if room > 0 and not paused[name] then
-    local got = redis.pcall('RPOP', queue, room) -- not a list: somebody else's key, and none of ours
+  if #jobs < free and not paused[name] then
+    local got = redis.pcall('RPOP', queue, free - #jobs) -- not a list: somebody else's key, and none of ours
     if type(got) == 'table' and not got.err then
       for _, job in ipairs(got) do jobs[#jobs + 1] = job end
-      room = room - #got
     end
   end
+  room = room - #jobs
   local entries = {}
   for _, job in ipairs(jobs) do
     sequence = sequence + 1

@@ -194,7 +194,7 @@ class RedisQueues:
         if not landing.waiting:
             found = self._claim(room, True)
         if not found and not self._suspects and timeout > 0:
-            landing.block([queue for queue in self._order.names if queue not in self._shut])
+            landing.block([queue for queue in self._order.names if queue not in self._shut and self.parts[queue].room > 0])
             if landing.wait(min(timeout, BLOCK)):
                 found = self._claim(room, True)
         return found or self._next_suspect()
@@ -217,9 +217,10 @@ class RedisQueues:
         if not settled:
             settled = (0, 0, 0, 0, 0, 0, 0)
         today, first = time.strftime("%Y-%m-%d", time.gmtime(now)), home.reserve(room)
+        wanted = [arg for name in names for arg in (name, max(0, min(room, self.parts[name].room)))]
         sure, self._sure = self._sure, False
         alive, count, shut, jobs, crashes = home.script(
-            "turn", self.name, now, today, *settled, room, first, int(landed), len(names), *names
+            "turn", self.name, now, today, *settled, room, first, int(landed), len(names), *wanted
         )
         self._sure = sure
         for number in finished:
@@ -240,7 +241,7 @@ class RedisQueues:
         return found
 
     def _take(self, queue: str, jobs: Iterable[tuple[int, bytes]], now: float) -> Found:
-        part, rows, crashed = self.parts[queue], [], self._crashes
+        part, rows, crashed, before = self.parts[queue], [], self._crashes, len(self.work)
         for number, payload in jobs:
             self.work[number] = (queue, payload)
             try:
@@ -254,6 +255,7 @@ class RedisQueues:
                     self._suspects.append((part, row))
                     continue
             rows.append(row)
+        part.room -= len(self.work) - before
         return [(part, rows)] if rows else []
 
     def _next_suspect(self) -> Found:

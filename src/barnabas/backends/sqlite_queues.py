@@ -51,7 +51,7 @@ class SqliteQueues(Fetcher):
 
     def _news(self) -> bool:
         heads, seen = self.home.heads, self._seen
-        return any(heads[gid] != seen[gid] and not part.paused for gid, part in self._parts.items())
+        return any(heads[gid] != seen[gid] and part.claimable() for gid, part in self._parts.items())
 
     def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
         self._limit = limit
@@ -71,8 +71,13 @@ class SqliteQueues(Fetcher):
         except BaseException:
             self._more = True
             raise
-        self._work.update([row[0] for _, rows in found for row in rows])
+        self._own(found)
         return found
+
+    def _own(self, found: Sequence[tuple[Part, Sequence[Row]]]) -> None:
+        for part, rows in found:
+            self._work.update([row[0] for row in rows])
+            part.room -= len(rows)
 
     def _has_room(self) -> bool:
         return self._limit > len(self._work)
@@ -88,7 +93,7 @@ class SqliteQueues(Fetcher):
             self._move_due(db, now)
             self._due = self._next_due(db)
         for gid, part in self._parts.items():
-            self._seen[gid] = -1 if part.paused else self.home.heads[gid]  # news for whoever resumes it
+            self._seen[gid] = self.home.heads[gid] if part.claimable() else -1  # news for when it is claimed from again
         found: list[tuple[Part, Sequence[Row]]] = []
         room = self._limit - len(self._work) + freed
         ids = self.home.queue_ids
@@ -97,14 +102,16 @@ class SqliteQueues(Fetcher):
                 break
             gid = ids[name]
             part = self._parts[gid]
-            if part.paused:
+            if not part.claimable():
                 continue
             rows: list[Row] = []
             claimed: list[Any] = db.execute(
                 "UPDATE jobs SET state = 1, owner = ? WHERE id IN (SELECT id FROM jobs WHERE state = 0 AND queue = ? ORDER BY id "
                 "LIMIT ?) RETURNING id, jid, payload, crashes",
-                (self.home.neighbours.number, gid, room),
+                (self.home.neighbours.number, gid, min(room, part.room)),
             ).fetchall()
+            if len(claimed) == part.room:
+                self._seen[gid] = -1
             for id_, jid, payload, crashes in claimed:
                 rows.append((id_, jid, payload, None, now))
                 if crashes:
@@ -183,7 +190,7 @@ class SqliteQueues(Fetcher):
             self._more = True
             raise
         self._work.difference_update(finished)
-        self._work.update([row[0] for _, rows in claimed for row in rows])
+        self._own(claimed)
         self._claimed += claimed
         self.home.settled(stored)
 

@@ -151,7 +151,10 @@ def _announce(app: App, only: Any, skip: Any) -> None:
         ]
         for queue, weight in weights.items():
             jobs = ", ".join(name for name, job in app.job_handlers.items() if job.queue == queue)
-            rows.append((f"queue {queue}", jobs, "", weight, f"{settings.threads} threads, {settings.coroutines} coroutines"))
+            how = f"{settings.threads} threads, {settings.coroutines} coroutines"
+            if most := settings.concurrency.get(queue):
+                how = f"at most {most} at a time, " + how
+            rows.append((f"queue {queue}", jobs, "", weight, how))
         several = f" in {settings.processes} processes" if settings.processes > 1 else ""
         urls = events = settings.shown("events")
         if settings.jobs != settings.events:

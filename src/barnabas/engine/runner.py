@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from barnabas.engine.alone import Alone, Gate
@@ -13,7 +13,7 @@ from barnabas.engine.handler import retry_at
 from barnabas.engine.observe import Observers, Settled
 from barnabas.errors import BackendError, PositionLost, Replaced
 from barnabas.message import Row
-from barnabas.ports import Part, Result, Source
+from barnabas.ports import FOREVER, Part, Result, Source
 from barnabas.verdict import Again
 
 log = logging.getLogger("barnabas")
@@ -32,6 +32,7 @@ class Runner:
 
     `limit` is the most messages in flight per partition; `interval` the longest time (seconds) a result waits for its
     settlement while there is other work. `ahead`: seconds of work to take ahead, where rows have no order (jobs).
+    `widths`: queues of which only so many jobs may be in hand.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Runner:
         interval: float = 0.1,
         grace: float = 5.0,
         ahead: float | None = None,
+        widths: Mapping[str, int] | None = None,
         on_parts: Callable[[str, list[Part]], None] | None = None,
     ) -> None:
         self.name = name
@@ -69,6 +71,7 @@ class Runner:
         self._interval = interval
         self._sinks = sinks
         self._ahead = ahead
+        self._widths = widths or {}
         self._route = route
         self._on_parts = on_parts
         self._alone = Alone(self, gate)
@@ -78,7 +81,7 @@ class Runner:
         self._away: str | None = None
         for crew in self.crews:
             crew.wake = self.wake
-            crew.enough = max(1, limit // 4)
+            crew.enough = max(1, limit // 4) if not widths else 1  # there what is finished makes room
         gate.runners.append(self)
 
     def attach(self, source: Source) -> None:
@@ -238,10 +241,7 @@ class Runner:
     # Settling.
 
     def _settle_if_due(self) -> bool:
-        for crew in self.crews:
-            for result in crew.collect():
-                self._unsettled.append(result)
-                self._count += len(result.rows)
+        self._collect()
         if not self._unsettled:
             return False
         now = self.clock.monotonic()
@@ -251,10 +251,16 @@ class Runner:
         self.settle()
         return True
 
+    def _collect(self) -> None:
+        for crew in self.crews:
+            for result in crew.collect():
+                self._unsettled.append(result)
+                self._count += len(result.rows)
+                result.part.room += len(result.rows)
+
     def settle(self) -> None:
         """Settle all results there are: outputs, then state, then positions."""
-        for crew in self.crews:
-            self._unsettled += crew.collect()
+        self._collect()
         results = [r for r in self._unsettled if not r.part.closed]
         began = self.clock.monotonic()
         if results:
@@ -277,6 +283,8 @@ class Runner:
     def assigned(self, parts: list[Part]) -> None:
         """Partitions came."""
         self.parts += parts
+        for part in parts if self._widths else ():
+            part.room = self._widths.get(part.topic, FOREVER)
         if self._on_parts is not None:
             self._on_parts("assigned", parts)
 
