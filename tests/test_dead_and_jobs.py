@@ -326,6 +326,20 @@ def test_a_dead_job_that_is_retried_ends_done(shop):
     assert "no job" in shop("jobs", "retry", dead["jid"], status=1).stderr
 
 
+def test_jobs_are_moved_to_another_queue(shop):
+    shop("enqueue", "slow", "1")
+    assert "would be moved: 1" in shop("jobs", "move", "--to", "low", "--all", "--class", "slow", "--dry-run").stdout
+    (told,) = shop.json("jobs", "move", "--to", "mail", "--all")
+    assert told == {"moved": 1, "in_work": 0, "in_queue": 3, "gone": 0, "dry_run": False}
+    says = shop("jobs", "move", "--to", "mail", "--all", "--class", "slow", status=1)
+    assert "moved: 0" in says.stdout and "1 in that queue already" in says.stderr
+    assert {each["queue"] for each in shop.json("jobs", "list")} == {"mail"}
+    (job,) = shop.json("jobs", "list", "--class", "slow")
+    assert (job["state"], job["payload"]["queue"]) == ("ready", "mail")
+    assert "Missing option '--to'" in shop("jobs", "move", job["jid"], status=2).stderr
+    assert "--to='a b': a queue's name has letters" in shop("jobs", "move", job["jid"], "--to", "a b", status=1).stderr
+
+
 def test_jobs_in_work_are_left_alone_and_others_dropped(shop):
     shop("enqueue", "slow", "9")
     running = shop.start("run", "--only", "slow")

@@ -219,8 +219,8 @@ class Backend(Sink, Protocol):
         """The jobs of a state and queue (None: of all), first to run first; streamed, so that a million do no harm."""
 
     def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
-        """Make jobs "ready" now (as `payload.recalled` writes them), or "dead"; None drops them. Those in work are left
-        alone. Returns how many were moved."""
+        """Make jobs "ready" now (as `payload.recalled` writes them), or "dead"; "queue:NAME" puts them into that queue in the
+        state they are in; None drops them. Those in work are left alone. Returns how many were moved."""
 
     def note(self, name: str, timeout: float = 0.0) -> bytes | None:
         """A note (see `message.note`), None if there is none; waits up to `timeout` seconds for it."""

@@ -109,14 +109,17 @@ def jobs(
 
 
 def move(app: App, found: Iterable[Entry], to: str | None, *, dry_run: bool = False) -> Counter[str]:
-    """Make jobs "ready" now, as Sidekiq's "Retry now" does, or drop them (None). How many were: "moved", "in work" (which
-    are left alone), "ready" already, or "gone" (somebody else was quicker). dry_run: only count."""
+    """Make jobs "ready" now, as Sidekiq's "Retry now" does, put them into another queue ("queue:NAME"), or drop them (None).
+    How many were: "moved", "in work" (which are left alone), "there" already, or "gone" (somebody else was quicker).
+    dry_run: only count."""
     counts: Counter[str] = Counter()
 
     def movable() -> Iterator[Any]:
         for each in found:
-            if each.job.state == "work" or each.job.state == to:
-                counts["in work" if each.job.state == "work" else to] += 1  # type: ignore[index]
+            if each.job.state == "work":
+                counts["in work"] += 1
+            elif to in (each.job.state, f"queue:{each.job.queue}"):
+                counts["there"] += 1
             else:
                 yield each.job.ref
 

@@ -173,6 +173,24 @@ def test_jobs_are_moved_by_their_refs(stocked, to, moved, left):
     assert all((job.at is None) == (to == "ready") for job in found)
 
 
+def test_jobs_are_put_into_another_queue_in_the_state_they_are_in(place, stocked):
+    jobs = list(stocked.jobs.find_jobs())
+    refs = [job.ref for job in jobs]
+    assert stocked.jobs.move_jobs(refs, "queue:low") == 6
+    assert stocked.jobs.move_jobs(refs, "queue:other") in (0, 6)  # (a handle may say what is in the job)
+    again = [job.ref for job in stocked.jobs.find_jobs()]
+    stocked.jobs.move_jobs(again, "queue:low")
+    assert stocked.jobs.move_jobs([job.ref for job in stocked.jobs.find_jobs()], "queue:low") == 0
+    found = {job.jid: job for job in stocked.jobs.find_jobs()}
+    assert {job.queue for job in found.values()} == {"low"}
+    for job in jobs:
+        assert (found[job.jid].state, found[job.jid].at) == (job.state, job.at)
+        assert json.loads(found[job.jid].payload) == json.loads(job.payload) | {"queue": "low"}
+    assert args(stocked.jobs.find_jobs("ready", "low")) == [5, 6] and args(stocked.jobs.find_jobs("scheduled")) == [4, 3]
+    (state,) = [state for state in stocked.jobs.queue_states() if state.name == "low"]
+    assert state.ready == 2
+
+
 def test_a_retried_job_has_a_run_left_and_one_that_was_moved_by_another_is_left_alone(stocked):
     (job,) = stocked.jobs.find_jobs("retry")
     before = json.loads(job.payload)

@@ -10,7 +10,7 @@ from typing import Any
 
 from barnabas.backends.shares import HOST, STATES, by_partition, finished
 from barnabas.errors import Refused, UnknownTopic
-from barnabas.jobs.payload import enqueued_at, recalled
+from barnabas.jobs.payload import enqueued_at, recalled, requeued
 from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Position, Process, QueueState, StoredJob
 
@@ -120,6 +120,7 @@ class MemoryAdmin:
     def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
         with self.lock:
             wanted, now = {ref for ref in refs if ref[1] != to}, self.clock.now()
+            states, queue = dict(wanted), (to or "").removeprefix("queue:")
             moved: dict[int, OutgoingJob] = {}
             for name, ready in self.ready.items():
                 moved.update((n, job) for n, job in ready if (n, "ready") in wanted)
@@ -134,8 +135,16 @@ class MemoryAdmin:
                     self.ready.setdefault(job.queue, deque()).append((number, job))
                 elif to == "dead":
                     self.buried[number] = job._replace(at=now)
+                elif to is not None:
+                    put = job._replace(queue=queue, payload=requeued(job.payload, queue))
+                    if states[number] == "ready":
+                        self.ready.setdefault(queue, deque()).append((number, put))
+                    elif states[number] == "dead":
+                        self.buried[number] = put
+                    else:
+                        heapq.heappush(self.later, (job.at or 0.0, number, states[number], put))
         self.ring()
-        return len(moved)
+        return sum(to != f"queue:{job.queue}" for job in moved.values())
 
     def processes(self) -> list[Process]:
         if not self._works():

@@ -210,12 +210,13 @@ end
 return moved
 
 --- shift
--- Make jobs ready ("ready"), bury them ("dead") or drop them (""), wherever they wait. Each comes with what becomes of it.
--- Returns how many were there.
-local to, now, moved = arg(), arg(), 0
+-- Make jobs ready ("ready"), bury them ("dead"), put them into another queue ("other") or drop them (""), wherever they wait.
+-- Each comes with what becomes of it. Returns how many were there.
+local to, now, other, moved = arg(), arg(), arg(), 0
 for _ = 1, number() do
   local set, name, payload, fresh = arg(), arg(), arg(), arg()
   local queue, there = key('queue:' .. name), 0
+  local score = to == 'other' and set ~= '' and redis.call('ZSCORE', key(set), payload)
   if set == '' then
     there = redis.call('LREM', queue, -1, payload)
   else
@@ -223,9 +224,12 @@ for _ = 1, number() do
   end
   if there == 1 then
     moved = moved + 1
+    if to == 'other' then name, queue = other, key('queue:' .. other) end
     if to == 'dead' then
       redis.call('ZADD', key('dead'), now, fresh)
-    elseif to == 'ready' then
+    elseif score then
+      redis.call('ZADD', key(set), score, fresh)
+    elseif to ~= '' then
       redis.call('SADD', key('queues'), name)
       redis.call('LPUSH', queue, fresh)
     end

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from barnabas.errors import Refused
-from barnabas.jobs.payload import PayloadError, enqueued_at, parse, recalled
+from barnabas.jobs.payload import PayloadError, enqueued_at, parse, recalled, requeued
 from barnabas.message import Outgoing, Row
 from barnabas.ports import Position, Process, QueueState, StoredJob, TopicState
 
@@ -172,14 +172,16 @@ class RedisAdmin:
         return int(self.client.zcount(key, "-inf", f"({last!r}"))
 
     def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
-        wanted = [ref for ref in refs if ref[0] not in ("work", to)]
+        wanted = [ref for ref in refs if ref[0] not in ("work", to) and to != f"queue:{ref[1]}"]
+        other = to[6:] if to and to.startswith("queue:") else ""
         moved, now = 0, self.clock.now()
         for start in range(0, len(wanted), PAGE):
             page = wanted[start : start + PAGE]
             args: list[Any] = []
             for kind, queue, payload in page:
-                args += (SETS.get(kind, ""), queue, payload, recalled(payload, now) if to == "ready" else payload)
-            moved += int(self.script("shift", to or "", now, len(page), *args))
+                fresh = recalled(payload, now) if to == "ready" else requeued(payload, other) if other else payload
+                args += (SETS.get(kind, ""), queue, payload, fresh)
+            moved += int(self.script("shift", "other" if other else to or "", now, other, len(page), *args))
         return moved
 
     # Processes.

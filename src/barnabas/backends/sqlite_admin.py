@@ -13,7 +13,7 @@ from barnabas.backends.shares import CONTROL, HOST, STATES, by_partition, finish
 from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_store import SqliteStore
 from barnabas.errors import Refused, UnknownTopic
-from barnabas.jobs.payload import enqueued_at, recalled
+from barnabas.jobs.payload import enqueued_at, recalled, requeued
 from barnabas.message import Outgoing
 from barnabas.ports import Position, Process, QueueState, Result, StoredJob
 from barnabas.verdict import Again
@@ -35,6 +35,7 @@ _MOVES = {
     "dead": "UPDATE jobs SET state = 4, at = NULL, died = :now, note = 'buried by an operator' WHERE state NOT IN (1, 4)",
     None: "DELETE FROM jobs WHERE state <> 1",
 }
+_REQUEUED = "UPDATE jobs SET queue = :queue, payload = :payload WHERE state <> 1 AND queue <> :queue"
 _PLACED = (
     "INSERT INTO positions (grp, gid, offset, open) VALUES (?, ?, ?, ?) "
     "ON CONFLICT DO UPDATE SET offset = excluded.offset, open = excluded.open"
@@ -176,14 +177,15 @@ class SqliteAdmin(SqliteStore):
         return moved
 
     def _move(self, db: apsw.Connection, refs: Sequence[Any], to: str | None) -> int:
+        now, queue = self.clock.now(), to[6:] if to and to.startswith("queue:") else None
+        qid = None if queue is None else self.queue_ids.get(queue) or self._create_queue(db, queue)
         before = db.total_changes()
-        now = self.clock.now()
         rows = [{"id": id_, "jid": jid, "state": state, "now": now} for id_, jid, state in refs]
-        for row in rows if to == "ready" else ():
-            found = one(db, "SELECT payload FROM jobs WHERE id = ?", (row["id"],))
-            row["payload"] = recalled(found[0], now) if found else b""
+        for row in rows if to == "ready" or queue is not None else ():
+            found = one(db, "SELECT payload FROM jobs WHERE id = ?", (row["id"],)) or (b"",)
+            row |= {"payload": recalled(found[0], now) if queue is None else requeued(found[0], queue), "queue": qid}
         # Numbers of dropped jobs come again, and what somebody else has moved meanwhile is not what was meant.
-        db.executemany(f"{_MOVES[to]} AND id = :id AND jid = :jid AND state = :state", rows)
+        db.executemany(f"{_MOVES[to] if queue is None else _REQUEUED} AND id = :id AND jid = :jid AND state = :state", rows)
         moved = db.total_changes() - before
         if moved:
             self.stir(db, "partition = -1")

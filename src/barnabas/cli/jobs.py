@@ -13,6 +13,7 @@ from barnabas.app import App
 from barnabas.cli import draw
 from barnabas.cli.loading import AppGroup, command, known, options
 from barnabas.cli.read import as_time, shown
+from barnabas.job import check_queue
 from barnabas.jobs.payload import backtrace
 from barnabas.queues import Entry
 
@@ -30,12 +31,15 @@ def queues(app: App, as_json: bool) -> None:
         counts = (queue.ready, queue.work, queue.scheduled, queue.retry, queue.dead)
         return (queue.name or "(all)", *counts, draw.age(queue.latency), "paused" if queue.paused else "ok")
 
-    draw.listing(as_json, stored.queues(app), columns, row, "there is no queue, and the app declares no job")
+    found = stored.queues(app)
+    draw.listing(as_json, found, columns, row, "there is no queue, and the app declares no job")
+    if found and not found[0].name and not as_json:
+        click.echo("(all): what waits for its time or is dead is kept together for all queues here, by time", err=True)
 
 
 @click.group(cls=AppGroup)
 def jobs() -> None:
-    """List, show, retry and drop stored jobs."""
+    """List, show, retry, move and drop stored jobs."""
 
 
 _FILTERS = [
@@ -125,14 +129,17 @@ def _absent(jids: set[str]) -> int:
     return 1 if jids else 0
 
 
-def _acting(name: str, doc: str, to: str | None, done: str) -> None:
-    """Declare `jobs retry` or `jobs drop`."""
+def _acting(name: str, doc: str, to: str | None, done: str, *added: Any) -> None:
+    """Declare `jobs retry`, `jobs drop` or `jobs move`."""
 
     @jobs.command(name, help=doc)
     @click.argument("jid", nargs=-1)
     @click.option("--all", "everything", is_flag=True, help="All, or all that match the filters.")
-    @options(*_FILTERS, state_option, dry_option)
+    @options(*added, *_FILTERS, state_option, dry_option)
     def act(app: App, jid: tuple[str, ...], everything: bool, dry_run: bool, as_json: bool, **which: Any) -> int:
+        queue = which.pop("to", None)
+        if queue is not None:
+            check_queue("jobs move", queue, "--to")
         filtered = any(value is not None for value in which.values())
         if bool(jid) == everything or (jid and filtered):
             raise click.UsageError("name jobs by their ids, or give --all with filters (--queue, --class, --error, ...)")
@@ -143,21 +150,22 @@ def _acting(name: str, doc: str, to: str | None, done: str) -> None:
         first = named or list(islice(found, 50 if dry_run else 0))
         if dry_run and not as_json:
             draw.listing(False, first, COLUMNS, _row, "no job matches")
-        counts = stored.move(app, chain(first, found), to, dry_run=dry_run)
+        counts = stored.move(app, chain(first, found), to if queue is None else f"queue:{queue}", dry_run=dry_run)
         tell(done, counts, dry_run, as_json)
         absent = _absent({*jid} - {entry.job.jid for entry in named})
         return 0 if counts["moved"] and not absent else 1
 
 
 def tell(done: str, counts: Counter[str], dry_run: bool, as_json: bool) -> None:
-    """Say what was done: "retried" or "dropped"."""
+    """Say what was done: "retried", "moved" or "dropped"."""
+    there = "in_queue" if done == "moved" else "ready"
     if as_json:
-        names = {"in work": "in_work", "ready": "ready", "gone": "gone"}
+        names = {"in work": "in_work", "there": there, "gone": "gone"}
         draw.json_line({done: counts["moved"]} | {name: counts[key] for key, name in names.items()} | {"dry_run": dry_run})
         return
     left = {
         "in work": "in work, which is left alone: it ends by itself, or with its process (barnabas stop)",
-        "ready": "ready already",
+        "there": there.replace("_", " that ") + " already",
         "gone": "changed meanwhile, by a worker or another operator",
     }
     click.echo(f"{'would be ' if dry_run else ''}{done}: {counts['moved']:,}")
@@ -167,4 +175,6 @@ def tell(done: str, counts: Counter[str], dry_run: bool, as_json: bool) -> None:
 
 
 _acting("retry", "Make jobs ready now. --all means those to be retried and the dead, or those in --state.", "ready", "retried")
+_TO = click.option("--to", required=True, metavar="QUEUE", help="The queue.", shell_complete=known("bare queues"))
+_acting("move", "Put jobs into another queue, in the state they are in; they keep their time.", None, "moved", _TO)
 _acting("drop", "Drop jobs for good. Those in work are left alone.", None, "dropped")

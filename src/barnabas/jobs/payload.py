@@ -277,6 +277,14 @@ def recalled(data: bytes, now: float) -> bytes:
     return _encode(fields | ({"retry_count": count - 1} if type(count) is int else {}) | {"enqueued_at": float(now)})
 
 
+def requeued(data: bytes, queue: str) -> bytes:
+    """The job as it stands in another queue, where an operator has put it. Bytes that are no job stay as they are."""
+    try:
+        return _encode(_raws(data) | {"queue": queue})
+    except _BROKEN:
+        return data
+
+
 # Failing.
 
 
