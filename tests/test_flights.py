@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from servers import shared_kafka
+from servers import need, shared_kafka
 
 import data
 
@@ -44,6 +44,16 @@ def test_the_demo_finds_them_on_kafka(tmp_path: Path):
     found, wanted = json.loads((tmp_path / "flights.json").read_text()), data.expected(5000)
     assert "left out here" in done.stdout and found["carriers"] == {}
     assert {name: found[name] for name in wanted if name != "carriers"} == {n: v for n, v in wanted.items() if n != "carriers"}
+
+
+def test_half_of_the_notices_are_given_by_sidekiq(tmp_path: Path):
+    need("redis-server", "sidekiq", "puma")
+    command = [sys.executable, DEMO.with_name("demo_sidekiq.py"), f"--build={tmp_path}", "--limit=50000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, late = json.loads((tmp_path / "sidekiq.json").read_text()), data.expected(50_000)["delays"]
+    assert found["delays"] == found["told"] == late and found["ruby"] >= 0.4 * late and found["python"] > 0
+    assert f"web page: {found['page']}" in done.stdout
 
 
 @pytest.mark.parametrize("limit", [5_000, None], ids=["part", "all"])

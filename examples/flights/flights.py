@@ -1,7 +1,7 @@
 """Departures by airline, and word of the late ones: topics, responders, a table and a job.
 
 departures --route--> by_carrier --count--> (totals)
-departures --late---> delays --tell--> [notify] --> notified
+departures --late---> delays --tell--> [Notify] --> notified
 """
 
 from pathlib import Path
@@ -78,7 +78,7 @@ def tell(delay: Departure) -> None:
     notify.enqueue(delay.id, delay.carrier, delay.dest, delay.delay)
 
 
-@app.job(queue="notices")
+@app.job(queue="notices", name="Notify")  # as a class of Ruby could be named: Sidekiq may do it as well, see notify.rb
 def notify(id: str, carrier: str, dest: str, minutes: int) -> None:
     """Tells the gate. A real one would send mail; this one leaves a message that can be counted."""
     notified.send(Notice(id, f"{airlines()[carrier]} to {dest} left {minutes} minutes late"))

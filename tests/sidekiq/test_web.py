@@ -118,7 +118,7 @@ def browser(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> It
     port = free_port()
     env = {"REDIS_URL": server.url, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
     with open(tmp_path_factory.mktemp("puma") / "log", "w") as log:
-        command = ["puma", "-b", f"tcp://127.0.0.1:{port}", str(HERE / "config.ru")]
+        command = ["puma", "-b", f"tcp://127.0.0.1:{port}", str(HERE.parents[1] / "examples" / "flights" / "web.ru")]
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     browser = None
     try:
