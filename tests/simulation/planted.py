@@ -98,7 +98,7 @@ BUGS = [
     Bug("the box lags behind", crew, "work", "box[at_box] = row[0]", "box[at_box] = run.rows[0][0]"),
     Bug("a failed settlement forgets its results", Runner, "settle", "outputs = checkpoint(", "self._unsettled = []; outputs = checkpoint("),
     Bug("results of a revoked partition are settled", Runner, "settle", "if not r.part.closed", "if r.part is not None"),
-    Bug("what was done is not settled at a revocation", Runner, "settle", "self._unsettled += crew.collect()", "crew.collect()"),
+    Bug("what was done is not settled at a revocation", Runner, "settle", "self._collect()", "[c.collect() for c in self.crews]"),
     Bug("a revocation leaves the lanes", Runner, "revoked", "crew.lanes.drop(part)", "pass"),
     Bug("outputs for elsewhere are left out", runner, "checkpoint", "_flush(sink, outputs)", "pass"),
     Bug("nobody waits for outputs elsewhere", checkpoint, "_flush", "future.result(FLUSH)", "pass"),
