@@ -45,7 +45,8 @@ def main() -> None:
         figures = work(given.limit, start)
         (build / "sidekiq.json").write_text(json.dumps(figures | {"page": page}, indent=2) + "\n")
         by_ruby = f", {figures['ruby']:,} of them by Ruby's Sidekiq" if figures["ruby"] else " (Sidekiq is not installed)"
-        console.print(f"{figures['delays']:,} departures were late; {figures['told']:,} notices were given{by_ruby}", soft_wrap=True)
+        said = f"{figures['delays']:,} departures were late; {figures['told']:,} notices were given{by_ruby}"
+        console.print(said, soft_wrap=True)
         if page and sys.stdin.isatty():
             console.input(f"Look at {page}, then press Enter: ")
 
