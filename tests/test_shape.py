@@ -48,6 +48,7 @@ PUBLIC = [
     "Retention",
     "Retry",
     "RetryAfter",
+    "progress",
     "respond_to",
 ]
 

@@ -4,6 +4,7 @@ from barnabas.app import App
 from barnabas.consumer import Batch
 from barnabas.engine.respond import Respond, respond_to
 from barnabas.errors import Reject, RetryAfter
+from barnabas.jobs.beyond import progress
 from barnabas.message import Delivery, Message
 from barnabas.retry import Retry
 from barnabas.topic import Retention
@@ -24,5 +25,6 @@ __all__ = [
     "Retention",
     "Retry",
     "RetryAfter",
+    "progress",
     "respond_to",
 ]

@@ -49,6 +49,14 @@ class NotAuthorised(SendError, BackendError):
     """The broker does not let this user do what it was asked to."""
 
 
+class NoOutcome(BarnabasError, TimeoutError):
+    """A job's outcome is not known after the seconds that somebody wanted to wait for it."""
+
+
+class JobFailed(BarnabasError):
+    """The job whose outcome was asked for will not return anything: it is dead, was dropped or came too late."""
+
+
 class WaitInHandler(BarnabasError):
     """A handler waited for a future of its own send, which leaves only after the handler returned."""
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from barnabas.errors import NotYetDurable
+from barnabas.errors import DeclarationError, NotYetDurable
 
 T = TypeVar("T")
 _PENDING: Any = object()
@@ -66,6 +66,10 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
             if self._value is _PENDING and self._watch(gate.release) and not gate.acquire(timeout=within):
                 raise NotYetDurable(f"not durable after {timeout} s; it may still become so: see barnabas check")
         return self._outcome()
+
+    def outcome(self, timeout: float | None = None) -> Any:
+        """Of a job with `result_ttl`: wait for what it returns, as Job.outcome does."""
+        raise DeclarationError("no outcome is kept: declare the job with result_ttl=SECONDS, and ask outside of handlers")
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait as `result` does; return the error, or None if there was none."""

@@ -9,16 +9,17 @@ from typing import Any
 
 import msgspec
 
-from barnabas.codec import known
+from barnabas.codec import known, make_codec
 from barnabas.consumer import check_timeout, refuse_unknown
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.handler import refuse_generator
 from barnabas.engine.hooks import check_hooks, refuse_async
-from barnabas.errors import DeclarationError, SendError
+from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError
 from barnabas.future import Future, resolved
-from barnabas.jobs.beyond import KEPT
+from barnabas.jobs.beyond import KEPT, read_outcome
 from barnabas.jobs.payload import PayloadError, build, derived_jid, hooked, new_jid
 from barnabas.message import OutgoingJob, note
+from barnabas.ports import FOREVER
 
 STORED = ("retry_for", "retry_queue", "backtrace", "dead", "tags")  # options that travel with a job, for whoever runs it
 CALLED = ("retry_delay", "on_exhausted", "on_death")
@@ -118,6 +119,8 @@ class Job:
                 fields.append((f"a{len(fields)}", hint))
             else:
                 fields.append((f"a{len(fields)}", hint | msgspec.UnsetType if hint is not Any else Any, msgspec.UNSET))
+        keeps = self.result_ttl is not None
+        self._returned = make_codec(f"{self.owner}: what it returns", hints.get("return", Any), "json")[1] if keeps else None
         self._least = sum(1 for f in fields if len(f) == 2)
         self._most = len(fields)
         try:
@@ -205,7 +208,7 @@ class Job:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], at: float | None, call: Mapping[str, Any] = _NONE
     ) -> Future[str]:
         jid, held = self._new_id("now" in call)
-        future = held if held is not None else Future(jid)
+        future = held if held is not None else self._future(jid, call) if call or self._more else Future(jid)
         out = self._outgoing(self._positions(args, kwargs), at, call, jid, future)
         if out is None:
             return resolved(None)
@@ -214,6 +217,27 @@ class Job:
         else:
             self.app.jobs.send((out,))
         return future
+
+    def _future(self, jid: str, call: Mapping[str, Any]) -> Future[str]:
+        last, links = call.get("last", (self, 0))
+        return Future(jid) if last.result_ttl is None else Enqueued(jid, _last=last, _links=links)
+
+    def outcome(self, jid: str, timeout: float | None = None) -> Any:
+        """What the job with this id returned, by the function's annotation. Waits for it, at most `timeout` seconds: it is
+        told, nobody asks again and again. For a job with `result_ttl`, from any process; in a coroutine, by way of a thread.
+
+        Raises JobFailed when it is dead, dropped or expired, NoOutcome (a TimeoutError) when it waits or runs, or was done
+        longer than `result_ttl` ago.
+        """
+        if self._returned is None:
+            raise DeclarationError(f"{self.owner}: nothing is kept of what it returns; declare it with result_ttl=SECONDS")
+        said = self.app.jobs.note(f"result:{jid}", FOREVER if timeout is None else timeout)
+        if said is None:
+            raise NoOutcome(f"{self.owner}: no outcome of {jid} within {timeout} s: see barnabas jobs show {jid}, and result_ttl")
+        found = read_outcome(said)
+        if found.error:
+            raise JobFailed(f"{self.owner}, {jid}: {found.error}")
+        return self._returned(found.value)
 
     def _leave(self, outs: list[OutgoingJob], held: bool) -> None:
         """Send these, or hold them back until the handler has returned."""
@@ -291,6 +315,22 @@ class Job:
         return Options(self, {name: value for name, value in said.items() if value is not None})
 
 
+class Enqueued(Future[str], eq=False, gc=False):
+    """The future of a job whose outcome is kept."""
+
+    _last: Any = None  # the last job of its chain, or itself
+    _links: int = 0
+
+    def outcome(self, timeout: float | None = None) -> Any:
+        """What the job returned (of a chain: the last one), as Job.outcome."""
+        jid = self.result(timeout)
+        if jid is None:
+            raise JobFailed(f"{self._last.owner}: a before_enqueue hook refused it")
+        for _ in range(self._links):
+            jid = derived_jid(jid, 0)
+        return self._last.outcome(jid, timeout)
+
+
 class Options:
     """A job with other options, as `job.options(...)` returns it."""
 
@@ -308,7 +348,8 @@ class Options:
         for each in [self._job, *(link._job for link in links[:-1])]:
             if each.app.job_handlers.get(each.name) is not each:
                 raise DeclarationError(f"{each.owner} is run by another program, which knows no chains: it can only be the last")
-        return Options(self._job, {**self._call, "more": {**more, "then": chain}})
+        last = (links[-1]._job, len(chain)) if links else (self._job, 0)
+        return Options(self._job, {**self._call, "more": {**more, "then": chain}, "last": last})
 
     def _link(self) -> dict[str, Any]:
         """What a chain stores of this job. Raises DeclarationError for what cannot be part of one."""

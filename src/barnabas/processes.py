@@ -11,7 +11,8 @@ from barnabas.ports import Backend, Process
 
 
 class Work(msgspec.Struct, frozen=True):
-    """What a process has in work: a handler and its delivery, for so many seconds now. A queue's partition is -1."""
+    """What a process has in work: a handler and its delivery, for so many seconds now. A queue's partition is -1.
+    progress: what a job said of how far it is."""
 
     process: str
     handler: str
@@ -19,6 +20,7 @@ class Work(msgspec.Struct, frozen=True):
     partition: int
     offset: int
     seconds: float
+    progress: str = ""
 
 
 class Pace(msgspec.Struct, frozen=True):

@@ -53,6 +53,7 @@ class _Fields(msgspec.Struct):
     enqueued_at: Any = None
     failed_at: Any = None
     retried_at: Any = None
+    tags: Any = ()
 
 
 _fields = msgspec.json.Decoder(_Fields).decode
@@ -72,6 +73,7 @@ class Entry(msgspec.Struct, frozen=True):
     runs: int
     error: str
     time: float
+    tags: tuple[str, ...] = ()
 
 
 def entry(job: StoredJob) -> Entry:
@@ -84,7 +86,8 @@ def entry(job: StoredJob) -> Entry:
     stamps = (said.created_at, said.enqueued_at, said.failed_at, said.retried_at)
     time = max([seconds(stamp) or 0.0 for stamp in stamps] + [job.at or 0.0 if job.state == "dead" else 0.0])
     runs = said.retry_count + 1 if type(said.retry_count) is int else 0
-    return Entry(job, str(said.name), bytes(said.args).decode(errors="backslashreplace"), runs, failure, time)
+    tags = tuple(tag for tag in said.tags if isinstance(tag, str)) if isinstance(said.tags, list) else ()
+    return Entry(job, str(said.name), bytes(said.args).decode(errors="backslashreplace"), runs, failure, time, tags)
 
 
 def jobs(
@@ -95,6 +98,7 @@ def jobs(
     state: str | None = None,
     name: str | None = None,
     error: str | None = None,
+    tag: str | None = None,
     since: datetime | None = None,
 ) -> Iterator[Entry]:
     """The stored jobs, streamed: first to run first within a state. jids: only these (a repeated send stores an id twice).
@@ -104,7 +108,12 @@ def jobs(
         if wanted and job.jid not in wanted:
             continue
         found = entry(job)
-        if (name is None or found.name == name) and (error is None or error in found.error) and found.time >= begin:
+        if (
+            (name is None or found.name == name)
+            and (error is None or error in found.error)
+            and (tag is None or tag in found.tags)
+            and found.time >= begin
+        ):
             yield found
 
 

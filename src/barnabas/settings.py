@@ -158,6 +158,14 @@ class Settings:
         _table, {}, "of these queues, jobs at a time in a process", key="jobs.concurrency",
         entries={"*": Option(_number, None, "jobs of this queue at a time in a process", low=1, high=10_000)},
     )  # fmt: skip
+    unknown: str = _option(
+        _choice,
+        "retry",
+        "a job whose class no declared job has: it fails, or is left to workers that know it",
+        key="jobs.unknown",
+        choices=("retry", "wait"),
+    )
+    unknown_timeout: float = _option(_number, 3600.0, "and fails after that all the same", "seconds", key="jobs.unknown_timeout")
     stop_timeout: float = _option(_number, 25.0, "a stop waits this long for work in hand", "seconds")
     send_timeout: float = _option(_number, 30.0, "a send waits this long for room in the buffer", "seconds")
     buffer_messages: int = _option(_number, 10_000, "sends that may wait for the backend", "messages", low=1)

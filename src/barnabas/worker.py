@@ -22,6 +22,7 @@ from barnabas.engine.crews import LoopCrew, ThreadCrew
 from barnabas.engine.runner import Pauses, Runner
 from barnabas.engine.work import SLOT
 from barnabas.errors import BackendError, DeclarationError
+from barnabas.jobs.beyond import SAID
 from barnabas.jobs.cron import Cron
 from barnabas.jobs.work import Entry, JobHandler, name_of, router
 from barnabas.ports import Backend, Part
@@ -176,10 +177,10 @@ class Worker:
         app, jobs = self.app, self.app.jobs
         entries = {name: Entry(job, [*app.hooks, *job.hooks]) for name, job in app.job_handlers.items()}
         kinds = {entry.awaited for entry in entries.values()} or {False}
-        crews = []
+        crews, patience = [], app.settings.unknown_timeout if app.settings.unknown == "wait" else 0.0
         for awaited, size in ((False, app.settings.threads), (True, app.settings.coroutines)):
             if awaited in kinds:
-                crews.append(self._crew(JobHandler("jobs", entries, awaited, app.observers), "none", size, jobs))
+                crews.append(self._crew(JobHandler("jobs", entries, awaited, app.observers, patience), "none", size, jobs))
         route = router(entries) if len(crews) == 2 else None
         ahead = None if self.inline else 0.05
         runner = self._runner("jobs", crews, route=route, limit=1000, ahead=ahead, widths=app.settings.concurrency)
@@ -362,9 +363,10 @@ class Worker:
                     since = max(last, crew.began[slot])  # it was not in work at the last look
                 sampled[crew, slot] = (run, offset, since)
                 part, name = run.part, crew.handler.name
-                if part.partition < 0:
-                    name = next((name_of(row) for row in run.rows if row[0] == offset), None) or name
-                found.append([name, part.topic, part.partition, offset, round(now - since, 1)])
+                row = next((row for row in run.rows if row[0] == offset), None) if part.partition < 0 else None
+                said = [SAID[row[1]]] if row and row[1] in SAID else []
+                name = (row and name_of(row)) or name
+                found.append([name, part.topic, part.partition, offset, round(now - since, 1), *said])
         self._sampled = (now, sampled)
         return sorted(found, key=lambda each: -each[4])[:MOST_WORK]
 

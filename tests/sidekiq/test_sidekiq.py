@@ -234,3 +234,44 @@ def test_a_foreign_job_is_enqueued_here_and_run_there(server, client, tmp_path):
             wait_for(lambda: client.hgetall("ran:foreign") == {"0": "1", "1": "1", "2": "1"})
     finally:
         app.close()
+
+def test_what_sidekiq_has_no_word_for_survives_its_hands(app: App, server: RedisServer, client: Any, tmp_path: Path) -> None:
+    seen = []
+
+    @app.job(name="First", queue="mine", retry=3, tags=["night"], expires_in=3600, result_ttl=60)
+    def first(n: int) -> int:
+        if client.incr("runs") == 1:
+            raise ValueError("once")
+        return n + 1
+
+    @app.job(name="Second", queue="mine", result_ttl=60)
+    def second(n: int) -> int:
+        seen.append(n)
+        return n + 1
+
+    app.settings = app.settings.override(queues=["mine"])
+    future = first.then(second).enqueue_in(600, 1)
+    first.enqueue_debounced("key", 40, wait=600).result(10)
+    first.enqueue_debounced("key", 50, wait=600).result(10)
+    future.result(10)
+    stored = json.loads(client.zrange("schedule", 0, 0)[0])
+    # Ruby reads it, moves it by its exact bytes, and lets all of it go.
+    said = ruby(
+        server,
+        'set = Sidekiq::ScheduledSet.new; puts set.first.item["tags"].inspect, set.scan("night").count\n'
+        "set.each { |entry| entry.reschedule(Time.now + 60) }; puts set.size; set.each(&:add_to_queue)",
+    )
+    assert said.split() == ['["night"]', "3", "3"]
+    again = [json.loads(job) for job in client.lrange("queue:mine", 0, -1)]
+    assert stored["barnabas"] in [job["barnabas"] for job in again]
+    with python(app):
+        wait_for(lambda: client.zcard("retry") == 1)
+        ruby(server, "Sidekiq::RetrySet.new.each(&:retry)")
+        assert future.outcome(20) == 3
+    assert seen == [2]
+    assert app.observers.counts["First", "superseded"] == 1
+    # And jobs that Ruby itself runs take no harm.
+    app.foreign_job("Count", queue="shared", tags=["x"]).enqueue("python", 1).result(10)
+    app.job_handlers["Count"].options(tags=["y"], expires_in=60).enqueue("python", 2).result(10)
+    with sidekiq(server, tmp_path):
+        wait_for(lambda: client.get("ran by ruby") == "2")

@@ -48,6 +48,8 @@ def test_defaults(folder: Path) -> None:
         "coroutines": 100,
         "queues": None,
         "concurrency": {},
+        "unknown": "retry",
+        "unknown_timeout": 3600.0,
         "stop_timeout": 25.0,
         "send_timeout": 30.0,
         "buffer_messages": 10_000,

@@ -14,6 +14,7 @@ from barnabas.cli import draw
 from barnabas.cli.loading import AppGroup, command, known, options
 from barnabas.cli.read import as_time, shown
 from barnabas.job import check_queue
+from barnabas.jobs.beyond import how_far
 from barnabas.jobs.payload import backtrace
 from barnabas.queues import Entry
 
@@ -45,6 +46,7 @@ def jobs() -> None:
 _FILTERS = [
     click.option("--queue", metavar="NAME", help="Only of this queue.", shell_complete=known("bare queues")),
     click.option("--class", "name", metavar="NAME", help="Only jobs of this name.", shell_complete=known("jobs")),
+    click.option("--tag", metavar="TAG", help="Only jobs with this tag."),
     click.option("--error", metavar="TEXT", help="Only those that failed with this text in class or message."),
     click.option("--since", callback=as_time, metavar="TIME", help="Only what moved or failed since then (ISO 8601)."),
 ]
@@ -102,17 +104,19 @@ def show(app: App, jid: tuple[str, ...], as_json: bool) -> int:
     """Show jobs by their ids, with all that is stored of them."""
     found = list(stored.jobs(app, jid))
     for entry in found:
+        progress = how_far(app.jobs, entry.job.jid) if entry.job.state == "work" else ""
         if as_json:
-            draw.json_line(fields(entry))
+            draw.json_line(fields(entry) | ({"progress": progress} if progress else {}))
         else:
-            show_job(entry)
+            show_job(entry, progress)
     return _absent(set(jid) - {entry.job.jid for entry in found})
 
 
-def show_job(entry: Entry) -> None:
+def show_job(entry: Entry, progress: str = "") -> None:
     """Print a job: what the backend knows of it, then what it says itself."""
     job = entry.job
-    lines = {"job": job.jid, "state": job.state, "queue": job.queue, "owner": job.owner, "crashes": job.crashes or None}
+    lines: dict[str, Any] = {"job": job.jid, "state": job.state, "progress": progress or None}
+    lines |= {"queue": job.queue, "owner": job.owner, "crashes": job.crashes or None}
     lines |= {"due" if job.state in ("scheduled", "retry") else "died": when(job.at)} if job.at is not None else {}
     said = msgspec.json.decode(job.payload) if entry.name != "?" else {"payload": entry.args, "error": entry.error}
     if trace := backtrace(said.get("error_backtrace")):

@@ -118,7 +118,7 @@ def tables(found: Frame, room: int | None) -> Iterator[Any]:
         ),
         "work": (
             ("in work", "at", "for#", "process"),
-            lambda w: (w["handler"], _at(w), draw.age(w["seconds"]), w["process"]),
+            lambda w: (f"{w['handler']} {w['progress']}".rstrip(), _at(w), draw.age(w["seconds"]), w["process"]),
         ),
         "handlers": (
             ("handler", "done#", "rate#", "a message takes#"),

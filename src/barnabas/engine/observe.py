@@ -15,7 +15,7 @@ class Settled(msgspec.Struct, frozen=True):
     seconds: float
 
 
-_LEVELS = {"again": 30, "retry topic": 30, "expired": 30, "waits": 30, "superseded": 10}  # of logging; else an error, 40
+_LEVELS = {"again": 30, "retry topic": 30, "expired": 30, "waits": 10, "superseded": 10}  # of logging; else an error, 40
 
 
 class Failed(msgspec.Struct, frozen=True):

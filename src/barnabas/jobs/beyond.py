@@ -2,15 +2,16 @@
 clock. A job without that field meets none of this."""
 
 from collections.abc import Iterator
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Optional
 
 import msgspec
 
 from barnabas.engine.hand import CURRENT
 from barnabas.errors import BarnabasError
-from barnabas.jobs.payload import More, Payload, PayloadError, build, derived_jid, dumps, hooked
+from barnabas.jobs.payload import More, Payload, PayloadError, build, derived_jid, dumps, hooked, with_more
 from barnabas.message import OutgoingJob, note
-from barnabas.verdict import Done
+from barnabas.verdict import Again, Done
 
 KEPT = 30 * 86400.0  # seconds that notes are kept which only tell late-comers something
 
@@ -34,6 +35,11 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     error: str = ""
 
 
+SAID: dict[str, str] = {}  # how far the jobs are that this process has in hand, by id
+_IN_HAND: ContextVar[Optional["End"]] = ContextVar("barnabas_job", default=None)
+read_outcome = msgspec.json.Decoder(Outcome).decode
+
+
 def end_of(jid: str, more: More) -> tuple[str, float | None]:
     """The id of the last job of a chain (of the job itself where there is none), and how long its result is kept."""
     ttl = more.result_ttl
@@ -44,15 +50,70 @@ def end_of(jid: str, more: More) -> tuple[str, float | None]:
     return jid, ttl
 
 
+def leave(data: bytes, payload: Payload, now: float, patience: float) -> Again | None:
+    """Let a job that nobody here knows go by, to be met again in a while by whoever takes it: after one second at first, then
+    ever longer, up to half a minute. None once it has been so for `patience` seconds."""
+    since = (payload.more and payload.more.unknown_since) or now
+    if now - since >= patience:
+        return None
+    at = min(now + min(30.0, max(1.0, (now - since) / 2)), since + patience)
+    return Again(at, with_more(data, unknown_since=float(since)))
+
+
+def progress(done: float, total: float | None = None, note: str = "") -> None:
+    """Inside a job with a `result_ttl`: say how far it is, for `barnabas jobs show` and `top`; told at most five times a
+    second. Anywhere else it does nothing, so that the function can be called as it is."""
+    end = _IN_HAND.get()
+    if end is not None:
+        end.say(Progress(done, total, note))
+
+
+class Progress(msgspec.Struct, omit_defaults=True):
+    """How far a job is: `done` of `total`, and a word about it."""
+
+    done: int | float
+    total: int | float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        share = f" of {self.total:,} ({self.done / self.total:.0%})" if self.total else ""
+        return f"{self.done:,}{share} {self.note}".rstrip()
+
+
+def how_far(jobs: Any, jid: str) -> str:
+    """What a job said last of its progress; "" for nothing."""
+    said = jobs.note(f"progress:{jid}")
+    return str(msgspec.json.decode(said, type=Progress)) if said else ""
+
+
 class End:
     """A job in hand that asks for more: whether it is to run, and what follows its end."""
 
-    __slots__ = ("_entry", "_more", "_payload", "function")
+    __slots__ = ("_entry", "_more", "_payload", "_said", "_token", "function")
 
     def __init__(self, entry: Any, payload: Payload) -> None:
         self._entry, self._payload = entry, payload
         self._more: More = payload.more  # type: ignore[assignment]
         self.function = entry and entry.function
+        self._said = 0.0
+
+    def __enter__(self) -> None:
+        if self._more.result_ttl is not None:
+            self._token = _IN_HAND.set(self)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._more.result_ttl is not None:
+            _IN_HAND.reset(self._token)
+            SAID.pop(self._payload.jid, None)
+
+    def say(self, how_far: Progress) -> None:
+        """Tell how far it is, if that was not said just now."""
+        app, ttl, jid = self._entry.job.app, self._more.result_ttl or 0.0, self._payload.jid
+        now = app.clock.monotonic()
+        SAID[jid] = str(how_far)
+        if now >= self._said + 0.2 or how_far.done == how_far.total:
+            self._said = now
+            app.jobs.send([note(f"progress:{jid}", msgspec.json.encode(how_far), app.clock.now() + ttl)])
 
     def admit(self) -> None:
         """Raise Unneeded if it is too late, or if the same was asked for again since."""

@@ -33,6 +33,13 @@ _surrogates = re.compile("[\ud800-\udfff]")
 _BROKEN = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError)
 
 
+def with_more(data: bytes, **more: Any) -> bytes:
+    """The job with these values in its field "barnabas"; all else keeps its bytes."""
+    fields = _raws(data)
+    own: dict[str, Any] = _raws(fields.get("barnabas", b"{}"))
+    return _encode(fields | {"barnabas": own | more})
+
+
 class PayloadError(BarnabasError):
     """A job that cannot be written as Sidekiq's JSON, or bytes that are not such a job; the text says why."""
 

@@ -16,7 +16,7 @@ from barnabas.engine.hooks import wrap
 from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
 from barnabas.errors import BarnabasError, Reject, RetryAfter, TimedOut
-from barnabas.jobs.beyond import BadResult, End, Unneeded
+from barnabas.jobs.beyond import BadResult, End, Unneeded, leave
 from barnabas.jobs.payload import Payload, PayloadError, Wait, failed, parse
 from barnabas.message import Delivery, Row
 from barnabas.verdict import Again, Dead
@@ -97,7 +97,10 @@ class JobHandler:
     batch = None
     group = ""
 
-    def __init__(self, name: str, entries: Mapping[str, Entry], awaited: bool, observers: Observers) -> None:
+    def __init__(
+        self, name: str, entries: Mapping[str, Entry], awaited: bool, observers: Observers, patience: float = 0.0
+    ) -> None:
+        self._patience, self._met = patience, set[str]()  # how long unknown jobs are left to others; which ones a log line named
         self.name = name
         self.awaited = awaited
         self.observers = observers
@@ -155,6 +158,11 @@ class JobHandler:
             self._note(run, row, payload.name, payload.attempt, Dead(str(error), None), error, error.outcome)
             self._lost(run, entry, payload, now, str(error))
             return
+        if entry is None and self._patience and (left := leave(data, payload, now, self._patience)) is not None:
+            if payload.name not in self._met:
+                self._met.add(payload.name)
+                log.warning("job %r is not declared here: jobs of it are left to workers that know it", payload.name)
+            return self._note(run, row, payload.name, payload.attempt, left, error, "waits")
         final = isinstance(error, Reject | BadArguments | BadResult)
         outcome = failed(
             data,
@@ -228,16 +236,18 @@ def router(entries: Mapping[str, Entry]) -> Callable[[Row], int]:
 
 
 def _more(end: End, *args: Any) -> Any:
-    out = end.function(*args)
-    if type(out) is not CoroutineType:  # else it is refused
-        end.done(out)
-    return out
+    with end:
+        out = end.function(*args)
+        if type(out) is not CoroutineType:  # else it is refused
+            end.done(out)
+        return out
 
 
 async def _more_async(end: End, *args: Any) -> Any:
-    out = await end.function(*args)
-    end.done(out)
-    return out
+    with end:
+        out = await end.function(*args)
+        end.done(out)
+        return out
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
