@@ -1,7 +1,13 @@
 """What jobs can beyond Sidekiq's: chains, deadlines, tags, the last of several calls, deploys in steps, results."""
 
 import asyncio
+import importlib
+import os
+import random
+import subprocess
+import sys
 import threading
+from collections import Counter
 from datetime import datetime
 
 import msgspec
@@ -452,3 +458,82 @@ def test_progress_is_seen_while_the_job_runs(place, app, kind):
         go_on.set()
         wait_for(worker.drained, "drained", worker)
     progress(1, 2)  # outside of a job it says nothing
+
+
+# Kills.
+
+SHOP = """
+import os
+from barnabas import App
+
+app = App("shop", jobs="{jobs}", events="memory:", stop_timeout=5)
+
+@app.job
+def first(n: int) -> int:
+    return n + 1
+
+@app.job
+async def second(n: int) -> int:
+    return n + 1
+
+@app.job(result_ttl=600)
+def third(n: int) -> int:
+    with open("ends", "a") as file:
+        file.write(f"{{n}}\\n")
+    return n
+
+@app.job
+def index(n: int) -> None:
+    with open("ends", "a") as file:
+        file.write(f"{{n}}\\n")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["sqlite", pytest.param("redis", marks=pytest.mark.soak)], indirect=True)
+def test_chains_results_and_debounced_calls_through_kills(place, tmp_path):
+    (tmp_path / "shop.py").write_text(SHOP.format(jobs=place.jobs))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])}
+    sys.path.insert(0, str(tmp_path))
+    try:
+        shop = importlib.import_module("shop")
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("shop", None)
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-m", "barnabas", "run", "shop:app"]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ends() -> Counter:
+        path = tmp_path / "ends"
+        return Counter(map(int, path.read_text().split())) if path.exists() else Counter()
+
+    running, rand, futures = [start(), start()], random.Random(5), []
+    chain = shop.first.then(shop.second, shop.third)
+    try:
+        for kill in range(6):
+            futures += [chain.enqueue(1000 * kill + n) for n in range(100)]
+            for n in range(10):
+                shop.index.enqueue_debounced(f"page {kill}", -1000 * kill - n - 1, wait=0.3)
+            futures[-1].result(20)
+            wait_for(lambda kill=kill: len(ends()) >= 90 * kill + rand.randrange(1, 90), "chains")
+            victim = running.pop(0)
+            victim.kill()
+            victim.wait()
+            running.append(start())
+        outcomes = [future.outcome(90) for future in futures]
+        expected = [1000 * kill + n + 2 for kill in range(6) for n in range(100)]
+        assert outcomes == expected
+        wait_for(lambda: shop.app.jobs.open_work({}, ["default"]) == 0, "the rest")
+        wait_for(lambda: {n for n in ends() if n < 0} == {-1000 * kill - 10 for kill in range(6)}, "the debounced")
+        for process in running:
+            process.terminate()
+            process.wait(20)  # (it may have had no time to learn of signals)
+    finally:
+        shop.app.close()
+        for process in running:
+            process.kill()
+            process.wait()
+    assert {n for n in ends() if n > 0} == set(expected)
+    assert sum(1 for _ in place.app().jobs.find_jobs()) == 0

@@ -544,3 +544,22 @@ def test_what_pytest_raises_in_a_handler_ends_the_test(shop):
         t.drain()
     with barnabas.testing.run(shop):
         assert shop.orders.send(Order(2)).result(1).value.id == 2  # what sends now is no handler
+
+
+def test_the_clock_of_a_test_makes_schedules_tick() -> None:
+    app, seen = App("shop"), []
+
+    @app.cron(every=timedelta(hours=1))
+    def report() -> None:
+        seen.append(app.clock.now())
+
+    with barnabas.testing.run(app) as t:
+        t.drain()
+        assert seen == []
+        t.clock.advance(3600)
+        t.drain()
+        t.drain()
+        assert len(seen) == 1
+        t.clock.advance(3 * 3600)  # nobody ran meanwhile
+        t.drain()
+    assert len(seen) == 2
