@@ -154,7 +154,7 @@ def run_all(parent: Connection, url: str, n: int) -> None:
 
     with shop(url) as app:
         app.job(name="Noop")(noop)
-        seconds = work_off(app, "jobs", n, tune) - tally.marks[0]
+        seconds = work_off(app, "jobs", n, lambda _: tune()) - tally.marks[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     parent.send((n / seconds, peak / 1e6, (sizes[1] - sizes[0]) / 1e6))
 
@@ -258,7 +258,7 @@ def run_sleeping(parent: Connection, url: str, n: int) -> None:
 
     with shop(url, coroutines=1_000) as app:
         app.job(name="Noop")(nap)
-        seconds = work_off(app, "jobs", n, tune) - tally.marks[0] + 0.01
+        seconds = work_off(app, "jobs", n, lambda _: tune()) - tally.marks[0] + 0.01
     parent.send(n / seconds)
 
 

@@ -60,10 +60,11 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
         """Wait for the outcome, at most `timeout` seconds (TimeoutError), and return it or raise its error."""
         if self._value is _PENDING:
             self._ask_hand(True)
+        if self._value is _PENDING:
             gate = threading.Lock()  # a bare one: an Event costs three times as much
             gate.acquire()
             within = -1 if timeout is None else max(0.0, timeout)
-            if self._value is _PENDING and self._watch(gate.release) and not gate.acquire(timeout=within):
+            if self._watch(gate.release) and not gate.acquire(timeout=within):
                 raise NotYetDurable(f"not durable after {timeout} s; it may still become so: see barnabas check")
         return self._outcome()
 

@@ -6,16 +6,22 @@ import signal
 import sys
 import threading
 import time
+from functools import partialmethod
 from typing import Any
 
 from redis.connection import AbstractConnection
 
 from barnabas import App, Reject, RetryAfter
 from barnabas.backends import redis_life
+from barnabas.backends.redis_outbox import Wire
 from barnabas.worker import Worker
 
 HASTE = {"LEASE": 2, "RENEW": 0.3, "SCAN": 0.05, "CALM": 0.0, "TICK": 0.05}
 JOBS = {*range(10), 100}
+LINES: dict[str, list[tuple[type, str]]] = {  # whatever sends, whatever reads an answer
+    "send_packed_command": [(AbstractConnection, "send_packed_command")],
+    "read_response": [(AbstractConnection, "read_response"), (Wire, "refused")],
+}
 
 
 def shop(url: str, folder: str) -> App:
@@ -40,10 +46,8 @@ def shop(url: str, folder: str) -> App:
 def live(url: str, folder: str, when: str, at: int) -> None:
     """A life up to its end: before the command leaves, with half of it on the way, or when it is answered."""
     count, lock = 0, threading.Lock()
-    name = "read_response" if when == "answered" else "send_packed_command"
-    real = getattr(AbstractConnection, name)
 
-    def counted(connection: Any, *args: Any, **options: Any) -> Any:
+    def counted(connection: Any, real: Any, *args: Any, **options: Any) -> Any:
         nonlocal count
         with lock:
             count += 1
@@ -56,7 +60,8 @@ def live(url: str, folder: str, when: str, at: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return real(connection, *args, **options)
 
-    setattr(AbstractConnection, name, counted)
+    for place, name in LINES["read_response" if when == "answered" else "send_packed_command"]:
+        setattr(place, name, partialmethod(counted, getattr(place, name)))
     app = shop(url, folder)
     worker = Worker(app)
     worker.start()

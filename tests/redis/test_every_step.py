@@ -10,13 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import mortal
 import pytest
 import redis
-from redis.connection import AbstractConnection
 from servers import shared_redis
 
 from barnabas import App, Reject, RetryAfter
@@ -129,23 +129,24 @@ class Line:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
         self.count, self.at, lock = Counter[int](), dict[int, int](), threading.Lock()
-        real = getattr(AbstractConnection, what)
 
-        def counted(connection: Any, *args: Any, **options: Any) -> Any:
+        def counted(place: Any, real: Any, *args: Any, **options: Any) -> Any:
+            connection = getattr(place, "link", place)
             at = self.at.get(connection.db)
             if connection.client_name == "watch" or at is None:
-                return real(connection, *args, **options)
+                return real(place, *args, **options)
             with lock:
                 self.count[connection.db] += 1
                 hit = self.count[connection.db] == at
             if not hit:
-                return real(connection, *args, **options)
+                return real(place, *args, **options)
             if what == "read_response":
-                real(connection, *args, **options)  # so the server has done it
+                real(place, *args, **options)  # so the server has done it
             connection.disconnect()
             raise redis.ConnectionError("cut by the test")
 
-        monkeypatch.setattr(AbstractConnection, what, counted)
+        for place, name in mortal.LINES[what]:
+            monkeypatch.setattr(place, name, partialmethod(counted, getattr(place, name)))
 
 
 def scenario(line: Line, db: int, at: int) -> bool:

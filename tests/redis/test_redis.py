@@ -16,7 +16,7 @@ import redis
 from servers import RedisServer, shared_redis
 
 from barnabas import App, Reject, RetryAfter
-from barnabas.backends import redis_life
+from barnabas.backends import redis_life, redis_outbox
 from barnabas.backends.redis_source import RedisQueues
 from barnabas.clock import FakeClock
 from barnabas.engine.observe import Failed
@@ -268,7 +268,8 @@ def test_an_enqueue_waits_while_redis_is_away_and_a_worker_goes_on(durable, apps
     assert "jobs cannot be stored, trying again" in caplog.text and "jobs are stored again" in caplog.text
 
 
-def test_an_enqueue_that_waited_too_long_says_why(durable, apps):
+def test_an_enqueue_that_waited_too_long_says_why(durable, apps, monkeypatch):
+    monkeypatch.setattr(redis_outbox, "PAUSES", (1.0, 1.0))  # what fills the buffer is given up later than who waits for room
     app = apps(jobs=durable.url, send_timeout=0.3, buffer_messages=5)
     mail = app.job(lambda n: None, name="mail")
     mail.enqueue(0).result(5)
@@ -285,6 +286,20 @@ def test_an_enqueue_that_waited_too_long_says_why(durable, apps):
     assert all(future.exception(5) is not None for future in lost)
     durable.start()
     until(lambda: app.jobs.flush(1) == 0)
+
+
+def test_an_enqueue_waits_for_the_master_that_a_server_is_to_become(durable, apps):
+    app = apps(jobs=durable.url)
+    mail = app.job(lambda n: None, name="mail")
+    mail.enqueue(0).result(5)
+    with redis.Redis(port=durable.port) as client:
+        client.replicaof("127.0.0.1", 1)
+        futures = [mail.enqueue(1), mail.enqueue_in(60, 2)]
+        time.sleep(0.2)
+        assert not any(future.done() for future in futures)
+        client.replicaof("NO", "ONE")
+        assert all(future.result(10) for future in futures)
+        assert client.llen("queue:default") == 2 and client.zcard("schedule") == 1
 
 
 def test_a_refused_write_is_the_futures_error_and_the_next_one_works(client, apps):

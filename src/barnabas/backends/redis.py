@@ -99,7 +99,7 @@ class RedisBackend(RedisAdmin):
 
     def explain(self, error: BaseException) -> BaseException:
         """A driver's error in our words."""
-        return explain(self.where.name, error) if isinstance(error, RedisError) else error
+        return explain(self.where.name, error) if isinstance(error, RedisError | OSError) else error
 
     def script(self, name: str, *args: Any) -> Any:
         """Run a script of redis.lua."""
@@ -228,17 +228,17 @@ def explain(where: str, error: BaseException) -> BackendError:
     text, kinds = str(error), redis.exceptions
     if isinstance(error, kinds.AuthenticationError | kinds.AuthorizationError) or text.startswith(("NOAUTH", "WRONGPASS")):
         hint = "it refuses user or password; see the URL in the setting jobs"
-    elif isinstance(error, kinds.NoPermissionError):
+    elif isinstance(error, kinds.NoPermissionError) or text.startswith("NOPERM"):
         hint = "its user may not do that; Barnabas needs scripts, CLIENT, and all keys under its prefix"
-    elif isinstance(error, ReadOnlyError):
+    elif isinstance(error, ReadOnlyError) or text.startswith("READONLY"):
         hint = "it is a replica just now, as after a failover; the next try looks for the master again"
     elif isinstance(error, BusyLoadingError):
         hint = "it is loading its data after a start; that passes"
     elif text.startswith("OOM") or isinstance(error, kinds.OutOfMemoryError):
         hint = "it has no memory left (maxmemory)"
-    elif isinstance(error, redis.TimeoutError):
+    elif isinstance(error, redis.TimeoutError | TimeoutError):
         hint = "it did not answer in time; is it overloaded, or the network cut?"
-    elif isinstance(error, redis.ConnectionError):
+    elif isinstance(error, redis.ConnectionError | OSError):
         hint = "it is out of reach; is it running, and are host and port right?"
     else:
         hint = "it refused a command"

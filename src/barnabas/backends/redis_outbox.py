@@ -5,12 +5,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import hiredis
-from redis.exceptions import ResponseError
+from redis.exceptions import ConnectionError, ResponseError
 
 from barnabas.backends.shares import Room
 from barnabas.errors import SendError
@@ -25,6 +26,7 @@ GROUP_COUNT, GROUP_BYTES = 1000, 1 << 20  # jobs that leave in one go
 PAUSES = (0.02, 1.0)  # seconds between tries while Redis is away: the first, and the longest
 LINGER = 0.001  # seconds that sends gather while they come thick
 AWAKE = 0.05  # seconds without a send after which the thread has to be woken
+_pack: Callable[[tuple[str | bytes, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
 # Refusals that pass: the same command is good a little later, or on another connection.
 PASSING = ("READONLY", "LOADING", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED", "TRYAGAIN", "BUSY")
 
@@ -34,8 +36,47 @@ class Command:
 
     __slots__ = ("answers", "data", "due", "jobs")
 
-    def __init__(self, data: bytes, answers: int, jobs: list[OutgoingJob], due: float | None = None) -> None:
+    def __init__(self, data: bytes, answers: int, jobs: Sequence[OutgoingJob], due: float | None = None) -> None:
         self.data, self.answers, self.jobs, self.due = data, answers, jobs, due
+
+
+class Wire:
+    """A connection that redis-py makes and checks (TLS, Sentinel, user, database), and its bare socket for the answers: to
+    read them by redis-py takes longer than the server does. A lost one is made anew with the next `send`."""
+
+    def __init__(self, link: Any) -> None:
+        self.link = link
+        self._sock: Any = None
+
+    def send(self, data: bytes) -> None:
+        """Send packed commands."""
+        link = self.link
+        if link._sock is None:
+            link.connect()  # (a Sentinel's connection finds its master here only)
+        if link._sock is not self._sock:
+            self._sock, self._reader = link._sock, hiredis.Reader()
+        link.send_packed_command([data])
+
+    def refused(self, count: int) -> ResponseError | None:
+        """Read so many answers; why the last of those was refused that were."""
+        reader, error = self._reader, None
+        while count:
+            answer = reader.gets()
+            if answer is False:
+                data = self._sock.recv(65536)
+                if not data:
+                    raise ConnectionError("the server closed the connection")
+                reader.feed(data)
+            else:
+                count -= 1
+                if type(answer) is hiredis.ReplyError:
+                    error = ResponseError(str(answer))
+        return error
+
+    def drop(self) -> None:
+        """Let go of it; it may be in the middle of something."""
+        self.link.disconnect()
+        self._sock = None
 
 
 class Outbox:
@@ -43,19 +84,19 @@ class Outbox:
 
     def __init__(self, home: "RedisBackend", settings: Any) -> None:
         self._home = home
-        lock = threading.Lock()
+        self._lock = lock = threading.Lock()
         self._room = Room(home.where.name, "jobs", settings, lambda: self._failed, lock)
         self._bell = threading.Condition(lock)  # what the thread waits for
         self._last = 0.0  # when somebody sent last
-        self._pending: deque[tuple[float, Sequence[OutgoingJob]]] = deque()
-        self._split = False  # the first of those is the rest of a call's, the beginning of which has left
+        self._pending: deque[tuple[float, Sequence[OutgoingJob]]] = deque()  # until when they may take, jobs
+        self._gone = 0  # so many of the first of those have left
         self._asleep = self._hurry = False  # the thread; and what it is told
         self._closed = False
         self._thread: threading.Thread | None = None
         self._end = threading.Event()
         # What only the holder of the line touches:
         self._line = threading.Lock()
-        self._link: Any = None
+        self._wire: Wire | None = None
         self._batch: tuple[list[Command], float, int, int] = ([], 0.0, 0, 0)  # to be stored, until when, of jobs, bytes
         self._failed: BaseException | None = None
 
@@ -63,8 +104,8 @@ class Outbox:
         """Take these. Raises BufferFull when there was no room for them for `send_timeout` seconds."""
         if self._closed or self._home.closed:
             raise SendError(f"{self._home.where.name} was closed; the app opens it again at its next use")
-        size = sum([len(job[1]) for job in jobs])
-        with self._room:
+        size = len(jobs[0][1]) if len(jobs) == 1 else sum([len(job[1]) for job in jobs])
+        with self._lock:
             self._room.enter(len(jobs), size)
             future = jobs[-1][4]
             if future is not None and future._hand is None:
@@ -79,11 +120,10 @@ class Outbox:
 
     def awaited(self, future: Any, blocking: bool) -> None:
         """Somebody is about to wait for this future: store what is pending in his thread, after whoever is at it."""
-        if blocking and self._failed is None and self._line.acquire(timeout=0.05):
+        if blocking and self._failed is None and (self._line.acquire(False) or self._line.acquire(timeout=0.05)):
             try:
-                while not future.done() and self._push() is None:
-                    if not self._pending:
-                        break
+                while not future.done() and self._push() is None and self._pending:
+                    pass
             finally:
                 self._line.release()
         if not future.done():
@@ -91,7 +131,7 @@ class Outbox:
 
     def _wake(self) -> None:
         """Let the thread go at once, as somebody waits."""
-        with self._room:
+        with self._lock:
             self._hurry = True
             self._bell.notify()
 
@@ -116,27 +156,31 @@ class Outbox:
             pause = 0.0 if error is None else min(PAUSES[1], max(PAUSES[0], 2 * pause))
             if pause:
                 self._end.wait(pause)
-        if self._link is not None:
-            self._link.disconnect()
+        if self._wire is not None:
+            self._wire.drop()
 
     def _push(self) -> BaseException | None:
         """Store the next of what is pending; the error if it has to be tried again. Hold the line."""
         commands, deadline, count, size = self._batch
         if not commands:
-            with self._room:
+            with self._lock:
                 if not self._pending:
                     return None
-                jobs, deadline = self._take()
-            count, size = len(jobs), sum([len(job[1]) for job in jobs])
-            commands = self._commands(jobs)
+                jobs, deadline, size = self._take()
+            count, commands = len(jobs), self._commands(jobs)
             self._batch = (commands, deadline, count, size)
         error: Any
+        wire = self._wire
         try:
-            if self._link is None:
-                self._link = self._home.where.pool.make_connection()
-            error = self._attempt(self._link, commands)
+            if wire is None:
+                wire = self._wire = Wire(self._home.where.pool.make_connection())
+            error = self._attempt(wire, commands)
         except Exception as lost:
             error = lost
+        except BaseException:  # Ctrl-C: answers are still to come
+            if wire is not None:
+                wire.drop()
+            raise
         if commands:
             self._again(commands, deadline, error)
         elif self._failed is not None:
@@ -150,8 +194,8 @@ class Outbox:
     def _again(self, commands: list[Command], deadline: float, error: BaseException) -> None:
         """Not all was stored: look for the server anew; too late, give up."""
         where = self._home.where.name
-        if self._link is not None:
-            self._link.disconnect()
+        if self._wire is not None:
+            self._wire.drop()
         if self._failed is None:
             log.error("%s: jobs cannot be stored, trying again: %s", where, error)
         self._failed = error
@@ -162,25 +206,32 @@ class Outbox:
                     self._lose(job, SendError(f"the job was not stored within {self._room.timeout} s: {why}"))
             commands.clear()
 
-    def _take(self) -> tuple[list[OutgoingJob], float]:
-        """What leaves together, and until when the oldest of it may take. Hold the condition."""
-        jobs: list[OutgoingJob] = []
-        deadline, size, pending = self._pending[0][0], 0, self._pending
-        while pending and len(jobs) < GROUP_COUNT and size < GROUP_BYTES:
-            until, batch = pending.popleft()
-            room = GROUP_COUNT - len(jobs)
-            self._split = len(batch) > room
-            if self._split:
-                pending.appendleft((until, batch[room:]))
-                batch = batch[:room]
-            jobs += batch
+    def _take(self) -> tuple[Sequence[OutgoingJob], float, int]:
+        """What leaves together, until when the oldest of it may take, its bytes. Hold the lock."""
+        pending, gone = self._pending, self._gone
+        deadline, jobs = pending[0]
+        size = 0
+        if len(jobs) == 1 == len(pending):
+            pending.clear()
+            return jobs, deadline, len(jobs[0][1])
+        taken: list[OutgoingJob] = []
+        while pending and len(taken) < GROUP_COUNT and size < GROUP_BYTES:
+            jobs = pending[0][1]
+            batch = jobs[gone : gone + GROUP_COUNT - len(taken)]
+            taken += batch
             size += sum([len(job[1]) for job in batch])
-        return jobs, deadline
+            gone += len(batch)
+            if gone == len(jobs):
+                pending.popleft()
+                gone = 0
+        self._gone = gone
+        return taken, deadline, size
 
-    def _commands(self, jobs: list[OutgoingJob]) -> list[Command]:
-        """The commands that store these. SADD comes with every push: a queue that somebody deleted is to be seen again."""
-        pack: Any = hiredis.pack_command
+    def _commands(self, jobs: Sequence[OutgoingJob]) -> list[Command]:
+        """The commands that store these."""
         now, key = self._home.clock.now(), self._home.key
+        if len(jobs) == 1 and jobs[0][2] is None:
+            return [Command(_push_command(self._home.prefix, jobs[0][0], [jobs[0][1]]), 2, jobs)]
         queues: dict[str, tuple[list[bytes], list[OutgoingJob]]] = {}
         later: list[OutgoingJob] = []
         notes: list[Command] = []
@@ -201,27 +252,22 @@ class Outbox:
             found[0].append(payload)
             found[1].append(job)
         commands = [
-            Command(pack(("SADD", key("queues"), queue)) + pack(("LPUSH", key(f"queue:{queue}"), *payloads)), 2, stored)
-            for queue, (payloads, stored) in queues.items()
+            Command(_push_command(self._home.prefix, queue, payloads), 2, stored) for queue, (payloads, stored) in queues.items()
         ]
         if later:
             pairs = [part for job in later for part in (repr(float(job[2] or 0)), job[1])]
-            commands.append(Command(pack(("ZADD", key("schedule"), *pairs)), 1, later, min(job[2] or 0 for job in later)))
+            data = _pack(("ZADD", key("schedule"), *pairs))
+            commands.append(Command(data, 1, later, min(job[2] or 0 for job in later)))
         return commands + notes
 
-    def _attempt(self, link: Any, commands: list[Command]) -> BaseException | None:
+    def _attempt(self, wire: Wire, commands: list[Command]) -> BaseException | None:
         """Send commands and read their answers; returns why those that are still in the list are to be tried again. What is
         done is taken off at once: a lost connection must repeat as little as can be."""
-        link.connect()  # (a Sentinel's connection finds its master here only)
-        link.send_packed_command([b"".join([command.data for command in commands])])
+        wire.send(commands[0].data if len(commands) == 1 else b"".join([command.data for command in commands]))
         at, last = 0, None
         while at < len(commands):
-            command, error = commands[at], None  # type: Command, BaseException | None
-            for _ in range(command.answers):
-                try:
-                    link.read_response()
-                except ResponseError as refused:
-                    error = refused
+            command = commands[at]
+            error = wire.refused(command.answers)
             if error is not None and str(error).startswith(PASSING):
                 last = error
                 at += 1
@@ -238,9 +284,9 @@ class Outbox:
 
     def _lose(self, job: OutgoingJob, error: SendError) -> None:
         """A job is not stored; and then none that was sent after it in the same call, whose future speaks for all."""
-        with self._room:
-            rest = self._pending.popleft()[1] if self._split else ()
-            self._split = False
+        with self._lock:
+            rest = self._pending.popleft()[1][self._gone :] if self._gone else ()
+            self._gone = 0
             self._room.count -= len(rest)
             self._room.size -= sum([len(other[1]) for other in rest])
         for lost in (job, *rest):
@@ -261,8 +307,20 @@ class Outbox:
         if left:
             log.error("%s: %d jobs could not be stored before the end: %s", self._home.where.name, left, self._failed)
         self._end.set()
-        with self._room:
+        with self._lock:
             self._closed = True
             self._bell.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(5.0)
+
+
+def _push_command(prefix: str, queue: str, payloads: list[bytes]) -> bytes:
+    """LPUSH, in half the time that hiredis.pack_command takes, and SADD before it: a queue that somebody deleted is to be
+    seen again."""
+    seen, push = _heads(prefix, queue)
+    return b"".join([seen, b"*%d" % (2 + len(payloads)), push, *[b"$%d\r\n%b\r\n" % (len(job), job) for job in payloads]])
+
+
+@lru_cache(1000)
+def _heads(prefix: str, queue: str) -> tuple[bytes, bytes]:
+    return _pack(("SADD", f"{prefix}queues", queue)), _pack(("LPUSH", f"{prefix}queue:{queue}")).removeprefix(b"*2")
