@@ -475,15 +475,17 @@ def test_rubbish_in_queues_and_sets_is_buried_and_harms_nobody(client, apps):
 def test_a_key_that_is_no_list_stops_no_other_queue(client, apps, caplog):
     app, seen = apps(queues=["bad", "default"]), []
     client.set("queue:bad", "x")
+    client.zadd("schedule", {b'{"class":"mail","args":[%d],"queue":"bad","jid":"x"}' % n: 1.0 for n in range(3)})
     mail = app.job(seen.append, name="mail")
     with running(app) as worker:
         mail.enqueue(1).result(5)
+        until(lambda: client.zcard("dead") == 3 and client.zcard("schedule") == 0)
         until(lambda: seen == [1])
         time.sleep(0.3)
         mail.enqueue(2).result(5)
         until(lambda: seen == [1, 2])
         assert worker.failed() is None
-    assert caplog.text.count("queue:bad is no list") == 1
+    assert caplog.text.count("queue:bad is no list") == 2 and "what was due there is buried" in caplog.text
 
 
 def test_a_paused_queue_rests_in_all_processes_until_it_is_opened(client, apps):

@@ -330,6 +330,11 @@ def test_a_due_job_enters_with_one_enqueued_at_and_its_other_bytes_untouched() -
     assert enqueued(foreign, 1700000009) == once
     assert enqueued(once, 1700000009.0) == once
     assert enqueued(job(1, at=True), NOW) == job(1)
+    assert enqueued(job("é", at=True), NOW) == job("é")
+    for empty in (b"{}", b"{ }", b"{} "):
+        assert enqueued(empty, 5.0) == b'{"enqueued_at":5.0}'
+    for last in (b'{"a":{}}', b'{"a":{} } ', b'{"a":{"enqueued_at":1}}'):
+        assert enqueued(last, 5.0).replace(b" ", b"") == last.strip().replace(b" ", b"")[:-1] + b',"enqueued_at":5.0}'
 
 
 @pytest.mark.parametrize(

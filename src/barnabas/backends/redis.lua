@@ -192,22 +192,32 @@ end
 return dead
 
 --- move
--- Take members out of a sorted set, each only if it is still there, and push what became of it onto its queue; without a
--- queue it is buried. Returns how many there were.
-local set, now, moved = key(arg()), arg(), 0
+-- Take members out of a sorted set, each only if it is still there, and push what became of them onto their queues; those
+-- without a queue, or whose queue is no list, are buried. Returns the queues that are no lists.
+local set, now, queues, names, strange = key(arg()), arg(), {}, {}, {}
 for _ = 1, number() do
   local member, name, payload = arg(), arg(), arg()
   if redis.call('ZREM', set, member) == 1 then
-    moved = moved + 1
-    if name == '' then
-      redis.call('ZADD', key('dead'), now, payload)
-    else
-      redis.call('SADD', key('queues'), name)
-      redis.call('LPUSH', key('queue:' .. name), payload)
+    local jobs = queues[name]
+    if not jobs then
+      jobs = {}
+      queues[name] = jobs
+      names[#names + 1] = name
     end
+    jobs[#jobs + 1] = payload
   end
 end
-return moved
+for _, name in ipairs(names) do
+  local pushed = false
+  if name ~= '' then
+    pushed = type(redis.pcall('LPUSH', key('queue:' .. name), unpack(queues[name]))) == 'number'
+    if pushed then redis.call('SADD', key('queues'), name) else strange[#strange + 1] = name end
+  end
+  if not pushed then
+    for _, payload in ipairs(queues[name]) do redis.call('ZADD', key('dead'), now, payload) end
+  end
+end
+return strange
 
 --- shift
 -- Make jobs ready ("ready"), bury them ("dead"), put them into another queue ("other") or drop them (""), wherever they wait.

@@ -231,7 +231,7 @@ class Life:
         """Move what is due in a set to its queues; what is no job, to the dead. Returns how many there were."""
         home, count = self.home, self._page
         key, now = home.key(name), home.clock.now()
-        members: list[bytes] = home.client.zrangebyscore(key, "-inf", now, start=0, num=count) 
+        members: list[bytes] = home.client.zrangebyscore(key, "-inf", now, start=0, num=count)
         if not members:
             first: Any = home.client.zrange(key, 0, 0, withscores=True)
             if first:
@@ -244,7 +244,8 @@ class Life:
             except PayloadError as error:
                 log.error("%s: buried, since %s", key, error)
                 args += (member, "", member)
-        home.script("move", name, now, len(members), *args)
+        for queue in home.script("move", name, now, len(members), *args):
+            log.error("%s is no list, so it is no queue; what was due there is buried", home.key(f"queue:{text(queue)}"))
         size = sum(map(len, members)) // len(members)
         self._page = max(1, min(PAGE, PAGE_BYTES // max(1, size)))
         return len(members)
