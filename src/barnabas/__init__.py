@@ -5,6 +5,7 @@ from barnabas.consumer import Batch
 from barnabas.engine.respond import Respond, respond_to
 from barnabas.errors import Reject, RetryAfter
 from barnabas.jobs.beyond import progress
+from barnabas.jobs.unique import until_and_while_executing, until_executed, until_executing, until_expired, while_executing
 from barnabas.message import Delivery, Message
 from barnabas.retry import Retry
 from barnabas.topic import Retention
@@ -27,4 +28,9 @@ __all__ = [
     "RetryAfter",
     "progress",
     "respond_to",
+    "until_and_while_executing",
+    "until_executed",
+    "until_executing",
+    "until_expired",
+    "while_executing",
 ]

@@ -151,6 +151,8 @@ class App:
         retries it goes to the dead set), hooks=[...], retry_for (seconds since the first failure, instead of the number),
         retry_queue (where retries wait to run), backtrace (True, or how many lines of it are stored with a failure).
 
+        unique: until_executed(...), while_executing(...) and the like: at most one of a kind in the queues, or at work.
+
         retry_delay(count, error, job): seconds before the retry (count: 0 for the first; Sidekiq's jitter comes on top),
         None for Sidekiq's own, "discard" to let the job go, "kill" for no further retry. on_exhausted(job, error): no retry
         is left; "discard" keeps it out of the dead set. on_death(job, error): it will not run again. `job` is a dict of what

@@ -57,6 +57,14 @@ class JobFailed(BarnabasError):
     """The job whose outcome was asked for will not return anything: it is dead, was dropped or came too late."""
 
 
+class Conflict(SendError):
+    """A unique job's lock is held by another job: `holder`, its id."""
+
+    def __init__(self, text: str, holder: str) -> None:
+        super().__init__(text)
+        self.holder = holder
+
+
 class WaitInHandler(BarnabasError):
     """A handler waited for a future of its own send, which leaves only after the handler returned."""
 

@@ -58,6 +58,10 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the outcome, at most `timeout` seconds (TimeoutError), and return it or raise its error."""
+        self._wait(timeout)
+        return self._outcome()
+
+    def _wait(self, timeout: float | None) -> None:
         if self._value is _PENDING:
             self._ask_hand(True)
         if self._value is _PENDING:
@@ -66,7 +70,6 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
             within = -1 if timeout is None else max(0.0, timeout)
             if self._watch(gate.release) and not gate.acquire(timeout=within):
                 raise NotYetDurable(f"not durable after {timeout} s; it may still become so: see barnabas check")
-        return self._outcome()
 
     def outcome(self, timeout: float | None = None) -> Any:
         """Of a job with `result_ttl`: wait for what it returns, as Job.outcome does."""
@@ -74,13 +77,12 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait as `result` does; return the error, or None if there was none."""
-        try:
-            self.result(timeout)
-        except BaseException as error:
-            if isinstance(self._value, _Failure) and self._value.error is error:
-                return error
-            raise
-        return None
+        self._wait(timeout)
+        value = self._value
+        if type(value) is not _Failure:
+            return None
+        value.seen = True
+        return value.error  # never raised: a traceback would keep whatever looks at it
 
     def add_done_callback(self, callback: Callable[["Future[T]"], Any]) -> None:
         """Call `callback(future)` once the outcome is known: at once if it is, else in the thread that resolves it."""
@@ -122,6 +124,10 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
         """Set the error as the outcome. `told`: a log line has said so, for all that failed with it."""
         self.resolve(_Failure(error, told))
 
+    def settle(self, value: Any) -> None:
+        """Set the outcome, or the error that it is."""
+        self.fail(value) if isinstance(value, Exception) else self.resolve(value)
+
     def _wake(self) -> None:
         with _LOCK:
             waiters, self._waiters = self._waiters, None
@@ -151,6 +157,26 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
         if type(value) is tuple:
             self._value = value = value[0].stored(value)
         return value  # type: ignore[no-any-return]
+
+
+def gathered(futures: "list[Future[Any]]") -> "Future[list[Any]]":
+    """One future for all of these: their values, without those that are None; or, once all are known, the first error."""
+    left, many = [len(futures)], Future[list[Any]]()
+
+    def known(_: Any) -> None:
+        with _LOCK:
+            left[0] -= 1
+            if left[0]:
+                return
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            many.fail(errors[0])
+        else:
+            many.resolve([value for future in futures if (value := future.result()) is not None])
+
+    for future in futures:
+        future.add_done_callback(known)
+    return many if futures else resolved([])
 
 
 def resolved(value: Any, id: Any = None) -> Future[Any]:

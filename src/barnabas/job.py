@@ -15,15 +15,16 @@ from barnabas.engine.hand import CURRENT
 from barnabas.engine.handler import refuse_generator
 from barnabas.engine.hooks import check_hooks, refuse_async
 from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError
-from barnabas.future import Future, resolved
+from barnabas.future import Future, gathered, resolved
 from barnabas.jobs.beyond import KEPT, read_outcome
-from barnabas.jobs.payload import PayloadError, build, derived_jid, hooked, new_jid
-from barnabas.message import OutgoingJob, note
+from barnabas.jobs.payload import PayloadError, build, derived_jid, failed, hooked, new_jid
+from barnabas.jobs.unique import Claim, Lock
+from barnabas.message import LockedJob, OutgoingJob, note
 from barnabas.ports import FOREVER
 
 STORED = ("retry_for", "retry_queue", "backtrace", "dead", "tags")  # options that travel with a job, for whoever runs it
 CALLED = ("retry_delay", "on_exhausted", "on_death")
-OPTIONS = ("queue", "retry", "name", "timeout", "hooks", "expires_in", "result_ttl", *STORED, *CALLED)
+OPTIONS = ("queue", "retry", "name", "timeout", "hooks", "expires_in", "result_ttl", "unique", *STORED, *CALLED)
 LINK = -1.0  # in place of the time of a job that begins when the one before it in its chain has ended
 CHAIN = 1000  # jobs in a chain: each carries those behind it
 _NONE: dict[str, Any] = {}
@@ -66,6 +67,9 @@ class Job:
         refuse_generator(self.owner, function)
         self._signature = inspect.signature(function)
         self._plan()
+        unique = options.get("unique")
+        self.lock = None if unique is None else Lock(self.owner, self.name, self.queue, self._signature, unique)
+        self.queued = self.lock is not None and self.lock.queued
         functools.update_wrapper(self, function)
 
     def _refuse(self, option: str, value: Any, way_out: str) -> None:
@@ -171,6 +175,9 @@ class Job:
         target, retry, extra = self.queue, self.retry, self._extra
         if call or self._more:
             target, retry, extra = self._called(call, at)
+        claim = self._claim(args, at) if self.queued else None
+        if claim is not None and claim.until is None:
+            extra = {**(extra or {}), "lock_digest": claim.key}
         try:
             payload = build(
                 self.name,
@@ -189,6 +196,12 @@ class Job:
             if changed is None:
                 return None
             payload, target = changed
+        if claim is not None:
+            out = LockedJob(target, payload, at, jid, future)
+            if claim.on_conflict == "reject":
+                claim = claim._replace(buried=failed(payload, claim.refusal("?"), self.app.clock.now(), final=True).payload)
+            out.lock = claim
+            return out
         return _new(OutgoingJob, (target, payload, at, jid, future))  # type: ignore[no-any-return]
 
     def _called(self, call: Mapping[str, Any], at: float | None) -> tuple[str, Any, dict[str, Any]]:
@@ -203,6 +216,20 @@ class Job:
         if more:
             extra["barnabas"] = more
         return call.get("queue", self.queue), call.get("retry", self.retry), extra
+
+    def _claim(self, args: tuple[Any, ...], at: float | None) -> Claim | None:
+        """The lock that a job with these arguments takes: by the arguments as its worker will see them."""
+        try:
+            stored = self.decode_args(msgspec.json.encode(args))
+        except msgspec.DecodeError as error:
+            raise SendError(f"{self.owner} cannot be enqueued: its arguments do not fit its function: {error}") from None
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            return None  # `build` says what is wrong with them
+        now = self.app.clock.now()
+        try:
+            return self.lock.claim(stored, now if at is None else max(at, now))  # type: ignore[union-attr]
+        except Exception as error:
+            raise SendError(f"{self.owner} cannot be enqueued: the by= of its unique= failed: {error!r}") from error
 
     def _enqueue(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], at: float | None, call: Mapping[str, Any] = _NONE
@@ -280,6 +307,8 @@ class Job:
             raise SendError(f"{self.owner} cannot be debounced: it is run by another program, which would run every call")
         if not isinstance(key, str) or not key:
             raise SendError(f"{self.owner}: enqueue_debounced({key!r}): give a text that names what is to be done once")
+        if self.queued:
+            raise SendError(f"{self.owner} cannot be debounced: the first call takes its lock; on_conflict=\"replace\" does it")
         at, name = self._after(wait), f"debounce:{self.name}:{key}"
         jid, held = self._new_id(False)
         future = held if held is not None else Future(jid)
@@ -359,6 +388,8 @@ class Options:
                 f"{job.owner} cannot be part of a chain: it gets one argument, what the job before it returned, and takes "
                 f"{job._signature}"
             )
+        if job.queued:
+            raise DeclarationError(f"{job.owner} is unique from its enqueueing on: in a chain it can only be the first job")
         if "then" in call.get("more", {}) or "now" in call:
             raise DeclarationError(f"{job.owner}: a chain is made of jobs, not of chains; now=True belongs to its first job")
         queue, retry, extra = job._called(call, LINK)
@@ -379,6 +410,8 @@ class Options:
     def enqueue_many(self, arguments: Iterable[tuple[Any, ...]]) -> Future[list[str]]:
         """As Job.enqueue_many."""
         job, call = self._job, self._call
+        if job.queued:  # each may be refused
+            return gathered([job._enqueue(tuple(args), _NONE, None, call) for args in arguments])
         hand = CURRENT.get()
         held = hand is not None and hand.open and "now" not in call
         out, jids = [], []

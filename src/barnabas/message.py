@@ -63,3 +63,14 @@ class OutgoingJob(NamedTuple):
 def note(name: str, value: bytes, until: float, future: Any = None) -> OutgoingJob:
     """A note on its way, stored where the jobs are and with them; b"" forgets it. `until`: epoch seconds."""
     return OutgoingJob("", value, until, name, future)
+
+
+class LockedJob(OutgoingJob):
+    """One that takes a lock as it is stored (`jobs.unique.Claim`)."""
+
+    lock: Any = None
+
+    def _replace(self, /, **changes: Any) -> "LockedJob":
+        new: LockedJob = super()._replace(**changes)
+        new.lock = self.lock
+        return new

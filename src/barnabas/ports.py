@@ -167,8 +167,9 @@ class Backend(Sink, Protocol):
         """A source of these topics for this consumer group, from `start` where the group has no position. `ordered`: each
         partition's rows are finished in the order they come, but for those of the group's retry topics."""
 
-    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> Source:
-        """A source of jobs: the queues in strict order, or by weight."""
+    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any = None) -> Source:
+        """A source of jobs: the queues in strict order, or by weight. guard: says of each that is claimed which locks it
+        needs (`jobs.unique.Guard`), None where no declared job needs any."""
 
     def cell(self, table: str, key: Any) -> bytes | None:
         """A table's cell as it was last settled."""
@@ -227,6 +228,9 @@ class Backend(Sink, Protocol):
 
     def swap(self, name: str, old: bytes | None, new: bytes, until: float, jobs: Sequence[OutgoingJob]) -> bool:
         """Store a note and jobs that are due in one step, if the note still is `old`; whether it was."""
+
+    def holder(self, key: str) -> str | None:
+        """The id of the job that holds this lock of unique jobs."""
 
     def processes(self) -> list[Process]:
         """The worker processes that live (or have not been buried yet)."""

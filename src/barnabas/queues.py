@@ -10,6 +10,7 @@ import msgspec
 from barnabas.app import App
 from barnabas.inspect import chunks
 from barnabas.jobs.payload import seconds
+from barnabas.jobs.unique import WAIT, Guard, held
 from barnabas.ports import QueueState, StoredJob
 
 CHUNK = 1000  # jobs moved at once
@@ -88,6 +89,21 @@ def entry(job: StoredJob) -> Entry:
     runs = said.retry_count + 1 if type(said.retry_count) is int else 0
     tags = tuple(tag for tag in said.tags if isinstance(tag, str)) if isinstance(said.tags, list) else ()
     return Entry(job, str(said.name), bytes(said.args).decode(errors="backslashreplace"), runs, failure, time, tags)
+
+
+def locks(app: App, found: Entry) -> dict[str, str]:
+    """What a stored job has of the locks of unique jobs ("holds"), and what it waits for ("waits for")."""
+    job, home, has = found.job, app.jobs, list[str]()
+    if (key := held(job.payload)) and home.holder(key) == job.jid:
+        has.append(key)
+    ask = Guard(app.job_handlers)(job.payload)
+    holder = home.holder(ask.run) if ask is not None and ask.run is not None else None
+    if holder is not None and job.state == "work" and holder == job.jid:
+        has.append(ask.run)  # type: ignore[union-attr, arg-type]
+    said = {"holds": ", ".join(has)} if has else {}
+    if holder is not None and job.state == "scheduled" and (job.at or 0.0) <= app.clock.now() + WAIT:
+        said["waits for"] = f"job {holder}, at work with the lock {ask.run}"  # type: ignore[union-attr]
+    return said
 
 
 def jobs(

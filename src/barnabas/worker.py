@@ -181,10 +181,11 @@ class Worker:
         for awaited, size in ((False, app.settings.threads), (True, app.settings.coroutines)):
             if awaited in kinds:
                 crews.append(self._crew(JobHandler("jobs", entries, awaited, app.observers, patience), "none", size, jobs))
+                crews[-1].handler.hurry = crews[-1].hurry
         route = router(entries) if len(crews) == 2 else None
-        ahead = None if self.inline else 0.05
+        ahead, guard = None if self.inline else 0.05, crews[0].handler.guard or None
         runner = self._runner("jobs", crews, route=route, limit=1000, ahead=ahead, widths=app.settings.concurrency)
-        runner.attach(jobs.queues(self.queues, runner))
+        runner.attach(jobs.queues(self.queues, runner, guard))
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         if self.loop is None:

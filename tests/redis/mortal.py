@@ -1,5 +1,5 @@
 """A worker that dies by SIGKILL at its n-th command to Redis. Each line on stdin is one life: the URL, a folder, when it dies,
-at which command; each line on stdout is how it ended (0: it had nothing left to do before)."""
+at which command, whether its jobs are unique; each line on stdout is how it ended (0: it had nothing left to do before)."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 
 from redis.connection import AbstractConnection
 
-from barnabas import App, Reject, RetryAfter
+from barnabas import App, Reject, RetryAfter, until_and_while_executing
 from barnabas.backends import redis_life
 from barnabas.backends.redis_outbox import Wire
 from barnabas.worker import Worker
@@ -24,12 +24,12 @@ LINES: dict[str, list[tuple[type, str]]] = {  # whatever sends, whatever reads a
 }
 
 
-def shop(url: str, folder: str) -> App:
+def shop(url: str, folder: str, unique: bool) -> App:
     """An app whose jobs leave a line each in a file, and fail at times."""
     app = App("steps", events="memory:", jobs=url, threads=2, checkpoint_interval=0.01)
     witness = os.open(f"{folder}/ran", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    @app.job(queue="a", retry=10)
+    @app.job(queue="a", retry=10, unique=until_and_while_executing(by=lambda n: n % 2) if unique else None)
     def work(n: int) -> None:
         os.write(witness, b"%d\n" % n)
         if n == 0:
@@ -43,7 +43,7 @@ def shop(url: str, folder: str) -> App:
     return app
 
 
-def live(url: str, folder: str, when: str, at: int) -> None:
+def live(url: str, folder: str, when: str, at: int, unique: bool) -> None:
     """A life up to its end: before the command leaves, with half of it on the way, or when it is answered."""
     count, lock = 0, threading.Lock()
 
@@ -62,7 +62,7 @@ def live(url: str, folder: str, when: str, at: int) -> None:
 
     for place, name in LINES["read_response" if when == "answered" else "send_packed_command"]:
         setattr(place, name, partialmethod(counted, getattr(place, name)))
-    app = shop(url, folder)
+    app = shop(url, folder, unique)
     worker = Worker(app)
     worker.start()
     end = time.monotonic() + 10
@@ -80,8 +80,8 @@ if __name__ == "__main__":
     for constant, seconds in HASTE.items():
         setattr(redis_life, constant, seconds)
     for line in sys.stdin:
-        url, folder, when, at = line.split()
+        url, folder, when, at, unique = line.split()
         child = os.fork()
         if child == 0:
-            live(url, folder, when, int(at))
+            live(url, folder, when, int(at), unique == "True")
         print(os.waitpid(child, 0)[1], flush=True)

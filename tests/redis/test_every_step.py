@@ -19,7 +19,7 @@ import pytest
 import redis
 from servers import shared_redis
 
-from barnabas import App, Reject, RetryAfter
+from barnabas import App, Reject, RetryAfter, until_and_while_executing, while_executing
 from barnabas.backends import redis_life
 from barnabas.jobs.payload import build
 from barnabas.worker import Worker
@@ -39,6 +39,7 @@ return n"""
 def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name, value in mortal.HASTE.items():
         monkeypatch.setattr(redis_life, name, value)
+    monkeypatch.setattr(redis_life.Life, "watch", lambda life: None)  # it is not this process that is to end
     with redis.Redis(port=shared_redis().port, client_name="watch") as client:
         client.flushall()
         yield client
@@ -79,11 +80,11 @@ def fill(client: Any, prefix: str) -> None:
     pipe.lpush(f"{prefix}barnabas:landing:ghost:1:0:a", job[9]).execute()
 
 
-def survive(client: Any, url: str, prefix: str, folder: Path) -> None:
+def survive(client: Any, url: str, prefix: str, folder: Path, unique: bool) -> None:
     """Another process takes over from one that died, and all is as if nothing had been."""
     for key in client.keys(f"{prefix}barnabas:alive:*"):
         client.delete(key)  # its lease is over
-    app = mortal.shop(url, str(folder))
+    app = mortal.shop(url, str(folder), unique)
     worker = Worker(app)
     worker.start()
     until_nothing_is_left(client, prefix)
@@ -93,25 +94,34 @@ def survive(client: Any, url: str, prefix: str, folder: Path) -> None:
     assert set(ran) == mortal.JOBS
     assert all(ran[n] <= {1: 3, 100: 3}.get(n, 2) for n in ran), ran
     assert client.zcard(f"{prefix}dead") == 1
-    assert set(client.keys(f"{prefix}barnabas:*")) <= {f"{prefix}barnabas:crashes".encode()}
+    assert nothing_else(client, prefix, "crashes")
 
 
-@pytest.mark.parametrize("when", ["unsent", "half", "answered"])
-def test_a_process_that_dies_at_any_command_loses_nothing(client, when, tmp_path):
+def nothing_else(client: Any, prefix: str, *but: str) -> bool:
+    """Whether nothing is left of what only workers need; whose turn it is is forgotten by itself."""
+    left = {name.decode().removeprefix(f"{prefix}barnabas:") for name in client.keys(f"{prefix}barnabas:*")}
+    assert not client.keys(f"{prefix}uniquejobs:*")
+    return {name for name in left if not name.startswith("turn:")} <= {*but}
+
+
+@pytest.mark.parametrize(
+    ("when", "unique"), [("unsent", False), ("half", False), ("answered", False), ("half", True), ("answered", True)]
+)
+def test_a_process_that_dies_at_any_command_loses_nothing(client, when, unique, tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("mortal.py"))]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     lives = [subprocess.Popen(command, **pipes) for _ in range(LANES)]
 
     def case(lane: int, step: int) -> bool:
-        prefix, folder = f"{when}{step}:", tmp_path / f"{step}"
+        prefix, folder = f"{when}{step}{unique}:", tmp_path / f"{step}"
         url = f"{shared_redis().url}?prefix={prefix}"
         folder.mkdir()
         fill(client, prefix)
         life = lives[lane]
-        print(url, folder, when, step, file=life.stdin, flush=True)
+        print(url, folder, when, step, unique, file=life.stdin, flush=True)
         ended = life.stdout.readline().strip()
         assert ended in ("0", f"{int(signal.SIGKILL)}")
-        survive(client, url, prefix, folder)
+        survive(client, url, prefix, folder, unique)
         return ended != "0"
 
     try:
@@ -149,7 +159,7 @@ class Line:
             monkeypatch.setattr(place, name, partialmethod(counted, getattr(place, name)))
 
 
-def scenario(line: Line, db: int, at: int) -> bool:
+def scenario(line: Line, db: int, at: int, unique: Any) -> bool:
     """Enqueue, schedule, claim, settle, retry, bury, move, stop, with the n-th step broken; whether there was one."""
     client = redis.Redis(port=shared_redis().port, db=db, client_name="watch")
     client.flushdb()
@@ -158,7 +168,7 @@ def scenario(line: Line, db: int, at: int) -> bool:
     ran: Counter[int] = Counter()
     failed: set[int] = set()
 
-    @app.job(queue="a", retry=10)
+    @app.job(queue="a", retry=10, unique=unique)
     def work(n: int) -> None:
         ran[n] += 1
         if n % 10 == 3:
@@ -191,12 +201,15 @@ def scenario(line: Line, db: int, at: int) -> bool:
     assert len(dead) == JOBS // 10
     extra = sum(ran.values()) - JOBS - len(failed)
     assert extra <= JOBS + 8, ran  # an enqueue whose answer is lost is repeated: a job with the same id
-    assert client.keys("barnabas:*") == []
+    assert nothing_else(client, "")
     client.close()
     return met
 
 
+@pytest.mark.parametrize(
+    "unique", [None, while_executing(by=lambda n: n % 8), until_and_while_executing()], ids=["plain", "running", "queued"]
+)
 @pytest.mark.parametrize("what", ["send_packed_command", "read_response"])
-def test_a_cut_at_any_command_loses_nothing(client, what, monkeypatch):
+def test_a_cut_at_any_command_loses_nothing(client, what, unique, monkeypatch):
     line = Line(monkeypatch, what)
-    assert each_step(lambda lane, step: scenario(line, lane + 1, step)) > 30
+    assert each_step(lambda lane, step: scenario(line, lane + 1, step, unique)) > 30

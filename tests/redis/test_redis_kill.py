@@ -84,9 +84,9 @@ class Proxy:
 class Team:
     """Worker processes, as `barnabas run` makes them."""
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, app: str = "room:app") -> None:
         self._log = open(folder / "workers.log", "ab")  # noqa: SIM115
-        self._command = [sys.executable, "-m", "barnabas", "run", "room:app", "--jobs", url]
+        self._command = [sys.executable, "-m", "barnabas", "run", app, "--jobs", url]
         self.refused = 0
         self.workers = [self.start() for _ in range(WORKERS)]
 

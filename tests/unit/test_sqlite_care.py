@@ -20,6 +20,7 @@ from barnabas.backends import sqlite_read
 from barnabas.backends.host import Life, look
 from barnabas.backends.sqlite_care import backup, check, compact
 from barnabas.backends.sqlite_file import SCHEMA, SOUND, check_library, check_place, migrate, mounted
+from barnabas.backends.sqlite_file import STEPS as OURS
 from barnabas.errors import BackendError, Refused
 from barnabas.worker import Worker
 
@@ -193,31 +194,42 @@ def test_a_process_that_is_killed_holds_no_lock_though_a_child_that_it_forked_li
 
 # Schemas.
 
-STEPS = ["CREATE TABLE more (a); INSERT INTO more SELECT count(*) FROM jobs", "ALTER TABLE more ADD COLUMN b"]
+FIRST = """
+DROP INDEX jobs_lock; DROP INDEX jobs_run; ALTER TABLE jobs DROP COLUMN lock; ALTER TABLE jobs DROP COLUMN run; DROP TABLE locks;
+PRAGMA user_version = 1"""  # back to schema 1
+STEPS = [*OURS, "CREATE TABLE more (a); INSERT INTO more SELECT count(*) FROM jobs", "ALTER TABLE more ADD COLUMN b"]
 
 
 def test_a_new_file_has_the_newest_schema(path):
     assert run(path, "PRAGMA user_version") == [(SCHEMA,)]
 
 
-@pytest.mark.parametrize("have", [1, 2, 3])
+def test_jobs_of_the_first_schema_are_as_they_were(path):
+    now = run(path, "SELECT name FROM sqlite_schema ORDER BY name"), run(path, "SELECT * FROM jobs")
+    run(path, FIRST)
+    open_app(path).jobs.queue_states()
+    assert (run(path, "SELECT name FROM sqlite_schema ORDER BY name"), run(path, "SELECT * FROM jobs")) == now
+
+
+@pytest.mark.parametrize("have", [1, 2, 3, 4])
 def test_an_older_schema_is_brought_up_step_by_step(path, caplog, have):
+    run(path, FIRST)
     with closing(apsw.Connection(str(path))) as db:
         migrate(db, str(path), STEPS[: have - 1])
         migrate(db, str(path), STEPS)
         migrate(db, str(path), STEPS)
-        assert db.pragma("user_version") == 3
+        assert db.pragma("user_version") == 4
         assert db.execute("SELECT a, b FROM more").fetchall() == [(10, None)]
-    assert len(caplog.records) == (1 if have in (1, 3) else 2)
-    with pytest.raises(BackendError, match=f"has schema 3, this Barnabas knows {SCHEMA}: upgrade Barnabas"):
+    assert len(caplog.records) == (1 if have in (1, 4) else 2)
+    with pytest.raises(BackendError, match=f"has schema 4, this Barnabas knows {SCHEMA}: upgrade Barnabas"):
         open_app(path).events.topics()
 
 
 def test_a_step_that_fails_leaves_the_file_as_it_was(path):
     before = run(path, "SELECT name, sql FROM sqlite_schema")
     with closing(apsw.Connection(str(path))) as db, pytest.raises(apsw.SQLError):
-        migrate(db, str(path), [STEPS[0], "nonsense"])
-    assert run(path, "PRAGMA user_version") == [(1,)]
+        migrate(db, str(path), [*STEPS[:-1], "nonsense"])
+    assert run(path, "PRAGMA user_version") == [(SCHEMA,)]
     assert run(path, "SELECT name, sql FROM sqlite_schema") == before
 
 

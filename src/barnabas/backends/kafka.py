@@ -301,7 +301,7 @@ class KafkaBackend(KafkaDoors):
         self.require([*self.declared.values(), *topics])
         return KafkaLog(self, group, topics, start, ordered, listener)
 
-    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> Source:
+    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any = None) -> Source:
         raise DeclarationError(NO_JOBS)
 
     def cell(self, table: str, key: Any) -> bytes | None:

@@ -14,7 +14,8 @@ from zlib import crc32
 from barnabas.backends.memory_admin import MemoryAdmin
 from barnabas.backends.shares import NOTES, Notes, QueueOrder, close_books, noted, open_account, over, spread
 from barnabas.errors import DeclarationError, UnknownTopic
-from barnabas.message import Outgoing, OutgoingJob, Row, note
+from barnabas.jobs.unique import WAIT, answer, marked
+from barnabas.message import LockedJob, Outgoing, OutgoingJob, Row, note
 from barnabas.ports import Listener, Part, Result, TopicState
 from barnabas.verdict import Again, Dead
 
@@ -100,12 +101,31 @@ class MemoryBackend(Notes, MemoryAdmin):
         self._number += 1
         if not job.queue:
             self._keep(dict([noted(job.jid, job.payload, job.at or 0.0)]))
+        elif type(job) is LockedJob and not self._lock(job):
+            return
         elif job.at is not None and job.at > self.clock.now():
             heapq.heappush(self.later, (job.at, self._number, "scheduled", job))
         else:
             self.ready.setdefault(job.queue, deque()).append((self._number, job))
         if job.future is not None:
             job.future.resolve(job.jid)
+
+    def _lock(self, job: LockedJob) -> bool:
+        """Take its lock; False: another job has it, and what becomes of this one is done."""
+        claim, holder = job.lock, self.holder(job.lock.key)
+        if holder is not None and holder != job.jid and claim.on_conflict == "replace":
+            first = [n for n, key in self.held.items() if key == claim.key]
+            if self.move_jobs([(n, kind) for n in first for kind in ("ready", "scheduled", "retry")], None):
+                holder = None
+        if holder is not None:
+            if holder != job.jid and claim.on_conflict == "reject":
+                self.buried[self._number] = job._replace(payload=claim.buried, at=self.clock.now(), future=None)
+            job.future is None or job.future.settle(job.jid if holder == job.jid else answer(job, holder))
+            return False
+        self.locks[claim.key] = (job.jid, claim.until)
+        if claim.until is None:
+            self.held[self._number] = claim.key
+        return True
 
     def _append(self, out: Outgoing) -> tuple[int, int] | None:
         """Store a message; its partition and offset, None if it could not be."""
@@ -155,6 +175,7 @@ class MemoryBackend(Notes, MemoryAdmin):
     def expire(self, now: float) -> None:
         """Drop what is older or larger than its topic's retention allows, and no group still needs."""
         with self.lock:
+            self.locks = {key: lock for key, lock in self.locks.items() if lock[1] is None or lock[1] > now}
             for name, parts in self.logs.items():
                 keep = self.retention[name]
                 for number, log in enumerate(parts):
@@ -181,9 +202,9 @@ class MemoryBackend(Notes, MemoryAdmin):
         self.join()
         return MemoryLog(self, group, [t.name for t in topics], start, ordered, listener)
 
-    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> "MemoryQueues":
+    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any = None) -> "MemoryQueues":
         self.join()
-        return MemoryQueues(self, queues, listener)
+        return MemoryQueues(self, queues, listener, guard)
 
     def settle(self, results: Iterable[Result]) -> None:
         """Store outputs and cells of results."""
@@ -243,6 +264,7 @@ class MemoryBackend(Notes, MemoryAdmin):
         with self.lock:
             while self.later and self.later[0][0] <= now:
                 _, number, _, job = heapq.heappop(self.later)
+                self.runs.pop(number, None)
                 self.ready.setdefault(job.queue, deque()).append((number, job))
             return self.later[0][0] if self.later else None
 
@@ -372,9 +394,10 @@ class MemoryLog:
 class MemoryQueues:
     """The queues of one worker."""
 
-    def __init__(self, home: MemoryBackend, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> None:
+    def __init__(self, home: MemoryBackend, queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any) -> None:
         self.atomic = home
         self.home = home
+        self._guard = guard
         self._order = QueueOrder(queues)
         self.parts = {name: Part(name, -1, i) for i, name in enumerate(self._order.names)}
         self.work: dict[int, OutgoingJob] = {}
@@ -406,13 +429,36 @@ class MemoryQueues:
                 rows: list[Row] = []
                 while ready and room > 0 and part.room > 0:
                     number, job = ready.popleft()
+                    mark = None
+                    if self._guard is not None:
+                        waits, mark = self._admit(number, job)
+                        if waits:
+                            continue
                     self.work[number] = job
-                    rows.append((number, job.jid, job.payload, None, home.clock.now()))
+                    rows.append((number, job.jid, job.payload, mark, home.clock.now()))
                     room -= 1
                     part.room -= 1
                 if rows:
                     found.append((part, rows))
         return found
+
+    def _admit(self, number: int, job: OutgoingJob) -> tuple[bool, Any]:
+        """Take the lock of its run; whether it has to wait for that, and what its row is to say."""
+        home, ask = self.home, self._guard(job.payload)
+        if ask is None:
+            return False, None
+        if ask.run is not None:
+            holder = home.holder(ask.run)
+            if holder is not None and not ask.wait:
+                return False, marked(ask, holder)
+            home.runs[number] = ask.run
+            if holder is not None:
+                heapq.heappush(home.later, (home.clock.now() + WAIT, number, "scheduled", job))
+                return True, None
+            home.locks[ask.run] = (job.jid, None)
+        if ask.free:
+            home.free(number)
+        return False, marked(ask)
 
     def settle(self, results: Sequence[Result]) -> None:
         home = self.home
@@ -423,6 +469,9 @@ class MemoryQueues:
                     if job is None:
                         continue
                     verdict = result.others.get(row[0])
+                    home.ended(row[0])
+                    if not isinstance(verdict, Again):
+                        home.free(row[0])
                     if isinstance(verdict, Again):
                         again = job._replace(payload=verdict.payload or job.payload, at=verdict.at, future=None)
                         again = again._replace(queue=verdict.queue or job.queue)
@@ -436,6 +485,7 @@ class MemoryQueues:
         self._unwatch()
         with self.home.lock:
             for number, job in reversed(self.work.items()):
+                self.home.ended(number, wake=False)
                 self.home.ready.setdefault(job.queue, deque()).appendleft((number, job))
             self.work = {}
             self.home.workers.remove(self)

@@ -11,6 +11,7 @@ from typing import Any
 from barnabas.backends.shares import HOST, STATES, by_partition, finished
 from barnabas.errors import Refused, UnknownTopic
 from barnabas.jobs.payload import enqueued_at, recalled, requeued
+from barnabas.jobs.unique import held
 from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Position, Process, QueueState, StoredJob
 
@@ -33,6 +34,9 @@ class MemoryAdmin:
     store: Callable[[Iterable[Any]], None]
 
     def __init__(self) -> None:
+        self.locks: dict[str, tuple[str, float | None]] = {}  # of unique jobs: who has it, until when (None: until he is done)
+        self.held: dict[int, str] = {}  # the lock that a stored job took as it was enqueued
+        self.runs: dict[int, str] = {}  # the lock of its run that a job has, or waits for
         self._asked: dict[str, str] = {}
         self._info: dict[str, Any] = {}
         self._started = self._beat = 0.0
@@ -128,8 +132,12 @@ class MemoryAdmin:
             moved.update((n, job) for _, n, kind, job in self.later if (n, kind) in wanted)
             self.later = [entry for entry in self.later if entry[1:3] not in wanted]
             heapq.heapify(self.later)
-            moved.update({n: self.buried.pop(n) for n, kind in wanted if kind == "dead" and n in self.buried})
+            dead = [n for n, kind in wanted if kind == "dead" and n in self.buried]
+            moved.update({n: self.buried.pop(n) for n in dead if to != "ready" or self._locked_again(n)})
             for number, job in sorted(moved.items()):
+                self.runs.pop(number, None)
+                if to in (None, "dead"):
+                    self.free(number)
                 if to == "ready":
                     job = job._replace(payload=recalled(job.payload, now), at=None)
                     self.ready.setdefault(job.queue, deque()).append((number, job))
@@ -145,6 +153,39 @@ class MemoryAdmin:
                         heapq.heappush(self.later, (job.at or 0.0, number, states[number], put))
         self.ring()
         return sum(to != f"queue:{job.queue}" for job in moved.values())
+
+    # Locks of unique jobs.
+
+    def holder(self, key: str) -> str | None:
+        jid, until = self.locks.get(key, (None, None))
+        return None if until is not None and until <= self.clock.now() else jid
+
+    def free(self, number: int) -> None:
+        """This job has no right to its lock any more. Hold the lock."""
+        self.locks.pop(self.held.pop(number, ""), None)
+
+    def ended(self, number: int, wake: bool = True) -> None:
+        """Its run has: the first that waits for that may begin. Hold the lock."""
+        key = self.runs.pop(number, None)
+        if key is None:
+            return
+        self.locks.pop(key, None)
+        waiting = [entry for entry in self.later if self.runs.get(entry[1]) == key]
+        if waiting and wake:
+            first = min(waiting, key=lambda entry: entry[1])
+            self.later.remove(first)
+            heapq.heapify(self.later)
+            del self.runs[first[1]]
+            self.ready.setdefault(first[3].queue, deque()).appendleft((first[1], first[3]))
+
+    def _locked_again(self, number: int) -> bool:
+        """A dead job takes its lock again; False where another one has it."""
+        key, jid = held(self.buried[number].payload), self.buried[number].jid
+        if key and self.locks.setdefault(key, (jid, None))[0] != jid:
+            return False
+        if key:
+            self.held[number] = key
+        return True
 
     def processes(self) -> list[Process]:
         if not self._works():

@@ -41,12 +41,60 @@ local function unland(land, queue)
   end
 end
 
+-- Locks of unique jobs, in the keys of sidekiq-unique-jobs: a hash of the job ids that hold one. `barnabas:locks` names those
+-- of jobs of ours that are stored, `barnabas:running:<process>` those of its runs: number -> lock and id.
+local function holder(lock)
+  return redis.call('HKEYS', key(lock .. ':LOCKED'))[1]
+end
+
+local function take(lock, jid, now, ends)
+  redis.call('HSET', key(lock .. ':LOCKED'), jid, now)
+  if ends == '' then
+    redis.call('HSET', key('barnabas:locks'), lock, jid)
+  else
+    redis.call('PEXPIREAT', key(lock .. ':LOCKED'), ends)
+  end
+end
+
+local function free(lock, jid)
+  if redis.call('HDEL', key(lock .. ':LOCKED'), jid) == 1 then redis.call('HDEL', key('barnabas:locks'), lock) end
+end
+
+-- A run has: the first that waits for its lock goes to the front of its queue, and it is its turn for 10 s. `back`: it has
+-- not, and its job is in front of its queue again, so it is still that one's turn.
+local function ended(id, sequence, back)
+  local mine = key('barnabas:running:' .. id)
+  local lock, jid = string.match(redis.call('HGET', mine, sequence) or '', '^(%S+) (.*)$')
+  if not lock then return end
+  redis.call('HDEL', mine, sequence)
+  redis.call('HDEL', key(lock .. ':LOCKED'), jid)
+  while not back do
+    local first = redis.call('ZPOPMIN', key('barnabas:waiting:' .. lock))[1]
+    if not first then return end
+    local waits, name, payload = string.match(first, '^(%S*) (%S+) (.*)$')
+    if waits and redis.call('ZREM', key('schedule'), payload) == 1 then -- else somebody has moved or deleted it
+      redis.call('SADD', key('queues'), name)
+      redis.call('RPUSH', key('queue:' .. name), payload)
+      jid, back = waits, true
+    end
+  end
+  redis.call('SET', key('barnabas:turn:' .. lock), jid, 'EX', 10)
+end
+
 --- turn
 -- Settle what is finished and claim the next, in one step. Each settlement counts only if the job is still in this
 -- process's hands. Returns whether the process is still among the living, the paused queues, the claimed payloads queue by
 -- queue, and of those that had crashes: number and count.
 local id, now, day = arg(), arg(), arg()
 local work, processed, failed = key('barnabas:work:' .. id), 0, 0
+
+for _ = 1, number() do -- what they held that end ("end"), are to run again ("again") or did not begin ("back")
+  local sequence, name, lock, jid, how = arg(), arg(), arg(), arg(), arg()
+  if redis.call('HEXISTS', work, sequence .. ':' .. name) == 1 then
+    if how == 'end' and lock ~= '' then free(lock, jid) end
+    ended(id, sequence, how == 'back')
+  end
+end
 
 local done = {}
 for i = 1, number() do done[i] = arg() end
@@ -133,10 +181,97 @@ for i = 1, number() do
 end
 return {1, settled, shut, found, crashed}
 
+--- admit
+-- Of each claimed job that needs a lock: 1 if it may begin; 0 if it waits, or is not in this process's hands any more; else
+-- the id of the job that is at work.
+local id, now, later, answers = arg(), arg(), arg(), {}
+local work, mine = key('barnabas:work:' .. id), key('barnabas:running:' .. id)
+for i = 1, number() do
+  local sequence, name, run, lock, jid, waits, created, payload = arg(), arg(), arg(), arg(), arg(), arg(), arg(), arg()
+  local field, answer = sequence .. ':' .. name, 1
+  if redis.call('HEXISTS', work, field) == 0 then
+    answer = 0
+  elseif run ~= '' and redis.call('HEXISTS', mine, sequence) == 0 then
+    local turn = redis.call('GET', key('barnabas:turn:' .. run))
+    local other = holder(run) or turn ~= jid and turn
+    if not other then
+      redis.call('HSET', key(run .. ':LOCKED'), jid, now)
+      redis.call('HSET', mine, sequence, run .. ' ' .. jid)
+      redis.call('DEL', key('barnabas:turn:' .. run))
+    elseif waits == '1' then
+      redis.call('HDEL', work, field)
+      redis.call('ZADD', key('schedule'), later, payload)
+      redis.call('ZADD', key('barnabas:waiting:' .. run), created, jid .. ' ' .. name .. ' ' .. payload)
+      redis.call('EXPIRE', key('barnabas:waiting:' .. run), 600)
+      answer = 0
+    else
+      answer = other
+    end
+  end
+  if answer == 1 and lock ~= '' then free(lock, jid) end
+  answers[i] = answer
+end
+return answers
+
+--- store
+-- Store a job that takes a lock. Returns the id of the job that has it: then it is not stored, but buried if it asked for
+-- that. A lock of its own is an earlier try's, whose answer was lost.
+local lock, jid, now, ends, how = arg(), arg(), arg(), arg(), arg()
+local name, due, payload, buried = arg(), arg(), arg(), arg()
+
+local function is_it(other, wanted)
+  if not string.find(other, wanted, 1, true) then return false end
+  local read, job = pcall(cjson.decode, other)
+  return read and type(job) == 'table' and job.jid == wanted
+end
+
+local function removed(wanted)
+  local names = redis.call('SMEMBERS', key('queues'))
+  for _, set in ipairs({'schedule', 'retry', unpack(names)}) do
+    local place, sorted = key(_ <= 2 and set or 'queue:' .. set), _ <= 2
+    local command, drop, first = sorted and 'ZRANGE' or 'LRANGE', sorted and 'ZREM' or 'LREM', 0
+    while true do
+      local page = redis.pcall(command, place, first, first + 499)
+      if page.err or #page == 0 then break end
+      for _, other in ipairs(page) do
+        if is_it(other, wanted) then
+          if sorted then redis.call(drop, place, other) else redis.call(drop, place, 1, other) end
+          return true
+        end
+      end
+      first = first + 500
+    end
+  end
+end
+
+local other = holder(lock)
+if other == jid then return '' end
+if other and how == 'replace' and removed(other) then
+  free(lock, other)
+  other = false
+end
+if other then
+  if how == 'reject' then redis.call('ZADD', key('dead'), now, buried) end
+  return other
+end
+take(lock, jid, now, ends)
+if due ~= '' then
+  redis.call('ZADD', key('schedule'), due, payload)
+else
+  redis.call('SADD', key('queues'), name)
+  redis.call('LPUSH', key('queue:' .. name), payload)
+end
+return ''
+
+--- free
+-- A lock whose job is stored nowhere.
+free(arg(), arg())
+
 --- recover
 -- Put all that a process holds back to the front of its queues; `crashed`: because it died, so count that against what it
--- had in hand. A job that ran alone is the only one to be counted beyond three. Returns how many, -1 if it lives.
-local id, crashed = arg(), arg() == '1'
+-- had in hand. A job that ran alone is the only one to be counted beyond three. `stays`: it ends only now, so the locks of
+-- its runs stay until it is found dead. Returns how many, -1 if it lives.
+local id, crashed, stays = arg(), arg() == '1', arg() == '1'
 if crashed and redis.call('EXISTS', key('barnabas:alive:' .. id)) == 1 then return -1 end
 local work, total = key('barnabas:work:' .. id), 0
 for name in string.gmatch(redis.call('HGET', key('barnabas:workers'), id) or '', '%S+') do
@@ -162,12 +297,20 @@ for _, job in ipairs(jobs) do
   end
 end
 if crashed and #jobs > 0 then redis.call('EXPIRE', crashes, 604800) end
+local there, running = {}, redis.call('HGETALL', key('barnabas:running:' .. id))
+for _, job in ipairs(jobs) do there[string.format('%d', job[1])] = true end
+for i = 1, stays and 0 or #running, 2 do ended(id, running[i], there[running[i]]) end
 for name, payloads in pairs(back) do
   redis.call('SADD', key('queues'), name)
   packed('RPUSH', key('queue:' .. name), payloads)
 end
-redis.call('DEL', work, key('barnabas:alone:' .. id), key('barnabas:alive:' .. id))
-redis.call('HDEL', key('barnabas:workers'), id)
+redis.call('DEL', work, key('barnabas:alone:' .. id))
+if stays then
+  redis.call('EXPIRE', key('barnabas:alive:' .. id), 2)
+else
+  redis.call('DEL', key('barnabas:alive:' .. id))
+  redis.call('HDEL', key('barnabas:workers'), id)
+end
 redis.call('SREM', key('processes'), id)
 redis.call('UNLINK', key(id .. ':work'), key(id .. ':workers'))
 return total + #jobs
@@ -224,10 +367,13 @@ return strange
 -- Each comes with what becomes of it. Returns how many were there.
 local to, now, other, moved = arg(), arg(), arg(), 0
 for _ = 1, number() do
-  local set, name, payload, fresh = arg(), arg(), arg(), arg()
-  local queue, there = key('queue:' .. name), 0
+  local set, name, payload, fresh, lock, jid = arg(), arg(), arg(), arg(), arg(), arg()
+  local queue, there, again = key('queue:' .. name), 0, to == 'ready' and set == 'dead' and lock ~= ''
   local score = to == 'other' and set ~= '' and redis.call('ZSCORE', key(set), payload)
-  if set == '' then
+  local has = again and holder(lock)
+  if has and has ~= jid then -- it may not have its lock again
+    there = 0
+  elseif set == '' then
     there = redis.call('LREM', queue, -1, payload)
   else
     there = redis.call('ZREM', key(set), payload)
@@ -235,6 +381,8 @@ for _ = 1, number() do
   if there == 1 then
     moved = moved + 1
     if to == 'other' then name, queue = other, key('queue:' .. other) end
+    if again then take(lock, jid, now, '') end
+    if (to == 'dead' or to == '') and lock ~= '' then free(lock, jid) end
     if to == 'dead' then
       redis.call('ZADD', key('dead'), now, fresh)
     elseif score then

@@ -101,6 +101,10 @@ class RedisBackend(RedisAdmin):
         """A driver's error in our words."""
         return explain(self.where.name, error) if isinstance(error, RedisError | OSError) else error
 
+    def eval(self, name: str, *args: Any) -> tuple[Any, ...]:
+        """A script of redis.lua as a command that carries it whole."""
+        return ("EVAL", self._scripts[name].script, "0", self.prefix, *args)
+
     def script(self, name: str, *args: Any) -> Any:
         """Run a script of redis.lua."""
         with self.edge():
@@ -181,13 +185,13 @@ class RedisBackend(RedisAdmin):
         self._refuse_topics()
         raise AssertionError
 
-    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> Source:
+    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any = None) -> Source:
         from barnabas.backends.redis_source import RedisQueues
 
         if self._danger:
             log.warning(self._danger)
             self._danger = ""
-        return RedisQueues(self, queues, listener)
+        return RedisQueues(self, queues, listener, guard)
 
     def box(self, workers: int) -> tuple[Any, int]:
         self.boxes.append(array("q", bytes(8 * 3 * workers)))

@@ -12,6 +12,7 @@ from typing import Any
 
 from barnabas.errors import Refused
 from barnabas.jobs.payload import PayloadError, enqueued_at, parse, recalled, requeued
+from barnabas.jobs.unique import held
 from barnabas.message import Outgoing, Row
 from barnabas.ports import Position, Process, QueueState, StoredJob, TopicState
 
@@ -180,9 +181,15 @@ class RedisAdmin:
             args: list[Any] = []
             for kind, queue, payload in page:
                 fresh = recalled(payload, now) if to == "ready" else requeued(payload, other) if other else payload
-                args += (SETS.get(kind, ""), queue, payload, fresh)
+                lock = held(payload)
+                args += (SETS.get(kind, ""), queue, payload, fresh, lock, parse(payload).jid if lock else "")
             moved += int(self.script("shift", "other" if other else to or "", now, other, len(page), *args))
         return moved
+
+    def holder(self, key: str) -> str | None:
+        with self.edge():
+            found = self.client.hkeys(self.key(f"{key}:LOCKED"))
+        return text(found[0]) if found else None
 
     # Processes.
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("barnabas")
 LEASE, RENEW, SCAN = 30, 5.0, 10.0  # seconds: a sign of life is good for, its renewal, looking for the dead
 BLOCK = 10  # seconds a blocking move may last: it ends before a lease does, or a job could land with a dead process
+SWEEP = 60.0  # seconds between looks for locks whose jobs were deleted; longer than what a dead process held is out of sight
 CALM = 30.0  # after a restart or reconnect nobody is taken for dead: all need the time to give a sign
 TICK = 1.0  # seconds between looks at what operators ask for
 BEAT = 60  # seconds that Sidekiq believes a heartbeat
@@ -44,10 +45,12 @@ class Life:
         self._seen: dict[int, int] = {}  # jobs at work: number -> since when, epoch seconds
         self._stop = threading.Event()
         self._hurry = threading.Event()
+        self._watched = False
         self._next = 0.0  # when the next job is known to be due (epoch seconds)
         self._threads = [
             threading.Thread(target=self._live, name="barnabas-life", daemon=True),
             threading.Thread(target=self._move, name="barnabas-due", daemon=True),
+            threading.Thread(target=self._sweep, name="barnabas-sweep", daemon=True),
         ]
 
     # The lease.
@@ -67,6 +70,17 @@ class Life:
     def lost(self) -> bool:
         """Whether the lease ran out, or somebody took us for dead."""
         return time.monotonic() > self.until
+
+    def watch(self) -> None:
+        """While runs hold locks: end the process before these end, if it can give no sign of life. A thread that needs no
+        interpreter does it, so neither a handler that holds that nor a command without an answer is in its way."""
+        if self.source.runs:
+            left = self.until + 0.2 * LEASE - time.monotonic()
+            faulthandler.dump_traceback_later(max(0.05, left), exit=True, file=sys.__stderr__ or 2)
+            self._watched = True
+        elif self._watched:
+            self._watched = False
+            faulthandler.cancel_dump_traceback_later()
 
     def forget(self) -> None:
         """Redis does not know us."""
@@ -124,13 +138,14 @@ class Life:
             if self.home.script("renew", self.source.name, LEASE, ""):
                 self.until = now + 0.7 * LEASE
                 self.extend()
+                self.watch()
             else:
                 self.forget()
 
     def _look_around(self) -> None:
         """Take what dead processes had in hand back to its queues."""
         for name in self.home.script("orphans"):
-            count = self.home.script("recover", name, "1")
+            count = self.home.script("recover", name, "1", "0")
             if count >= 0:
                 log.warning("process %s died with %d jobs in hand; they are back in their queues", text(name), count)
 
@@ -146,6 +161,26 @@ class Life:
             log.info("%s: asked to %s", self.source.name, self.asked)
         elif signal == b"TTIN":
             faulthandler.dump_traceback(file=sys.stderr)
+
+    def _sweep(self) -> None:
+        """Free the locks of unique jobs that others have deleted, on Sidekiq's web page or by a command: of such as two looks
+        in a row find nowhere."""
+        home, pause, missing = self.home, SWEEP, dict[bytes, bytes]()
+        while not self._stop.wait(pause):
+            began, before, missing = time.monotonic(), missing, {}
+            try:
+                leads = (home.key("barnabas:sweep"), self.source.name)
+                if home.client.set(*leads, nx=True, ex=int(3 * pause) + 1) or home.client.get(leads[0]) == leads[1].encode():
+                    locks: dict[bytes, bytes] = home.client.hgetall(home.key("barnabas:locks"))
+                    stored = {job.jid for job in home.find_jobs() if job.state != "dead"} if locks else set()
+                    missing = {lock: jid for lock, jid in locks.items() if text(jid) not in stored}
+                for lock, jid in before.items():
+                    if missing.get(lock) == jid:
+                        home.script("free", lock, jid)
+                        log.warning("job %s was deleted by somebody else; its lock %s is free", text(jid), text(lock))
+            except Exception as error:
+                log.debug("looking for locks without a job failed: %s", error)
+            pause = max(SWEEP, 100 * (time.monotonic() - began))
 
     # Sidekiq's heartbeat.
 

@@ -16,7 +16,8 @@ from redis.exceptions import ConnectionError, ResponseError
 from barnabas.backends.shares import Room
 from barnabas.errors import SendError
 from barnabas.jobs.payload import PayloadError, enqueued
-from barnabas.message import OutgoingJob
+from barnabas.jobs.unique import answer
+from barnabas.message import LockedJob, OutgoingJob
 
 if TYPE_CHECKING:
     from barnabas.backends.redis import RedisBackend
@@ -47,6 +48,7 @@ class Wire:
     def __init__(self, link: Any) -> None:
         self.link = link
         self._sock: Any = None
+        self.said: Any = None  # the last answer
 
     def send(self, data: bytes) -> None:
         """Send packed commands."""
@@ -69,6 +71,7 @@ class Wire:
                 reader.feed(data)
             else:
                 count -= 1
+                self.said = answer
                 if type(answer) is hiredis.ReplyError:
                     error = ResponseError(str(answer))
         return error
@@ -230,35 +233,50 @@ class Outbox:
     def _commands(self, jobs: Sequence[OutgoingJob]) -> list[Command]:
         """The commands that store these."""
         now, key = self._home.clock.now(), self._home.key
-        if len(jobs) == 1 and jobs[0][2] is None:
+        if len(jobs) == 1 and jobs[0][2] is None and type(jobs[0]) is not LockedJob:
             return [Command(_push_command(self._home.prefix, jobs[0][0], [jobs[0][1]]), 2, jobs)]
         queues: dict[str, tuple[list[bytes], list[OutgoingJob]]] = {}
         later: list[OutgoingJob] = []
         notes: list[Command] = []
+        commands: list[Command] = []
+
+        def pushing(queue: str, payloads: list[bytes], stored: list[OutgoingJob]) -> Command:
+            return Command(_push_command(self._home.prefix, queue, payloads), 2, stored)
+
         for job in jobs:
             queue, payload, at, name, _ = job
             if at is not None:
                 if not queue:
                     notes.append(Command(self._home.noting(name, payload, at), 2, [job]))
                     continue
-                if at > now:
+                if at > now and type(job) is not LockedJob:
                     later.append(job)
                     continue
                 with suppress(PayloadError):  # it was built just now
-                    payload = enqueued(payload, now)
+                    payload = enqueued(payload, now) if at <= now else payload
+            if type(job) is LockedJob:
+                if queue in queues:  # in the order of sending
+                    commands.append(pushing(queue, *queues.pop(queue)))
+                commands.append(self._locking(job, payload, now))
+                continue
             found = queues.get(queue)
             if found is None:
                 found = queues[queue] = ([], [])
             found[0].append(payload)
             found[1].append(job)
-        commands = [
-            Command(_push_command(self._home.prefix, queue, payloads), 2, stored) for queue, (payloads, stored) in queues.items()
-        ]
+        commands += [pushing(queue, payloads, stored) for queue, (payloads, stored) in queues.items()]
         if later:
             pairs = [part for job in later for part in (repr(float(job[2] or 0)), job[1])]
             data = _pack(("ZADD", key("schedule"), *pairs))
             commands.append(Command(data, 1, later, min(job[2] or 0 for job in later)))
         return commands + notes
+
+    def _locking(self, job: LockedJob, payload: bytes, now: float) -> Command:
+        """The command that stores a job and takes its lock, if that is free."""
+        claim, due = job.lock, job.at if job.at is not None and job.at > now else None
+        ends = "" if claim.until is None else str(int(1000 * claim.until))
+        args = (claim.key, job.jid, repr(now), ends, claim.on_conflict, job.queue, "" if due is None else repr(float(due)))
+        return Command(_pack(self._home.eval("store", *args, payload, claim.buried)), 1, [job], due)
 
     def _attempt(self, wire: Wire, commands: list[Command]) -> BaseException | None:
         """Send commands and read their answers; returns why those that are still in the list are to be tried again. What is
@@ -277,7 +295,7 @@ class Outbox:
                 if error is not None:
                     self._lose(job, SendError(f"the job was not stored: {self._home.explain(error)}"))
                 elif job[4] is not None:
-                    job[4].resolve(job[3])
+                    job[4].settle(answer(job, wire.said.decode()) if type(job) is LockedJob and wire.said else job[3])
             if command.due is not None:
                 self._home.due(command.due)
         return last

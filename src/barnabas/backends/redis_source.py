@@ -19,6 +19,7 @@ from barnabas.backends.redis_life import BLOCK, Life
 from barnabas.backends.shares import HOST, QueueOrder
 from barnabas.engine.alone import CRASHES
 from barnabas.errors import BackendError
+from barnabas.jobs.unique import WAIT, marked
 from barnabas.message import Row
 from barnabas.ports import Listener, Part, Result
 from barnabas.verdict import Again, Dead
@@ -33,6 +34,7 @@ DEAD_AGE, DEAD_MOST = 180 * 86400, 10_000  # Sidekiq's bounds of the dead set: s
 
 class _Name(msgspec.Struct):
     jid: str = ""
+    lock_digest: Any = ""
 
 
 _name = msgspec.json.Decoder(_Name).decode
@@ -129,8 +131,13 @@ class RedisQueues:
 
     atomic = None
 
-    def __init__(self, home: "RedisBackend", queues: Sequence[str] | Mapping[str, int], listener: Listener) -> None:
+    def __init__(
+        self, home: "RedisBackend", queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any = None
+    ) -> None:
         self.home = home
+        self.runs: set[int] = set()  # jobs in hand that hold the lock of their run
+        self._locked: dict[int, tuple[str, str]] = {}  # of those that hold any: the lock they took as they were enqueued, and id
+        self._guard = guard
         self.weights = dict(queues) if isinstance(queues, Mapping) else dict.fromkeys(queues, 1)
         self.name = f"{HOST}:{os.getpid()}:{os.urandom(6).hex()}"  # as Sidekiq names its processes
         self.work: dict[int, tuple[str, bytes]] = {}  # what is in hand: number -> queue, payload
@@ -155,7 +162,7 @@ class RedisQueues:
         except BaseException:
             self.landing.close()
             with suppress(BackendError):  # what was begun may be known there
-                home.script("recover", self.name, "0")
+                home.script("recover", self.name, "0", "0")
             raise
         home.sources.append(self)
 
@@ -215,7 +222,7 @@ class RedisQueues:
         home, names = self.home, self._order.next()
         now = home.clock.now()
         if not settled:
-            settled = (0, 0, 0, 0, 0, 0, 0)
+            settled = (0, 0, 0, 0, 0, 0, 0, 0)
         today, first = time.strftime("%Y-%m-%d", time.gmtime(now)), home.reserve(room)
         wanted = [arg for name in names for arg in (name, max(0, min(room, self.parts[name].room)))]
         sure, self._sure = self._sure, False
@@ -226,6 +233,8 @@ class RedisQueues:
         for number in finished:
             self.work.pop(number, None)
             self._crashes.pop(number, None)
+        if self._locked and finished:
+            self._unlock(finished)
         if count < len(finished) - back:
             log.warning("%d jobs were no longer ours when they had ended, and run again", len(finished) - back - count)
         if not alive:
@@ -236,19 +245,28 @@ class RedisQueues:
         found: Found = []
         for queue, payloads in zip(names, jobs, strict=True):
             if payloads:
-                found += self._take(queue, enumerate(payloads, first + 1), now)
+                try:
+                    found += self._take(queue, enumerate(payloads, first + 1), now)
+                except BackendError:  # (of `_admit`) what we have of these is to be looked up
+                    self._sure = False
                 first += len(payloads)
         return found
 
     def _take(self, queue: str, jobs: Iterable[tuple[int, bytes]], now: float) -> Found:
         part, rows, crashed, before = self.parts[queue], [], self._crashes, len(self.work)
+        marks: dict[int, Any] = {}
+        if self._guard is not None:
+            jobs, marks = self._admit(queue, list(jobs), now)
         for number, payload in jobs:
             self.work[number] = (queue, payload)
             try:
-                jid = _name(payload).jid
+                said = _name(payload)
+                jid = said.jid
+                if said.lock_digest or number in self.runs:
+                    self._locked[number] = (str(said.lock_digest), jid)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # the handler says what is wrong with it
                 jid = ""
-            row: Row = (number, jid, payload, None, now)
+            row: Row = (number, jid, payload, marks.get(number) if marks else None, now)
             if crashed and (count := crashed.get(number)):
                 part.crashes[number] = count
                 if count == CRASHES:
@@ -257,6 +275,43 @@ class RedisQueues:
             rows.append(row)
         part.room -= len(self.work) - before
         return [(part, rows)] if rows else []
+
+    def _admit(self, queue: str, jobs: list[tuple[int, bytes]], now: float) -> tuple[list[tuple[int, bytes]], dict[int, Any]]:
+        """Take the locks of the runs of claimed jobs, in one step: those that may go on, and what their rows are to say."""
+        asks = {number: ask for number, payload in jobs if (ask := self._guard(payload)) is not None}
+        marks: dict[int, Any] = {number: mark for number, ask in asks.items() if (mark := marked(ask)) is not None}
+        asks = {number: ask for number, ask in asks.items() if number not in marks}
+        if not asks:
+            return jobs, marks
+        args: list[Any] = []
+        for number, payload in jobs:
+            if (ask := asks.get(number)) is not None:
+                args += (number, queue, ask.run or "", ask.free, ask.jid, int(ask.wait), repr(ask.created), payload)
+        gone = set()
+        for number, answer in zip(asks, self.home.script("admit", self.name, now, now + WAIT, len(asks), *args), strict=True):
+            if answer == 0:
+                gone.add(number)
+            elif answer != 1:
+                marks[number] = marked(asks[number], text(answer))
+            elif asks[number].run is not None:
+                self.runs.add(number)
+        if len(gone) < len(asks):
+            self.life.watch()
+        return [job for job in jobs if job[0] not in gone], marks
+
+    def _unlock(self, numbers: Iterable[int]) -> None:
+        """These are no longer in our hands."""
+        for number in numbers:
+            self._locked.pop(number, None)
+        if self.runs:
+            self.runs.difference_update(numbers)
+            if not self.runs:
+                self.life.watch()
+
+    def _locks(self, numbers: Iterable[tuple[int, str]]) -> list[Any]:
+        """What a script is to know of the locks of these, each with what becomes of it."""
+        mine = [(number, how) for number, how in numbers if number in self._locked] if self._locked else []
+        return [len(mine), *(part for n, how in mine for part in (n, self.work[n][0], *self._locked[n], how))]
 
     def _next_suspect(self) -> Found:
         """A job that was in hand at three crashes, once nothing else is; Redis is told that it runs alone."""
@@ -283,11 +338,15 @@ class RedisQueues:
         self._closing = True
         try:
             self._listener.revoked(list(self.parts.values()))
+            if self.runs & self.home.in_work():  # others are to have its lock only when it has ended
+                log.critical("%s: the locks of unique jobs could not be renewed while they ran; this process ends", self.name)
+                os._exit(1)
             self.landing.drop()
-            self.home.script("recover", self.name, "0")
+            self.home.script("recover", self.name, "0", "0")
         finally:
             self._closing = False
         self.work, self._claimed, self._suspects, self._crashes, self._alone = {}, [], [], {}, None
+        self._unlock([*self._locked])
         self.life.join()
         self._sure = True
         self._assign()
@@ -301,6 +360,7 @@ class RedisQueues:
         dead: list[Any] = []
         back: list[int] = []
         finished: list[int] = []
+        ends: list[tuple[int, str]] = []
         soonest = None
         for result in results:
             others, tail = result.others, f":{result.part.topic}"
@@ -308,6 +368,8 @@ class RedisQueues:
                 number = row[0]
                 finished.append(number)
                 verdict = others.get(number) if others else None
+                if number in self._locked:
+                    ends.append((number, "end" if not isinstance(verdict, Again) else "again" if verdict.payload else "back"))
                 if isinstance(verdict, Again) and verdict.payload is None:  # not begun: the process is to be quiet
                     back.append(number)
                 elif isinstance(verdict, Again):
@@ -319,7 +381,7 @@ class RedisQueues:
                     done.append(f"{number}{tail}")
         counted = [sha1(self.work[n][1]).hexdigest() for n in finished if n in self._crashes and n in self.work]
         oldest, fields = self.home.clock.now() - DEAD_AGE, self._fields(back)
-        settled = [len(done), *done, len(later) // 3, *later, oldest, DEAD_MOST, len(dead) // 2, *dead]
+        settled = [*self._locks(ends), len(done), *done, len(later) // 3, *later, oldest, DEAD_MOST, len(dead) // 2, *dead]
         settled += (len(fields) // 2, *fields, len(counted), *counted)
         room = 0 if self._room() == 0 else min(MOST, max(0, self._limit - len(self.work) + len(finished)))
         with self.home.edge():
@@ -338,7 +400,8 @@ class RedisQueues:
         try:
             with self.home.edge():
                 self.landing.end()
-                self._claim(0, True, (0, 0, 0, 0, 0, len(back), *self._fields(back), 0))
+                locks = self._locks((number, "back") for number in back)
+                self._claim(0, True, (*locks, 0, 0, 0, 0, 0, len(back), *self._fields(back), 0))
                 if not running and not self.life.quiet():  # a quiet process is still to be seen, and to be stopped
                     self.leave()
         finally:
@@ -354,7 +417,13 @@ class RedisQueues:
         if self in self.home.sources:
             self.home.sources.remove(self)
             self.life.stop()
-            try:
-                self.home.script("recover", self.name, "0")
-            except BackendError as error:
-                log.warning("leaving was not possible; others take back what is left within 45 s: %s", error)
+            stays = bool(self.runs & self.home.in_work())  # what others may not begin before we have ended
+            for tries in (1, 2):  # a line that was cut is no reason to keep others waiting
+                try:
+                    self.home.script("recover", self.name, "0", int(stays))
+                    break
+                except BackendError as error:
+                    if tries == 2:
+                        log.warning("leaving was not possible; others take back what is left within 45 s: %s", error)
+            if not stays:
+                self._unlock([*self._locked])

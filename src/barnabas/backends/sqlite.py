@@ -303,17 +303,17 @@ class SqliteBackend(Notes, SqliteAdmin):
         self._join()
         return SqliteLog(self, group, topics, start, ordered, listener)
 
-    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener) -> Source:
+    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any = None) -> Source:
         from barnabas.backends.sqlite_queues import SqliteQueues
 
         self._join()
-        return SqliteQueues(self, queues, listener)
+        return SqliteQueues(self, queues, listener, guard)
 
     def settled(self, stored: list[tuple[Any, Any]]) -> None:
         """After a settlement's commit: its sends are durable."""
         for future, value in stored:
             if future is not None:
-                future.fail(value) if isinstance(value, Exception) else future.resolve(value)
+                future.settle(value)
 
     def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
         self.listen()

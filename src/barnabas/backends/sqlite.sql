@@ -1,4 +1,4 @@
--- Schema 1. Offsets, positions and jobs of all processes that share the file.
+-- Schema 2. Offsets, positions and jobs of all processes that share the file.
 
 -- Names to small numbers: consumer groups and tables.
 CREATE TABLE names (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, name TEXT NOT NULL, UNIQUE (kind, name));
@@ -24,14 +24,22 @@ CREATE TABLE processes (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NU
 
 CREATE TABLE cells (tbl INTEGER NOT NULL, key NOT NULL, value BLOB NOT NULL, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
 
+-- Locks of unique jobs that outlive their job. Others are columns of it: `lock` while it is stored; `run` is the lock of its
+-- run, which it has in state 1, waits for in state 2, and is the next to have in state 0.
+CREATE TABLE locks (key TEXT PRIMARY KEY, jid TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX locks_until ON locks (until);
+
 -- state: 0 ready, 1 in work (of process `owner`), 2 scheduled, 3 to be retried (both at `at`), 4 dead (since `died`).
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY, queue INTEGER NOT NULL, state INTEGER NOT NULL, at REAL, owner INTEGER,
-    crashes INTEGER NOT NULL DEFAULT 0, died REAL, note TEXT, jid TEXT NOT NULL, payload BLOB NOT NULL
+    crashes INTEGER NOT NULL DEFAULT 0, died REAL, note TEXT, jid TEXT NOT NULL, payload BLOB NOT NULL,
+    lock TEXT, run TEXT
 );
 CREATE INDEX jobs_ready ON jobs (queue, id) WHERE state = 0;
 CREATE INDEX jobs_owned ON jobs (owner) WHERE owner IS NOT NULL;
 CREATE INDEX jobs_due ON jobs (at) WHERE at IS NOT NULL;
 CREATE INDEX jobs_dead ON jobs (died) WHERE died IS NOT NULL;
+CREATE UNIQUE INDEX jobs_lock ON jobs (lock) WHERE lock IS NOT NULL;
+CREATE INDEX jobs_run ON jobs (run, state, id) WHERE run IS NOT NULL;
 
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;

@@ -14,6 +14,7 @@ from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_store import SqliteStore
 from barnabas.errors import Refused, UnknownTopic
 from barnabas.jobs.payload import enqueued_at, recalled, requeued
+from barnabas.jobs.unique import held
 from barnabas.message import Outgoing
 from barnabas.ports import Position, Process, QueueState, Result, StoredJob
 from barnabas.verdict import Again
@@ -31,8 +32,10 @@ _FOUND = {
 }
 # Those in work are never touched, and what is there already does not move.
 _MOVES = {
-    "ready": "UPDATE jobs SET state = 0, at = NULL, died = NULL, note = NULL, crashes = 0, payload = :payload WHERE state > 1",
-    "dead": "UPDATE jobs SET state = 4, at = NULL, died = :now, note = 'buried by an operator' WHERE state NOT IN (1, 4)",
+    "ready": "UPDATE jobs SET lock = iif(state = 4, :lock, lock), state = 0, at = NULL, died = NULL, note = NULL, crashes = 0, "
+    "payload = :payload WHERE state > 1 AND NOT (state = 4 AND EXISTS (SELECT 1 FROM jobs h WHERE h.lock = :lock))",
+    "dead": "UPDATE jobs SET state = 4, lock = NULL, at = NULL, died = :now, note = 'buried by an operator' "
+    "WHERE state NOT IN (1, 4)",
     None: "DELETE FROM jobs WHERE state <> 1",
 }
 _REQUEUED = "UPDATE jobs SET queue = :queue, payload = :payload WHERE state <> 1 AND queue <> :queue"
@@ -182,14 +185,23 @@ class SqliteAdmin(SqliteStore):
         before = db.total_changes()
         rows = [{"id": id_, "jid": jid, "state": state, "now": now} for id_, jid, state in refs]
         for row in rows if to == "ready" or queue is not None else ():
-            found = one(db, "SELECT payload FROM jobs WHERE id = ?", (row["id"],)) or (b"",)
-            row |= {"payload": recalled(found[0], now) if queue is None else requeued(found[0], queue), "queue": qid}
+            data: bytes = (one(db, "SELECT payload FROM jobs WHERE id = ?", (row["id"],)) or (b"",))[0]
+            fresh = recalled(data, now) if queue is None else requeued(data, queue)
+            row |= {"payload": fresh, "queue": qid, "lock": held(data) or None}
         # Numbers of dropped jobs come again, and what somebody else has moved meanwhile is not what was meant.
         db.executemany(f"{_MOVES[to] if queue is None else _REQUEUED} AND id = :id AND jid = :jid AND state = :state", rows)
         moved = db.total_changes() - before
         if moved:
             self.stir(db, "partition = -1")
         return moved
+
+    def holder(self, key: str) -> str | None:
+        sql = (
+            "SELECT jid FROM jobs WHERE lock = :key UNION ALL SELECT jid FROM jobs WHERE run = :key AND state = 1 "
+            "UNION ALL SELECT jid FROM locks WHERE key = :key AND until > :now"
+        )
+        found = self.query(sql, {"key": key, "now": self.clock.now()})
+        return found[0][0] if found else None
 
     def processes(self) -> list[Process]:
         found = []

@@ -17,7 +17,12 @@ from barnabas.backends.sqlite_read import connect, explain, one
 from barnabas.errors import BackendError
 
 log = logging.getLogger("barnabas")
-STEPS: tuple[str, ...] = ()  # SQL that brings schema 1 to 2, 2 to 3, ...; sqlite.sql makes the newest at once
+STEPS = (
+    "CREATE TABLE locks (key TEXT PRIMARY KEY, jid TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID; "
+    "CREATE INDEX locks_until ON locks (until); ALTER TABLE jobs ADD COLUMN lock TEXT; ALTER TABLE jobs ADD COLUMN run TEXT; "
+    "CREATE UNIQUE INDEX jobs_lock ON jobs (lock) WHERE lock IS NOT NULL; "
+    "CREATE INDEX jobs_run ON jobs (run, state, id) WHERE run IS NOT NULL",
+)  # SQL that brings schema 1 to 2, 2 to 3, ...; sqlite.sql makes the newest at once
 SCHEMA = 1 + len(STEPS)
 SOUND = (3, 51, 3)  # the first SQLite without the WAL-reset bug (sqlite.org/wal.html)
 # Where other machines may write too, locks and shared memory do not reach them. 9p is Windows' side of WSL, or a host's of

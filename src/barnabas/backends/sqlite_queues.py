@@ -10,6 +10,7 @@ from barnabas.backends.shares import QueueOrder
 from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_sources import Fetcher
 from barnabas.jobs.payload import PayloadError, enqueued
+from barnabas.jobs.unique import WAIT, marked
 from barnabas.message import Row
 from barnabas.ports import Listener, Part, Result
 from barnabas.verdict import Again, Dead
@@ -19,13 +20,18 @@ if TYPE_CHECKING:
 
 DUE = 500  # jobs moved to their queues in one transaction
 NEVER = 1e18
+WAITERS = 500  # jobs that are put aside in one transaction, as another runs that they have to wait for
 
 
 class SqliteQueues(Fetcher):
     """The queues of one worker. Claims ride in the transaction that settles what is done."""
 
-    def __init__(self, home: "SqliteBackend", queues: Sequence[str] | Mapping[str, int], listener: Listener) -> None:
+    def __init__(
+        self, home: "SqliteBackend", queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any
+    ) -> None:
         super().__init__(home, listener)
+        self._guard = guard
+        self._runs: dict[int, str] = {}  # the locks that runs of unique jobs have
         self._order = QueueOrder(queues)
         home.write(lambda db: [home.queue_ids.get(q) or home._create_queue(db, q) for q in self._order.names])
         home.refresh()
@@ -60,7 +66,7 @@ class SqliteQueues(Fetcher):
             found = self._take()
         if not found and timeout > 0:
             now = self.home.clock.now()
-            self._wait(min(timeout, max(0.0, self._due - now)) if self._has_room() else timeout)
+            self._wait((0.0 if self._more else min(timeout, max(0.0, self._due - now))) if self._has_room() else timeout)
             if self._has_room() and self._may_claim():
                 found = self._take()
         return found
@@ -95,7 +101,7 @@ class SqliteQueues(Fetcher):
         for gid, part in self._parts.items():
             self._seen[gid] = self.home.heads[gid] if part.claimable() else -1  # news for when it is claimed from again
         found: list[tuple[Part, Sequence[Row]]] = []
-        room = self._limit - len(self._work) + freed
+        room, more = self._limit - len(self._work) + freed, False
         ids = self.home.queue_ids
         for name in self._order.next():
             if room <= 0:
@@ -104,24 +110,71 @@ class SqliteQueues(Fetcher):
             part = self._parts[gid]
             if not part.claimable():
                 continue
-            rows: list[Row] = []
-            claimed: list[Any] = db.execute(
-                "UPDATE jobs SET state = 1, owner = ? WHERE id IN (SELECT id FROM jobs WHERE state = 0 AND queue = ? ORDER BY id "
-                "LIMIT ?) RETURNING id, jid, payload, crashes",
-                (self.home.neighbours.number, gid, min(room, part.room)),
-            ).fetchall()
-            if len(claimed) == part.room:
+            rows, waited = self._take_ready(db, part, gid, int(min(room, part.room)), now)
+            more = more or waited
+            if len(rows) == part.room:
                 self._seen[gid] = -1
-            for id_, jid, payload, crashes in claimed:
-                rows.append((id_, jid, payload, None, now))
-                if crashes:
-                    part.crashes[id_] = crashes
             if rows:
                 rows.sort()
                 room -= len(rows)
                 found.append((part, rows))
-        self._more = room <= 0
+        self._more = more or room <= 0
         return found
+
+    def _take_ready(self, db: apsw.Connection, part: Part, gid: int, room: int, now: float) -> tuple[list[Row], bool]:
+        """Take up to `room` jobs of a queue. Those that have to wait for a lock leave their place to others; whether there
+        were so many that the turn is over."""
+        rows: list[Row] = []
+        for _ in range(WAITERS // room + 1):
+            claimed: list[Any] = db.execute(
+                "UPDATE jobs SET state = 1, owner = ?, run = NULL WHERE id IN (SELECT id FROM jobs WHERE state = 0 AND queue = ? "
+                "ORDER BY id LIMIT ?) RETURNING id, jid, payload, crashes",
+                (self.home.neighbours.number, gid, room - len(rows)),
+            ).fetchall()
+            before, mark = len(rows), None
+            if self._guard is not None:
+                claimed.sort()  # first enqueued, first to have a lock
+            for id_, jid, payload, crashes in claimed:
+                if self._guard is not None:
+                    waits, mark = self._admit(db, id_, payload, now)
+                    if waits:
+                        continue
+                rows.append((id_, jid, payload, mark, now))
+                if crashes:
+                    part.crashes[id_] = crashes
+            if len(rows) - before == len(claimed):  # nobody waits
+                return rows, False
+        return rows, len(rows) < room
+
+    def _admit(self, db: apsw.Connection, id_: int, payload: bytes, now: float) -> tuple[bool, Any]:
+        """Take the lock of a claimed job's run; whether it has to wait for that, and what its row is to say."""
+        ask = self._guard(payload)
+        if ask is None:
+            return False, None
+        if ask.run is not None:
+            holder: Any = db.execute("SELECT jid FROM jobs WHERE run = ? AND state = 1", (ask.run,)).fetchone()
+            if holder is not None and not ask.wait:
+                return False, marked(ask, holder[0])
+            if holder is not None:
+                db.execute("UPDATE jobs SET state = 2, owner = NULL, at = ?, run = ? WHERE id = ?", (now + WAIT, ask.run, id_))
+                self._due = min(self._due, now + WAIT)
+                return True, None
+            db.execute("UPDATE jobs SET run = ? WHERE id = ?", (ask.run, id_))
+            self._runs[id_] = ask.run
+        if ask.free:
+            db.execute("UPDATE jobs SET lock = NULL WHERE id = ?", (id_,))
+        return False, marked(ask)
+
+    def _ended(self, db: apsw.Connection, key: str) -> None:
+        """A run of unique jobs has: the first that waits for that may begin."""
+        woken: Any = db.execute(
+            "UPDATE jobs SET state = 0, at = NULL WHERE id = (SELECT min(id) FROM jobs WHERE run = :key AND state = 2) "
+            "AND NOT EXISTS (SELECT 1 FROM jobs WHERE run = :key AND state < 2) RETURNING queue",
+            {"key": key},
+        ).fetchone()
+        if woken is not None:
+            self.home.stir(db, "gid = ?", woken)
+            self._more = True
 
     def _move_due(self, db: apsw.Connection, now: float) -> None:
         due: list[Any] = db.execute(
@@ -177,9 +230,10 @@ class SqliteQueues(Fetcher):
                 )
                 self._due = min(self._due, min(at for at, _, _, _ in later))
             if dead:
-                db.executemany(
-                    "UPDATE jobs SET state = 4, owner = NULL, died = ?, note = ?, payload = ? WHERE id = ? AND owner = ?", dead
-                )
+                sql = "UPDATE jobs SET state = 4, owner = NULL, lock = NULL, died = ?, note = ?, payload = ? "
+                db.executemany(f"{sql} WHERE id = ? AND owner = ?", dead)
+            for key in {self._runs[id_] for id_ in finished if id_ in self._runs} if self._runs else ():
+                self._ended(db, key)
             if self._limit > len(self._work) - len(finished) and self._may_claim() and not self._closing:
                 claimed.extend(self._claim(db, len(finished)))
             return self.home.store(db, outputs, cells)
@@ -190,6 +244,8 @@ class SqliteQueues(Fetcher):
             self._more = True
             raise
         self._work.difference_update(finished)
+        for id_ in finished if self._runs else ():
+            self._runs.pop(id_, None)
         self._own(claimed)
         self._claimed += claimed
         self.home.settled(stored)

@@ -10,7 +10,8 @@ import msgspec
 from barnabas.backends.shares import by_target, noted
 from barnabas.backends.sqlite_read import SHIFT, SqliteReader, one
 from barnabas.errors import UnknownTopic
-from barnabas.message import Outgoing, OutgoingJob
+from barnabas.jobs.unique import answer
+from barnabas.message import LockedJob, Outgoing, OutgoingJob
 
 DEFAULT_PARTITIONS = 6
 BATCH_COUNT, BATCH_BYTES = 1000, 256 * 1024  # the most a record holds
@@ -92,23 +93,54 @@ class SqliteStore(SqliteReader):
         rows: list[tuple[Any, ...]] = []
         counts: dict[int, int] = {}
         notes: dict[tuple[str, Any], bytes | None] = {}
-        for queue, payload, at, jid, future in jobs:
-            if future is not None:
-                stored.append((future, jid))
+        insert = "INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)"
+        for job in jobs:
+            queue, payload, at, jid, future = job
             if not queue:
                 notes.update([noted(jid, payload, at or 0.0)])
+                if future is not None:
+                    stored.append((future, jid))
                 continue
             qid = self.queue_ids.get(queue)
             if qid is None:
                 qid = self._create_queue(db, queue)
+            if type(job) is LockedJob:
+                db.executemany(insert, rows)  # in the order of sending
+                rows = []
+                if self._unlocked(db, job, now, qid, stored):
+                    continue
             later = at is not None and at > now
             rows.append((qid, 2 if later else 0, at if later else None, jid, payload))
+            if type(job) is LockedJob:
+                db.executemany(insert, [rows.pop()])
+                if job.lock.until is None:
+                    db.execute("UPDATE jobs SET lock = ? WHERE id = last_insert_rowid()", (job.lock.key,))
+                else:
+                    db.execute("INSERT INTO locks VALUES (?, ?, ?)", (job.lock.key, jid, job.lock.until))
             counts[qid] = counts.get(qid, 0) + 1
-        db.executemany("INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)", rows)
+            if future is not None:
+                stored.append((future, jid))
+        db.executemany(insert, rows)
         for qid, n in counts.items():
             self._moved[qid] = one(db, "UPDATE heads SET next = next + ? WHERE gid = ? RETURNING next", (n, qid))[0]
         if notes:
             self._keep(db, notes)
+
+    def _unlocked(self, db: apsw.Connection, job: LockedJob, now: float, qid: int, stored: list[tuple[Any, Any]]) -> bool:
+        """Whether another job has its lock; what becomes of this one is done then."""
+        claim = job.lock
+        db.execute("DELETE FROM locks WHERE until <= ?", (now,))
+        if claim.on_conflict == "replace":
+            db.execute("DELETE FROM jobs WHERE lock = ? AND state <> 1 AND jid <> ?", (claim.key, job.jid))
+        sql = "SELECT jid FROM jobs WHERE lock = :key UNION ALL SELECT jid FROM locks WHERE key = :key"
+        found: Any = db.execute(sql, {"key": claim.key}).fetchone()
+        if found is None:
+            return False
+        if found[0] != job.jid and claim.on_conflict == "reject":
+            sql = "INSERT INTO jobs (queue, state, died, note, jid, payload) VALUES (?, 4, ?, 'not unique', ?, ?)"
+            db.execute(sql, (qid, now, job.jid, claim.buried))
+        stored.append((job.future, job.jid if found[0] == job.jid else answer(job, found[0])))
+        return True
 
     def _create(self, db: apsw.Connection, topic: Any) -> list[int]:
         """Create a topic's partitions where they are missing. Keeps what another process created meanwhile."""

@@ -106,13 +106,13 @@ def show(app: App, jid: tuple[str, ...], as_json: bool) -> int:
     for entry in found:
         progress = how_far(app.jobs, entry.job.jid) if entry.job.state == "work" else ""
         if as_json:
-            draw.json_line(fields(entry) | ({"progress": progress} if progress else {}))
+            draw.json_line(fields(entry) | ({"progress": progress} if progress else {}) | stored.locks(app, entry))
         else:
-            show_job(entry, progress)
+            show_job(entry, progress, stored.locks(app, entry))
     return _absent(set(jid) - {entry.job.jid for entry in found})
 
 
-def show_job(entry: Entry, progress: str = "") -> None:
+def show_job(entry: Entry, progress: str = "", locks: dict[str, str] | None = None) -> None:
     """Print a job: what the backend knows of it, then what it says itself."""
     job = entry.job
     lines: dict[str, Any] = {"job": job.jid, "state": job.state, "progress": progress or None}
@@ -121,7 +121,7 @@ def show_job(entry: Entry, progress: str = "") -> None:
     said = msgspec.json.decode(job.payload) if entry.name != "?" else {"payload": entry.args, "error": entry.error}
     if trace := backtrace(said.get("error_backtrace")):
         said["error_backtrace"] = "\n".join(trace)
-    draw.pairs(lines | said)
+    draw.pairs(lines | (locks or {}) | said)
     click.echo()
 
 

@@ -130,7 +130,7 @@ def enqueue(
     future = with_options.enqueue(*values) if due is None else with_options.enqueue_at(due, *values)
     jid = future.result(app.settings.send_timeout)
     if jid is None:
-        click.echo(f"Error: a before_enqueue hook of the app refused job {job!r}", err=True)
+        click.echo(f"Error: a before_enqueue hook of the app refused job {job!r}, or another of its kind is there", err=True)
         return 1
     draw.say(as_json, jid, job=job, jid=jid, queue=queue or found.queue, at=due)
     return 0

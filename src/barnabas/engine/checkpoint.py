@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from barnabas.errors import SendError
+from barnabas.errors import Conflict, SendError
 from barnabas.future import Future
 from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Result, Source
@@ -53,9 +53,12 @@ def _flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> None:
     sink.send([output for output, _, _ in tries])
     for output, _, future in tries:
         try:
-            future.result(FLUSH)
-        except Exception as error:
+            error = future.exception(FLUSH)
+        except Exception as problem:
+            error = problem
+        if error is not None and not isinstance(error, Conflict):  # that is an answer: another job holds its lock
             raise SendError(f"an output to {getattr(output[0], 'name', output[0])!r} could not be stored: {error}") from error
     for _, asked, future in tries:
+        clash = future.exception(0)
         if asked is not None:
-            asked.resolve(future.result(0))
+            asked.fail(clash) if clash is not None else asked.resolve(future.result(0))

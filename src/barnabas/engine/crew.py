@@ -197,6 +197,10 @@ class Crew:
         if self.fresh >= self.enough:
             self._tell()
 
+    def hurry(self) -> None:
+        """The delivery in hand is about to end, and its settlement is waited for elsewhere."""
+        self.fresh += self.enough
+
     def _tell(self) -> None:
         self.fresh = 0
         self.wake()

@@ -54,6 +54,8 @@ class Schedule:
             self._refuse("name", name, "give the schedule a name, or leave it out for that of the job")
         if on_missed not in POLICIES:
             self._refuse("on_missed", on_missed, f"give one of {', '.join(POLICIES)}")
+        if job.queued:
+            self._refuse("unique", job.lock.kind, "overlap=False keeps the runs of a schedule apart; or declare while_executing")
         if not isinstance(overlap, bool):
             self._refuse("overlap", overlap, "give True if a run may begin before the last one has ended, else False")
         if (line is None) == (every is None):

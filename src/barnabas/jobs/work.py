@@ -18,6 +18,7 @@ from barnabas.engine.observe import Failed, Observers
 from barnabas.errors import BarnabasError, Reject, RetryAfter, TimedOut
 from barnabas.jobs.beyond import BadResult, End, Unneeded, leave
 from barnabas.jobs.payload import Payload, PayloadError, Wait, failed, parse
+from barnabas.jobs.unique import Busy, Guard, clash, refused
 from barnabas.message import Delivery, Row
 from barnabas.verdict import Again, Dead
 
@@ -96,6 +97,7 @@ class JobHandler:
     tables = None
     batch = None
     group = ""
+    hurry: Callable[[], None]  # the crew's
 
     def __init__(
         self, name: str, entries: Mapping[str, Entry], awaited: bool, observers: Observers, patience: float = 0.0
@@ -107,6 +109,8 @@ class JobHandler:
         self._entries = entries
         self.timed = any(e.job.timeout for e in entries.values())
         self.function: Callable[..., Any] = _call_async if awaited else _call
+        self.guard = Guard({name: entry.job for name, entry in entries.items()})
+        self._guarded = bool(self.guard)
 
     def enter(self) -> None:
         """A worker begins."""
@@ -135,11 +139,17 @@ class JobHandler:
             run.limit = entry.job.timeout
         if entry.hooked:
             args = (self._delivery(run, row, payload, args), *args)
+        target = (entry.function, *args)
+        locked = entry.job.lock is not None and self._guarded
+        if locked and row[3]:
+            raise refused(entry.job.owner, row[3])
         if payload.more is not None:
             end = End(entry, payload)
             end.admit()
-            return (_more_async if self.awaited else _more, end, *args)
-        return (entry.function, *args)
+            target = (_more_async if self.awaited else _more, end, *args)
+        if locked and entry.job.lock.runs:
+            return (_then_async if self.awaited else _then, self.hurry, *target)
+        return target
 
     def _delivery(self, run: Run, row: Row, payload: Payload, args: tuple[Any, ...]) -> Delivery[Any]:
         at = payload.created_at or row[4]
@@ -164,7 +174,8 @@ class JobHandler:
                 log.warning("job %r is not declared here: jobs of it are left to workers that know it", payload.name)
             return self._note(run, row, payload.name, payload.attempt, left, error, "waits")
         final = isinstance(error, Reject | BadArguments | BadResult)
-        outcome = failed(
+        locked = clash(entry.job.lock.on_conflict, data, error, now) if entry is not None and isinstance(error, Busy) else None
+        outcome = locked or failed(
             data,
             error,
             now,
@@ -248,6 +259,21 @@ async def _more_async(end: End, *args: Any) -> Any:
         out = await end.function(*args)
         end.done(out)
         return out
+
+
+def _then(hurry: Callable[[], None], function: Callable[..., Any], *args: Any) -> Any:
+    """Others wait for the lock of this run."""
+    try:
+        return function(*args)
+    finally:
+        hurry()
+
+
+async def _then_async(hurry: Callable[[], None], function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return await function(*args)
+    finally:
+        hurry()
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

@@ -1,0 +1,250 @@
+"""Unique jobs: at most one of a kind in the queues (`until_*`), or at work (`while_*`). Pure: which lock a job needs.
+
+A lock's key is what sidekiq-unique-jobs 7 and later makes of the same name, arguments and queue (facts: unique-jobs.md 3.2),
+so that its locks and ours can stand in one Redis. A lock of the queues belongs to a job id for as long as that job is
+stored, and travels in its payload as `lock_digest`. A lock of the run is never stored with a job: whoever claims it asks
+the job's declaration for it.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from barnabas.errors import BarnabasError, Conflict, DeclarationError
+from barnabas.jobs.payload import Failed, PayloadError, failed, parse
+from barnabas.message import LockedJob
+
+log = logging.getLogger("barnabas")
+WAIT = 60.0  # seconds until a job that waits looks for itself; before that, whoever ends wakes it
+AGAIN = 5.0  # seconds after which a job with on_conflict="reschedule" is tried again
+RUN = ":RUN"
+AT_ENQUEUE = ("raise", "reject", "replace", "log")
+AT_RUN = ("wait", "raise", "reject", "reschedule", "log")
+By = str | Sequence[str] | Callable[..., Any] | None
+_encode = msgspec.json.Encoder(order="deterministic").encode
+
+
+class Unique(NamedTuple):
+    """When a job is one of a kind, as the functions below make it. `ttl`: seconds, of until_expired alone."""
+
+    kind: str
+    by: By
+    on_conflict: str
+    ttl: float | None = None
+
+
+def until_executed(by: By = None, on_conflict: str = "raise") -> Unique:
+    """One of a kind from its enqueueing until it is done or dead, retries included.
+
+    by: the parameter(s) that make the kind, or a function of the arguments; all of them if left out. None from it: this one
+    is not unique. on_conflict, of the second one: "raise" Conflict from its future, "reject" it to the dead, "replace" the
+    first (unless that runs: then it raises), or "log" and drop it (the future gives None).
+    """
+    return Unique("until_executed", by, on_conflict)
+
+
+def until_executing(by: By = None, on_conflict: str = "raise") -> Unique:
+    """One of a kind from its enqueueing until it begins to run; otherwise as until_executed."""
+    return Unique("until_executing", by, on_conflict)
+
+
+def until_expired(by: By = None, on_conflict: str = "raise", *, ttl: float) -> Unique:
+    """One of a kind for `ttl` seconds after its enqueueing (or the time it is scheduled for), whatever becomes of it."""
+    return Unique("until_expired", by, on_conflict, ttl)
+
+
+def while_executing(by: By = None, on_conflict: str = "wait") -> Unique:
+    """One of a kind at work; any number may be enqueued. by: as for until_executed.
+
+    on_conflict, of the second one: "wait" for its turn, first enqueued first, without holding a thread; "reschedule" it in
+    5 s, in no order; "raise": it has failed, with its retries; "reject" it to the dead; "log" and drop it.
+    """
+    return Unique("while_executing", by, on_conflict)
+
+
+def until_and_while_executing(by: By = None, on_conflict: str = "raise") -> Unique:
+    """One of a kind in the queues and one at work: until_executing, whose run waits for its turn as in while_executing."""
+    return Unique("until_and_while_executing", by, on_conflict)
+
+
+class Claim(NamedTuple):
+    """The lock that a job takes as it is enqueued. `until`: epoch seconds of its end, None: as long as the job is stored.
+    `buried`: the job as a second one would be buried, for on_conflict="reject"."""
+
+    key: str
+    on_conflict: str
+    until: float | None
+    buried: bytes
+    owner: str
+
+    def refusal(self, holder: str) -> Conflict:
+        """What becomes of the second one's future."""
+        return Conflict(f"{self.owner} is unique: job {holder} holds its lock, so this one is not enqueued", holder)
+
+
+def answer(job: LockedJob, holder: str) -> Any:
+    """What the future of a job gives whose lock `holder` has."""
+    if job.lock.on_conflict == "reject":
+        return job.jid
+    refusal = job.lock.refusal(holder)
+    if job.lock.on_conflict != "log":
+        return refusal
+    log.warning('%s, and dropped (on_conflict="log")', refusal)
+    return None
+
+
+class Ask(NamedTuple):
+    """What a claimed job needs before it may run: a lock of the run (None: none); `free`: the lock that it gives back as it
+    begins, "" for none; `wait`: whether it waits for its turn. `fault`: why that could not be told. `created`: epoch seconds."""
+
+    run: str | None
+    free: str
+    wait: bool
+    fault: str
+    jid: str
+    created: float
+
+
+class Busy(Conflict):
+    """The lock of its run is held by another job."""
+
+
+class Lock:
+    """A job's declared uniqueness, checked against its parameters."""
+
+    def __init__(self, owner: str, name: str, queue: str, signature: inspect.Signature, unique: Any) -> None:
+        if not isinstance(unique, Unique):
+            raise DeclarationError(f"{owner}: unique={unique!r}: give while_executing(...), until_executed(...) or the like")
+        self.owner, self._name, self._queue, self._signature = owner, name, queue, signature
+        self.kind, self.by, self.on_conflict, self.ttl = unique
+        self.queued = self.kind != "while_executing"  # it takes a lock as it is enqueued
+        self.runs = self.kind in ("while_executing", "until_and_while_executing")
+        self.starts = self.kind in ("until_executing", "until_and_while_executing")
+        possible = [one for one in (AT_ENQUEUE if self.queued else AT_RUN) if self.ttl is None or one != "replace"]
+        if self.on_conflict not in possible:
+            why = {"wait": "; nobody can wait as he enqueues", "reschedule": "; one that is scheduled holds the lock, too"}
+            why["replace"] = "; the first may be done, or at work"
+            hint = why.get(self.on_conflict, "") if isinstance(self.on_conflict, str) else ""
+            self._refuse(f"on_conflict={self.on_conflict!r}", f"give one of {', '.join(possible)}{hint}")
+        if self.ttl is not None and (isinstance(self.ttl, bool) or not isinstance(self.ttl, int | float) or not self.ttl > 0):
+            self._refuse(f"ttl={self.ttl!r}", "give the seconds that the lock lasts")
+        if callable(self.by):
+            if inspect.iscoroutinefunction(self.by):
+                self._refuse(f"by={self.by!r}", "give a plain function, not an `async def`")
+            return
+        names = [self.by] if isinstance(self.by, str) else list(self.by or ())
+        if self.by is not None and not names:
+            self._refuse(f"by={self.by!r}", "name a parameter, or leave it out to mean all of them")
+        for name in names:
+            if name not in signature.parameters:
+                self._refuse(f"by={name!r}", f"there is no such parameter; it takes {signature}")
+        self._names = names
+
+    def _refuse(self, option: str, way_out: str) -> None:
+        raise DeclarationError(f"{self.owner}: unique={self.kind}({option}): {way_out}")
+
+    def key(self, args: Sequence[Any]) -> str | None:
+        """The lock for these arguments; None if they are not unique. Raises what `by` raises."""
+        bound = self._signature.bind(*args)
+        bound.apply_defaults()
+        scope: Any
+        if callable(self.by):
+            scope = self.by(*bound.args)
+            if scope is None:
+                return None
+            scope = list(scope) if isinstance(scope, list | tuple) else [scope]
+        elif self._names:
+            scope = [bound.arguments[name] for name in self._names]
+            if all(value is None for value in scope):
+                return None
+        else:
+            scope = list(bound.args)
+        return digest(self._name, scope, self._queue)
+
+    def claim(self, args: Sequence[Any], begins: float) -> Claim | None:
+        """The lock that a job with these arguments takes as it is enqueued; `begins`: when it is due (epoch seconds)."""
+        key = self.key(args) if self.queued else None
+        return key and Claim(key, self.on_conflict, None if self.ttl is None else begins + self.ttl, b"", self.owner)  # type: ignore[return-value]
+
+
+def digest(name: str, scope: Sequence[Any], queue: str) -> str:
+    """A lock's key. Raises TypeError for what has no JSON form."""
+    from hashlib import md5  # 3 ms to import
+
+    text = _encode([["class", name], ["lock_args", scope], ["queue", queue]])
+    return f"uniquejobs:{md5(text, usedforsecurity=False).hexdigest()}"
+
+
+class _Held(msgspec.Struct):
+    lock_digest: Any = ""
+
+
+_held = msgspec.json.Decoder(_Held).decode
+
+
+def held(data: bytes) -> str:
+    """The lock that a stored job says it took as it was enqueued; "" for none."""
+    if b'"lock_digest"' not in data:
+        return ""
+    try:
+        found = _held(data).lock_digest
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
+class Guard:
+    """What a source asks of each job that it has claimed, in the fetch thread."""
+
+    def __init__(self, jobs: Mapping[str, Any]) -> None:
+        self._jobs = {name: job for name, job in jobs.items() if job.lock is not None and (job.lock.runs or job.lock.starts)}
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def __call__(self, data: bytes) -> Ask | None:
+        """What this job needs; None if nothing. It raises nothing: a fault is the job's, and told where it would run."""
+        try:
+            payload = parse(data)
+            job = self._jobs.get(payload.name)
+        except PayloadError:
+            return None  # it does not run anyway
+        if job is None:
+            return None
+        try:
+            run = job.lock.key(job.decode_args(payload.args)) if job.lock.runs else None
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None  # nor does that
+        except Exception as error:
+            return Ask(None, "", False, f"{type(error).__name__} in unique={job.lock.kind}(by=...): {error}", payload.jid, 0.0)
+        free = held(data) if job.lock.starts else ""
+        if run is None and not free:
+            return None
+        waits = job.lock.queued or job.lock.on_conflict == "wait"
+        return Ask(None if run is None else run + RUN, free, waits, "", payload.jid, payload.created_at or 0.0)
+
+
+def marked(ask: Ask | None, holder: str | None = None) -> list[tuple[str, bytes]] | None:
+    """What a claimed job's row says of its lock, in the place of headers: nothing if it may run."""
+    if holder is not None:
+        return [("busy", holder.encode())]
+    return [("fault", ask.fault.encode())] if ask is not None and ask.fault else None
+
+
+def refused(owner: str, mark: Sequence[tuple[str, bytes]]) -> Exception:
+    """Why a job with such a mark does not run."""
+    (what, said), *_ = mark
+    text = said.decode(errors="replace")
+    return Busy(f"{owner} is unique: job {text} is at work", text) if what == "busy" else BarnabasError(f"{owner}: {text}")
+
+
+def clash(on_conflict: str, data: bytes, error: BaseException, now: float) -> Failed | None:
+    """What becomes of a job that does not get its run's lock; None: it has failed like any other."""
+    if on_conflict == "reject":
+        return failed(data, error, now, final=True)._replace(spent=False)
+    if on_conflict == "log":
+        return Failed("drop", data, now, f'on_conflict="log": {error}')
+    return Failed("again", data, now + AGAIN, "") if on_conflict == "reschedule" else None
