@@ -2,7 +2,8 @@
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -305,6 +306,16 @@ class App:
                 retry = topic.retry_topic(consumer.group)
                 found.setdefault(retry.name, retry)
         return list(found.values())
+
+    @contextmanager
+    def lent(self, **own: Any) -> Iterator[None]:
+        """For a while the app has these attributes, afterwards those it had before (tests, and what keeps nothing)."""
+        before = {name: self.__dict__.get(name) for name in own}
+        self.__dict__.update(own)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
 
     def close(self) -> None:
         """Flush what was sent and let go of the backends; the next use opens them again."""

@@ -52,16 +52,8 @@ def told(message: Stored) -> dict[str, str]:
 
 
 def letters(
-    app: App,
-    addresses: Collection[str] = (),
-    *,
-    topic: str | None = None,
-    group: str | None = None,
-    key: str | None = None,
-    queue: str | None = None,
-    name: str | None = None,
-    error: str | None = None,
-    since: datetime | None = None,
+    app: App, addresses: Collection[str] = (), *, topic: str | None = None, group: str | None = None, key: str | None = None,
+    queue: str | None = None, name: str | None = None, error: str | None = None, since: datetime | None = None,
 ) -> Iterator[Letter]:
     """The dead letters that nobody has dealt with: of topics, oldest first in each partition, then of queues.
 

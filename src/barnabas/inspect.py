@@ -149,14 +149,8 @@ def _relation(topic: Topic[Any] | None) -> str:
 
 
 def read(
-    app: App,
-    name: str,
-    start: Start = "earliest",
-    *,
-    partition: int | None = None,
-    key: str | None = None,
-    limit: int | None = None,
-    follow: bool = False,
+    app: App, name: str, start: Start = "earliest", *, partition: int | None = None, key: str | None = None,
+    limit: int | None = None, follow: bool = False,
 ) -> Iterator[Stored]:
     """The stored messages of a topic: each partition in its order, between partitions the oldest first.
 

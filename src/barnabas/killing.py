@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -48,15 +48,8 @@ class Lost(AssertionError):
 
 
 def kill(
-    app: str,
-    *,
-    load: Callable[[App, int], Any],
-    kills: int = 50,
-    seed: int | None = None,
-    workers: int = 3,
-    processes: int = 1,
-    folder: str | os.PathLike[str] | None = None,
-    patience: float = 60.0,
+    app: str, *, load: Callable[[App, int], Any], kills: int = 50, seed: int | None = None, workers: int = 3, processes: int = 1,
+    folder: str | os.PathLike[str] | None = None, patience: float = 60.0,
 ) -> Report:
     """Kill `workers` processes of MODULE:NAME at random instants while `load(app, n)` sends before the n-th kill.
 
@@ -101,14 +94,9 @@ def kill(
 @contextmanager
 def _moved(app: App, url: str) -> Iterator[None]:
     """The app on another file, and as it was before afterwards."""
-    settings = app.settings
     app.close()
-    app.settings = settings.override(events=url, jobs=url)
-    try:
+    with app.lent(settings=app.settings.override(events=url, jobs=url)), closing(app):
         yield
-    finally:
-        app.close()
-        app.settings = settings
 
 
 class _Team:

@@ -119,14 +119,9 @@ def groups(app: App) -> list[GroupLag]:
         counted = [part for part in parts if part.open or part.state != "not read"] or parts
         found.append(
             GroupLag(
-                group,
-                consumer.name if consumer is not None else None,
-                list(dict.fromkeys(at.topic for at in own)),
-                sum(part.open for part in parts),
-                max(part.seconds for part in parts),
-                members,
-                max((part.state for part in counted), key=STATES.index),
-                parts,
+                group, consumer.name if consumer is not None else None, list(dict.fromkeys(at.topic for at in own)),
+                sum(part.open for part in parts), max(part.seconds for part in parts), members,
+                max((part.state for part in counted), key=STATES.index), parts,
             )
         )
     return found
@@ -199,6 +194,4 @@ def plan(app: App, group: str, to: Start | None, topic: str | None = None, parti
 def place(app: App, moves: Iterable[Move], clear: Sequence[str] = ()) -> None:
     """Let a group go on where a plan says; failed runs are forgotten, the tables named are emptied, in one step. Raises
     Refused while the group has members."""
-    app.events.place(
-        [Position(move.group, move.topic, move.partition, 0, 0, move.to, [], {}, {}, None) for move in moves], clear
-    )
+    app.events.place([Position(move.group, move.topic, move.partition, 0, 0, move.to, [], {}, {}, None) for move in moves], clear)

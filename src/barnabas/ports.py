@@ -184,9 +184,6 @@ class Backend(Sink, Protocol):
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
         """Messages and jobs that are ready or in work for these, in any process; 0 means drained."""
 
-    def waiting(self, queues: Sequence[str]) -> dict[str, int]:
-        """How many jobs wait for a time to come ("scheduled", "retry") or are "dead"."""
-
     def topics(self) -> list[TopicState]:
         """All topics that are stored."""
 

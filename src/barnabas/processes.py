@@ -73,19 +73,9 @@ def processes(app: App) -> list[ProcessInfo]:
 def _info(process: Process, asked: str | None) -> ProcessInfo:
     said = process.info
     return ProcessInfo(
-        process.name,
-        process.pid,
-        process.host,
-        said.get("app", ""),
-        process.started,
-        max(0.0, process.silent),
-        said.get("rss", 0),
-        said.get("counts", {}).get("done", 0),
-        said.get("quiet", False),
-        asked,
-        list(said.get("groups", ())),
-        dict(said.get("queues", {})),
-        [Work(process.name, *each) for each in said.get("work", ())],
+        process.name, process.pid, process.host, said.get("app", ""), process.started, max(0.0, process.silent),
+        said.get("rss", 0), said.get("counts", {}).get("done", 0), said.get("quiet", False), asked, list(said.get("groups", ())),
+        dict(said.get("queues", {})), [Work(process.name, *each) for each in said.get("work", ())],
         {name: Pace(each.get("done", 0), each.get("pace")) for name, each in said.get("handlers", {}).items()},
     )
 

@@ -107,15 +107,8 @@ def locks(app: App, found: Entry) -> dict[str, str]:
 
 
 def jobs(
-    app: App,
-    jids: Iterable[str] = (),
-    *,
-    queue: str | None = None,
-    state: str | None = None,
-    name: str | None = None,
-    error: str | None = None,
-    tag: str | None = None,
-    since: datetime | None = None,
+    app: App, jids: Iterable[str] = (), *, queue: str | None = None, state: str | None = None, name: str | None = None,
+    error: str | None = None, tag: str | None = None, since: datetime | None = None,
 ) -> Iterator[Entry]:
     """The stored jobs, streamed: first to run first within a state. jids: only these (a repeated send stores an id twice).
     error: a text in the class or message of the last failure; since: something happened to it not before."""

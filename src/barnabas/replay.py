@@ -5,10 +5,9 @@ themselves. What a handler does elsewhere, in a database or by a call, it does.
 """
 
 import asyncio
-import contextlib
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -86,8 +85,8 @@ def replay(app: App, topic: str, partition: int, offset: int, consumer: str | No
         row = (int(first["offset"]), stored.key, stored.value, own, stored.timestamp or 0.0)
         group, topic, partition = topic.rpartition(".retry.")[2], first["topic"].decode(), int(first["partition"])
     chosen = _consumer(app, topic, consumer, group)
-    glass = _Glass(app, Part(topic, partition, 0, chosen.group), row)
-    with _behind(app, glass) as seen:
+    glass, seen = _Glass(app, Part(topic, partition, 0, chosen.group), row), _Seen()
+    with app.lent(_events=glass, _jobs=glass, observers=seen):
         try:
             at = _run(app, chosen)
         except SystemExit as error:
@@ -173,17 +172,6 @@ class _Seen(Observers):
         self.records.append(record)
 
 
-@contextlib.contextmanager
-def _behind(app: App, glass: _Glass) -> Iterator[_Seen]:
-    """The app has these backends, and observers of its own."""
-    before, seen = {name: app.__dict__.get(name) for name in ("_events", "_jobs", "observers")}, _Seen()
-    app.__dict__.update(_events=glass, _jobs=glass, observers=seen)
-    try:
-        yield seen
-    finally:
-        app.__dict__.update(before)
-
-
 def _run(app: App, consumer: Consumer) -> float | None:
     """Run what there is; when it would run again (seconds from now)."""
     with asyncio.Runner() as loop:
@@ -217,17 +205,9 @@ def _told(app: App, consumer: Consumer, glass: _Glass, failed: Failed | None, wa
             outputs.append(Output(message, not now and topic in answers, now))
     for result in glass.results:
         cells.update(result.cells)
-    return Replay(
-        consumer.name,
-        glass.where,
-        failed.outcome if failed is not None else "done",
-        failed.reason if failed is not None else "",
-        wait,
-        failed.error if failed is not None else None,
-        outputs,
-        jobs,
-        [Write(table, key, _value(app.events.cell(table, key)), _value(data)) for (table, key), data in cells.items()],
-    )
+    writes = [Write(table, key, _value(app.events.cell(table, key)), _value(data)) for (table, key), data in cells.items()]
+    outcome = (failed.outcome, failed.reason, wait, failed.error) if failed is not None else ("done", "", wait, None)
+    return Replay(consumer.name, glass.where, *outcome, outputs, jobs, writes)
 
 
 def _value(data: bytes | None) -> Any:

@@ -25,14 +25,8 @@ class Retry:
     __slots__ = ("backoff", "give_up_on", "jitter", "on", "ordered", "times")
 
     def __init__(
-        self,
-        times: int = 5,
-        *,
-        backoff: float | Sequence[float] | Callable[[int], float] = exponential,
-        jitter: float = 0.1,
-        on: Errors = Exception,
-        give_up_on: Errors = (),
-        ordered: bool = True,
+        self, times: int = 5, *, backoff: float | Sequence[float] | Callable[[int], float] = exponential, jitter: float = 0.1,
+        on: Errors = Exception, give_up_on: Errors = (), ordered: bool = True,
     ) -> None:
         if isinstance(times, bool) or not isinstance(times, int) or times < 0:
             raise DeclarationError(f"Retry(times={times!r}): give the number of retries after the first run, 0 or more")

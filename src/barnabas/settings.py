@@ -184,13 +184,8 @@ class Settings:
     redis: dict[str, Any] = _option(_table, {}, "options of redis-py, as it spells them", entries=DRIVER)
 
     def __init__(
-        self,
-        code: Mapping[str, Any] | None = None,
-        *,
-        flags: Mapping[str, Any] | None = None,
-        environ: Mapping[str, str] | None = None,
-        ignore_file: bool = False,
-        ignore_env: bool = False,
+        self, code: Mapping[str, Any] | None = None, *, flags: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None, ignore_file: bool = False, ignore_env: bool = False,
     ) -> None:
         self.code = {name: value for name, value in (code or {}).items() if value is not None}
         self._flags = {name: value for name, value in (flags or {}).items() if value is not None}

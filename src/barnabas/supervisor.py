@@ -80,14 +80,8 @@ class Supervisor:
     """
 
     def __init__(
-        self,
-        spawn: Spawn,
-        count: int,
-        *,
-        reload: bool = False,
-        patience: float = 35.0,
-        tell: Callable[[dict[str, float]], None] = lambda counts: None,
-        monotonic: Callable[[], float] = time.monotonic,
+        self, spawn: Spawn, count: int, *, reload: bool = False, patience: float = 35.0,
+        tell: Callable[[dict[str, float]], None] = lambda counts: None, monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.children = [Child(number) for number in range(1, count + 1)]
         self.stopping = False

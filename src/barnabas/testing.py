@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
 
+import msgspec
+
 from barnabas.app import App
 from barnabas.backends.memory import MemoryBackend
 from barnabas.clock import FakeClock
@@ -25,6 +27,7 @@ from barnabas.codec import make_codec
 from barnabas.engine.observe import Failed, Observers
 from barnabas.engine.runner import Runner
 from barnabas.errors import BarnabasError
+from barnabas.inspect import span
 from barnabas.job import Job
 from barnabas.jobs.payload import PayloadError, parse
 from barnabas.killing import kill
@@ -57,21 +60,16 @@ def run(app: App, *, raises: bool = True) -> Iterator["Trial"]:
 @contextlib.contextmanager
 def _isolated(app: App) -> Iterator[None]:
     """The app with the code's settings, empty `memory:` backends, a fake clock and observers' counts of its own."""
-    clock, settings, observers = app.clock, app.settings, app.observers
-    open_ = {name: app.__dict__.get(name) for name in ("_events", "_jobs")}
-    app.clock = now = FakeClock()
-    app.observers = Observers(observers.watchers)
-    app.adopt(Settings({**settings.code, "events": "memory:", "jobs": "memory:"}, ignore_file=True, ignore_env=True))
-    memory = _Memory("memory:", now)
-    memory.declare(app.all_topics())
-    app.__dict__.update(_events=memory, _jobs=memory)
-    try:
-        yield
-    finally:
-        memory.close()
-        app.__dict__.update(open_)
-        app.clock, app.observers = clock, observers
-        app.adopt(settings)
+    settings, clock = app.settings, FakeClock()
+    memory = _Memory("memory:", clock)
+    with contextlib.closing(memory):
+        app.adopt(Settings({**settings.code, "events": "memory:", "jobs": "memory:"}, ignore_file=True, ignore_env=True))
+        try:
+            memory.declare(app.all_topics())
+            with app.lent(_events=memory, _jobs=memory, clock=clock, observers=Observers(app.observers.watchers)):
+                yield
+        finally:
+            app.adopt(settings)
 
 
 class _Memory(MemoryBackend):
@@ -197,17 +195,8 @@ class Trial:
             runner.settle()
 
     def _message(self, topic: Topic[Any], decode: Any, partition: int, offset: int) -> Message[Any]:
-        (row,) = self._memory.read(topic.name, partition, offset, 1)
-        _, key, value, headers, timestamp = row
-        return Message(
-            topic=topic.name,
-            value=None if value is None else decode(value),
-            key=key,
-            headers=headers or (),
-            timestamp=timestamp,
-            partition=partition,
-            offset=offset,
-        )
+        (stored,) = span(self._memory, topic.name, partition, offset, offset + 1)
+        return stored if stored.value is None else msgspec.structs.replace(stored, value=decode(stored.value))
 
 
 def _off_loop(act: Callable[[], Any]) -> Any:

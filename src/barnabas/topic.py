@@ -40,18 +40,9 @@ class Topic(Generic[T]):
     """A topic of an app. Sends from any thread or event loop, at any time, with no worker running."""
 
     def __init__(
-        self,
-        app: Any,
-        name: str,
-        type_: Any = None,
-        *,
-        key: str | Callable[[Any], Any] | None = None,
-        partitions: int | None = None,
-        codec: str = "json",
-        retention: Retention | None = None,
-        limit: int = 1 << 20,
-        rekeyed: bool = False,
-        parent: "Topic[Any] | None" = None,
+        self, app: Any, name: str, type_: Any = None, *, key: str | Callable[[Any], Any] | None = None,
+        partitions: int | None = None, codec: str = "json", retention: Retention | None = None, limit: int = 1 << 20,
+        rekeyed: bool = False, parent: "Topic[Any] | None" = None,
     ) -> None:
         owner = f"topic {name!r}"
         self.app = app
@@ -106,13 +97,8 @@ class Topic(Generic[T]):
     # Sending.
 
     def outgoing(
-        self,
-        value: Any,
-        key: Any = None,
-        headers: Headers | None = None,
-        timestamp: float | None = None,
-        partition: int | None = None,
-        future: Any = None,
+        self, value: Any, key: Any = None, headers: Headers | None = None, timestamp: float | None = None,
+        partition: int | None = None, future: Any = None,
     ) -> Outgoing:
         """Encode a value for this topic. Raises ValueTooLarge, or SendError if it cannot be encoded."""
         data = None
@@ -157,14 +143,8 @@ class Topic(Generic[T]):
         )
 
     def send(
-        self,
-        value: T | None,
-        *,
-        key: Key = None,
-        headers: Headers | None = None,
-        timestamp: float | None = None,
-        partition: int | None = None,
-        now: bool = False,
+        self, value: T | None, *, key: Key = None, headers: Headers | None = None, timestamp: float | None = None,
+        partition: int | None = None, now: bool = False,
     ) -> Future[Message[T]]:
         """Send one message; the future gives the stored Message once it is durable. None with a key is a tombstone.
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -79,6 +79,14 @@ def memory() -> int:
     return size >> 20 << 20
 
 
+def _running(runners: Iterable[Runner]) -> Iterator[tuple[Crew, int, Any, int]]:
+    """What is in work: the crew, the worker's place in it, the run, and the offset it is at."""
+    for crew in [crew for runner in runners for crew in runner.crews]:
+        for slot, run in enumerate(crew.current):
+            if run is not None:
+                yield crew, slot, run, crew.box[crew.base + slot * SLOT + 1]
+
+
 class Worker:
     """The runners of one process. `inline=True` makes crews that nobody drives (tests)."""
 
@@ -102,7 +110,6 @@ class Worker:
         self._begun: set[Runner] = set()  # those whose set_up ran
         self._fetching: set[Runner] = set()  # those that have their fetch thread
         self._stopping = threading.Event()
-        self._close: list[Callable[[], Any]] = []
 
     # Building.
 
@@ -131,20 +138,11 @@ class Worker:
         return crew
 
     def _runner(self, name: str, crews: list[Crew], **options: Any) -> Runner:
-        app = self.app
-        runner = Runner(
-            name,
-            crews,
-            clock=app.clock,
-            observers=app.observers,
-            sinks=None
-            if app.settings.events == app.settings.jobs
-            else (lambda output: app.events if len(output) == 7 else app.jobs),
-            gate=self.gate,
-            interval=app.settings.checkpoint_interval,
-            grace=0.0 if self.inline else 5.0,
-            **options,
-        )
+        app, interval, grace = self.app, self.app.settings.checkpoint_interval, 0.0 if self.inline else 5.0
+        apart = app.settings.events != app.settings.jobs
+        options["sinks"] = (lambda output: app.events if len(output) == 7 else app.jobs) if apart else None
+        options |= {"clock": app.clock, "observers": app.observers, "gate": self.gate, "interval": interval, "grace": grace}
+        runner = Runner(name, crews, **options)
         self.runners.append(runner)
         return runner
 
@@ -325,8 +323,7 @@ class Worker:
         for (_, outcome), count in self.app.observers.counts.copy().items():
             name = "again" if outcome == "retry topic" else outcome
             found[name] = found.get(name, 0) + count
-        runs = (run for runner in self.runners for crew in runner.crews for run in crew.current)
-        found["work"] = sum(len(run.rows) for run in runs if run is not None)
+        found["work"] = sum(len(run.rows) for _, _, run, _ in _running(self.runners))
         return found
 
     def report(self) -> dict[str, Any]:
@@ -338,36 +335,29 @@ class Worker:
         done = self.app.observers.counts.copy()
         by_queue = {part.topic: part.done for runner in self.runners for part in runner.parts if part.partition < 0}
         paces = {runner.name: max(crew.pace for crew in runner.crews) for runner in self.runners}
+        handlers = {name: {"done": done.get((name, "done"), 0), "pace": pace or None} for name, pace in paces.items()}
+        queues = {queue: by_queue.get(queue, 0) for queue in self.queues}
         return {
-            "app": self.app.name,
-            "groups": [consumer.group for consumer in self.consumers],
-            "queues": {queue: by_queue.get(queue, 0) for queue in self.queues},
-            "counts": counts,
-            "work": self._in_work(),
-            "handlers": {name: {"done": done.get((name, "done"), 0), "pace": pace or None} for name, pace in paces.items()},
-            "rss": memory(),
-            "quiet": self.quiet,
-            "paused": self.paused,
+            "app": self.app.name, "groups": [consumer.group for consumer in self.consumers], "queues": queues, "counts": counts,
+            "work": self._in_work(), "handlers": handlers, "rss": memory(), "quiet": self.quiet, "paused": self.paused,
         }
 
     def _in_work(self) -> list[list[Any]]:
         (last, seen), now = self._sampled, self.app.clock.monotonic()
         sampled: dict[Any, tuple[Any, int, float]] = {}
         found: list[list[Any]] = []
-        for crew in [crew for runner in self.runners for crew in runner.crews]:
-            for slot, run in enumerate(crew.current):
-                offset = crew.box[crew.base + slot * SLOT + 1]
-                if run is None or offset < 0:
-                    continue
-                run_, offset_, since = seen.get((crew, slot), (None, 0, 0.0))
-                if run_ is not run or offset_ != offset:
-                    since = max(last, crew.began[slot])  # it was not in work at the last look
-                sampled[crew, slot] = (run, offset, since)
-                part, name = run.part, crew.handler.name
-                row = next((row for row in run.rows if row[0] == offset), None) if part.partition < 0 else None
-                said = [SAID[row[1]]] if row and row[1] in SAID else []
-                name = (row and name_of(row)) or name
-                found.append([name, part.topic, part.partition, offset, round(now - since, 1), *said])
+        for crew, slot, run, offset in _running(self.runners):
+            if offset < 0:
+                continue
+            run_, offset_, since = seen.get((crew, slot), (None, 0, 0.0))
+            if run_ is not run or offset_ != offset:
+                since = max(last, crew.began[slot])  # it was not in work at the last look
+            sampled[crew, slot] = (run, offset, since)
+            part, name = run.part, crew.handler.name
+            row = next((row for row in run.rows if row[0] == offset), None) if part.partition < 0 else None
+            said = [SAID[row[1]]] if row and row[1] in SAID else []
+            name = (row and name_of(row)) or name
+            found.append([name, part.topic, part.partition, offset, round(now - since, 1), *said])
         self._sampled = (now, sampled)
         return sorted(found, key=lambda each: -each[4])[:MOST_WORK]
 
@@ -416,12 +406,9 @@ class Worker:
     def _release(self, runner: Runner) -> list[str]:
         """Cancel what can be cancelled, and say what held the stop up."""
         held = []
-        for crew in runner.crews:
-            for slot, run in enumerate(crew.current):
-                if run is not None:
-                    at = f"{run.part.topic}[{run.part.partition}]@{crew.box[crew.base + slot * SLOT + 1]}"
-                    held.append(f"{runner.name}, at {at}:\n{self._where(crew, slot)}")
-                    crew.cancel(slot, run, "release")
+        for crew, slot, run, offset in _running([runner]):
+            held.append(f"{runner.name}, at {run.part.topic}[{run.part.partition}]@{offset}:\n{self._where(crew, slot)}")
+            crew.cancel(slot, run, "release")
         return held
 
     def _where(self, crew: Crew, slot: int) -> str:
@@ -440,25 +427,17 @@ class Worker:
     # Timeouts. A sweep that compares what is in work costs a message nothing.
 
     def _watch(self) -> None:
-        seen: dict[tuple[int, int], tuple[Any, int, float]] = {}
+        seen: dict[Any, tuple[Any, int, float]] = {}
         while not self._stopping.wait(0.05):
-            for number, crew in enumerate(c for r in self.runners for c in r.crews):
-                for slot, run in enumerate(crew.current):
-                    limit = crew.handler.limit(run) if run is not None else None
-                    if run is None or limit is None:
-                        seen.pop((number, slot), None)
-                        continue
-                    self._sweep(crew, slot, run, limit, (number, slot), seen)
+            last, seen, now = seen, {}, time.monotonic()
+            for crew, slot, run, offset in _running(self.runners):
+                if (limit := crew.handler.limit(run)) is not None:
+                    run_, offset_, since = last.get((crew, slot), (None, 0, 0.0))
+                    seen[crew, slot] = run, offset, since if run_ is run and offset_ == offset else now
+                    if (spent := now - seen[crew, slot][2]) >= limit:
+                        self._overdue(crew, slot, run, offset, limit, spent)
 
-    def _sweep(self, crew: Crew, slot: int, run: Any, limit: float, at: tuple[int, int], seen: dict[Any, Any]) -> None:
-        offset, now = crew.box[crew.base + slot * SLOT + 1], time.monotonic()
-        last = seen.get(at)
-        if last is None or last[0] is not run or last[1] != offset:
-            seen[at] = (run, offset, now)
-            return
-        spent = now - last[2]
-        if spent < limit:
-            return
+    def _overdue(self, crew: Crew, slot: int, run: Any, offset: int, limit: float, spent: float) -> None:
         where = f"{run.part.topic}[{run.part.partition}]@{offset}"
         if not crew.cancel(slot, run, "timeout") and (id(run), offset) not in crew.late:
             crew.late.add((id(run), offset))
@@ -469,9 +448,3 @@ class Worker:
             log.error("%s: this process ends and lets another go on:\n%s", hangs, self._where(crew, slot))
             crew.abandon(slot, run)
             self.recycling = hangs
-
-    def exit_now(self) -> None:
-        """End at once; a hanging thread cannot be ended otherwise. What is unsettled will be delivered again."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(RECYCLE)

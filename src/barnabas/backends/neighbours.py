@@ -169,8 +169,7 @@ class Neighbours:
             return
         db.execute("UPDATE positions SET member = NULL WHERE member IN (SELECT id FROM members WHERE process = ?)", (number,))
         self.home.stir(
-            db,
-            "partition = -2 AND topic IN (SELECT n.name FROM members m JOIN names n ON n.id = m.grp WHERE m.process = ?)",
+            db, "partition = -2 AND topic IN (SELECT n.name FROM members m JOIN names n ON n.id = m.grp WHERE m.process = ?)",
             (number,),
         )
         db.execute("DELETE FROM members WHERE process = ?", (number,))

@@ -46,9 +46,7 @@ def check(app: App, as_json: bool) -> int:
         sizes = {name: draw.size(getattr(state, name)) for name in ("size", "free", "wal")}
         rows = [(name, value) for name, value in (state._asdict() | sizes).items() if name not in ("ok", "problems", "notes")]
         draw.table(("what", "value"), rows)
-        for line in [f"Warning: {note}" for note in state.notes] + [f"Error: {problem}" for problem in state.problems]:
-            click.echo(line, err=True)
-        click.echo(f"{state.file}: " + ("all is well" if state.ok else f"{len(state.problems)} to mend"))
+        draw.found(state.file, state.notes, state.problems)
     return 0 if all(state.ok for state in found) else 1
 
 

@@ -117,11 +117,7 @@ def _show_message(message: inspect.Stored) -> None:
 
 def _absent(app: App, addresses: tuple[str, ...], seen: set[str]) -> int:
     absent = [each for each in dict.fromkeys(addresses) if each not in seen]
-    for each in absent:
-        click.echo(f"Error: {each} is no dead letter: {letters.missing(app, each)}", err=True)
-    if absent:
-        click.echo("Next, try: barnabas dead list", err=True)
-    return 1 if absent else 0
+    return draw.absent([f"{each} is no dead letter: {letters.missing(app, each)}" for each in absent], "barnabas dead list")
 
 
 @dead.command(json=False)
@@ -172,9 +168,7 @@ def _say_left(done: str, dealt: letters.Dealt) -> None:
 
 
 _acting(
-    "retry",
-    "Retry dead letters. Messages go to the retry topic of their group, in no order, jobs to their queue.",
-    True,
+    "retry", "Retry dead letters. Messages go to the retry topic of their group, in no order, jobs to their queue.", True,
     "retried",
 )
 _acting("drop", "Drop dead letters. Jobs are gone; messages stay in their topic and are listed no more.", False, "dropped")

@@ -47,6 +47,22 @@ def say(as_json: bool, said: str, **fields: Any) -> None:
     json_line(fields) if as_json else click.echo(said)
 
 
+def absent(lines: Sequence[str], next_command: str) -> int:
+    """Say what is not there, on stderr, and what to try then; the exit status."""
+    for text in lines:
+        click.echo(f"Error: {text}", err=True)
+    if lines:
+        click.echo(f"Next, try: {next_command}", err=True)
+    return 1 if lines else 0
+
+
+def found(what: str, warnings: Sequence[str], problems: Sequence[str]) -> None:
+    """Say what a check has found."""
+    for text in [f"Warning: {warning}" for warning in warnings] + [f"Error: {problem}" for problem in problems]:
+        click.echo(text, err=True)
+    click.echo(f"{what}: " + (f"{len(problems)} to mend" if problems else "all is well"))
+
+
 def listing(
     as_json: bool, items: Sequence[Any], columns: Sequence[str], row: Callable[[Any], Sequence[Any]], none: str = ""
 ) -> None:

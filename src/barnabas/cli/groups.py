@@ -37,9 +37,7 @@ def lag(app: App, name: str | None, partitions: bool, as_json: bool) -> None:
         found = [each for each in found if each.group == group]
     columns = ("group", "consumer", "topics", "open#", "behind#", "processes#", "state")
     draw.listing(
-        as_json,
-        found,
-        columns,
+        as_json, found, columns,
         lambda g: (g.group, g.consumer or "-", _topics(g), g.open, draw.age(g.seconds), len(g.processes), g.state),
         "there is no group, and the app declares no consumer",
     )

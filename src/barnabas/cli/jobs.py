@@ -126,11 +126,7 @@ def show_job(entry: Entry, progress: str = "", locks: dict[str, str] | None = No
 
 
 def _absent(jids: set[str]) -> int:
-    for jid in sorted(jids):
-        click.echo(f"Error: no job {jid} is stored (it is done, or was dropped)", err=True)
-    if jids:
-        click.echo("Next, try: barnabas jobs list", err=True)
-    return 1 if jids else 0
+    return draw.absent([f"no job {jid} is stored (it is done, or was dropped)" for jid in sorted(jids)], "barnabas jobs list")
 
 
 def _acting(name: str, doc: str, to: str | None, done: str, *added: Any) -> None:

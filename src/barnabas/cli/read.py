@@ -34,10 +34,7 @@ def as_time(ctx: click.Context, param: click.Parameter, text: str | None, others
 @command()
 @click.argument("topic", shell_complete=known("topics"))
 @click.option(
-    "--from",
-    "start",
-    callback=as_start,
-    metavar="earliest|latest|OFFSET|TIME",
+    "--from", "start", callback=as_start, metavar="earliest|latest|OFFSET|TIME",
     help="Where to begin; an OFFSET needs --partition, a TIME is ISO 8601. [default: earliest; with --follow latest]",
 )
 @click.option("--partition", type=click.IntRange(0), metavar="N", help="Only this partition.")
@@ -72,14 +69,10 @@ def as_fields(message: inspect.Stored) -> dict[str, Any]:
     """A message for JSON. `value` is the JSON that is stored; "encoding" says so where it is other text, or base64."""
     value, encoding = shown(message.value)
     key, key_encoding = text_of(message.key)
+    headers = [[name, text_of(data)[0]] for name, data in message.headers]
     fields = {
-        "topic": message.topic,
-        "partition": message.partition,
-        "offset": message.offset,
-        "key": key,
-        "value": value,
-        "headers": [[name, text_of(data)[0]] for name, data in message.headers],
-        "timestamp": message.timestamp,
+        "topic": message.topic, "partition": message.partition, "offset": message.offset, "key": key, "value": value,
+        "headers": headers, "timestamp": message.timestamp,
     }
     if encoding:
         fields["encoding"] = encoding

@@ -129,18 +129,9 @@ def check(spec: str | None, events: str | None, jobs: str | None, as_json: bool)
     consumers = [inspect.consumer_info(consumer) for consumer in app.consumers.values()]
     handlers = [inspect.job_info(job) for job in app.job_handlers.values()]
     if as_json:
-        draw.json_line(
-            {
-                "ok": not problems,
-                "problems": problems,
-                "warnings": warnings,
-                "settings": [row._asdict() for row in app.settings.rows()],
-                "topics": list(app.topics),
-                "consumers": consumers,
-                "jobs": handlers,
-                "tables": list(app.tables),
-            }
-        )
+        found = {"ok": not problems, "problems": problems, "warnings": warnings}
+        found |= {"settings": [row._asdict() for row in app.settings.rows()], "topics": list(app.topics)}
+        draw.json_line(found | {"consumers": consumers, "jobs": handlers, "tables": list(app.tables)})
         return 1 if problems else 0
     draw.table(("setting", "value", "from", "what it is"), [(r.name, _value(r), r.origin, r.doc) for r in app.settings.rows()])
     topics = [(n, _type(t.type), t.partitions or "default", _kept(t.retention)) for n, t in app.topics.items()]
@@ -151,9 +142,7 @@ def check(spec: str | None, events: str | None, jobs: str | None, as_json: bool)
     ):
         if rows:
             draw.table(columns, rows)
-    for line in [f"Warning: {warning}" for warning in warnings] + [f"Error: {problem}" for problem in problems]:
-        click.echo(line, err=True)
-    click.echo(f"{app.name}: " + (f"{len(problems)} to mend" if problems else "all is well"))
+    draw.found(app.name, warnings, problems)
     return 1 if problems else 0
 
 

@@ -7,10 +7,11 @@ import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import click
+from msgspec.structs import asdict
 
 from barnabas import lag, processes
 from barnabas.app import App
@@ -39,41 +40,34 @@ def look(app: App) -> Look:
     return Look(app.clock.now(), lag.groups(app), app.jobs.queue_states(), processes.processes(app))
 
 
+def _counts(of: Look) -> Counter[tuple[str, str]]:
+    """What was done until then, by kind and name."""
+    found = Counter({("group", g.group): sum(p.end - p.open for p in g.partitions) for g in of.groups})
+    for process in of.processes:
+        found["process", process.name] += process.done
+        found.update({("queue", name): n for name, n in process.queues.items()})
+        found.update({("handler", name): each.done for name, each in process.handlers.items()})
+    return found
+
+
 def frame(now: Look, before: Look, session: float) -> Frame:
     """What is shown of two looks: their difference gives rates (per second)."""
-    span = max(1e-3, now.at - before.at)
-
-    def rates(count: Callable[[Look], dict[str, int]]) -> dict[str, float]:
-        old = count(before)
-        return {name: max(0, n - old.get(name, n)) / span for name, n in count(now).items()}
-
-    def total(counts: Callable[[processes.ProcessInfo], Iterable[tuple[str, int]]]) -> Callable[[Look], dict[str, int]]:
-        def of_all(of: Look) -> dict[str, int]:
-            found: Counter[str] = Counter()
-            for name, n in (each for process in of.processes for each in counts(process)):
-                found[name] += n
-            return found
-
-        return of_all
-
-    by_group = rates(lambda of: {g.group: sum(p.end - p.open for p in g.partitions) for g in of.groups})
-    by_process = rates(lambda of: {p.name: p.done for p in of.processes})
-    by_handler = rates(total(lambda p: ((name, each.done) for name, each in p.handlers.items())))
-    by_queue = rates(total(lambda p: p.queues.items()))
+    span, old = max(1e-3, now.at - before.at), _counts(before)
+    rates = {at: max(0, n - old.get(at, n)) / span for at, n in _counts(now).items()}
     groups = [
-        {"group": g.group, "state": g.state, "open": g.open, "seconds": g.seconds, "rate": by_group[g.group]}
+        {"group": g.group, "state": g.state, "open": g.open, "seconds": g.seconds, "rate": rates["group", g.group]}
         | {"processes": len(g.processes)}
         for g in sorted(now.groups, key=lambda g: -g.open)
     ]
     queues = [
         {"queue": q.name, "ready": q.ready}
         | {kind: getattr(q, kind) for kind in _KINDS}
-        | {"seconds": max(0.0, now.at - q.since) if q.since is not None else 0.0, "rate": by_queue.get(q.name, 0.0)}
+        | {"seconds": max(0.0, now.at - q.since) if q.since is not None else 0.0, "rate": rates.get(("queue", q.name), 0.0)}
         for q in sorted(now.queues, key=lambda q: -q.ready)
     ]
     running = [
         {"process": p.name, "pid": p.pid, "app": p.app, "state": processes.state(p, session), "rss": p.rss}
-        | {"done": p.done, "rate": by_process[p.name], "work": len(p.work)}
+        | {"done": p.done, "rate": rates["process", p.name], "work": len(p.work)}
         for p in now.processes
     ]
     work = sorted((each for p in now.processes for each in p.work), key=lambda each: -each.seconds)
@@ -81,11 +75,10 @@ def frame(now: Look, before: Look, session: float) -> Frame:
     for name, pace in ((name, pace) for p in now.processes for name, pace in p.handlers.items()):
         paces.setdefault(name, []).append(pace)
     handlers = [
-        {"handler": name, "done": sum(p.done for p in of), "rate": by_handler[name], "pace": _mean(of)}
+        {"handler": name, "done": sum(p.done for p in of), "rate": rates["handler", name], "pace": _mean(of)}
         for name, of in sorted(paces.items(), key=lambda each: -(_mean(each[1]) or 0.0))
     ]
-    in_work = [{name: getattr(each, name) for name in each.__struct_fields__} for each in work]
-    return {"groups": groups, "queues": queues, "processes": running, "work": in_work, "handlers": handlers}
+    return {"groups": groups, "queues": queues, "processes": running, "work": list(map(asdict, work)), "handlers": handlers}
 
 
 def _mean(paces: list[processes.Pace]) -> float | None:
@@ -103,29 +96,20 @@ def frames(app: App) -> Iterator[Frame]:
 
 def tables(found: Frame, room: int | None) -> Iterator[Any]:
     """The frame as tables, each of at most `room` rows."""
-    columns: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[Any, ...]]]] = {
-        "groups": (
-            ("group", "open#", "behind#", "rate#", "processes#", "state"),
-            lambda g: (g["group"], g["open"], draw.age(g["seconds"]), _rate(g["rate"]), g["processes"], g["state"]),
-        ),
-        "queues": (
-            ("queue", "ready#", "behind#", "rate#", "in work#", "scheduled#", "retry#", "dead#"),
-            lambda q: (q["queue"] or "(all)", q["ready"], draw.age(q["seconds"]), _rate(q["rate"]), *map(q.get, _KINDS)),
-        ),
-        "processes": (
-            ("process", "app", "memory#", "done#", "rate#", "in work#", "state"),
-            lambda p: (p["process"], p["app"], draw.size(p["rss"]), p["done"], _rate(p["rate"]), p["work"], p["state"]),
-        ),
-        "work": (
-            ("in work", "at", "for#", "process"),
-            lambda w: (f"{w['handler']} {w['progress']}".rstrip(), _at(w), draw.age(w["seconds"]), w["process"]),
-        ),
-        "handlers": (
-            ("handler", "done#", "rate#", "a message takes#"),
-            lambda h: (h["handler"], h["done"], _rate(h["rate"]), "" if h["pace"] is None else f"{1000 * h['pace']:,.3f} ms"),
-        ),
+    columns: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[Any, ...]]]] = {
+        "groups": ("group open# behind# rate# processes# state", lambda g: (
+            g["group"], g["open"], draw.age(g["seconds"]), _rate(g["rate"]), g["processes"], g["state"])),
+        "queues": ("queue ready# behind# rate# in_work# scheduled# retry# dead#", lambda q: (
+            q["queue"] or "(all)", q["ready"], draw.age(q["seconds"]), _rate(q["rate"]), *map(q.get, _KINDS))),
+        "processes": ("process app memory# done# rate# in_work# state", lambda p: (
+            p["process"], p["app"], draw.size(p["rss"]), p["done"], _rate(p["rate"]), p["work"], p["state"])),
+        "work": ("in_work at for# process", lambda w: (
+            f"{w['handler']} {w['progress']}".rstrip(), _at(w), draw.age(w["seconds"]), w["process"])),
+        "handlers": ("handler done# rate# a_message_takes#", lambda h: (
+            h["handler"], h["done"], _rate(h["rate"]), "" if h["pace"] is None else f"{1000 * h['pace']:,.3f} ms")),
     }
-    for name, (titles, row) in columns.items():
+    for name, (words, row) in columns.items():
+        titles = [word.replace("_", " ") for word in words.split()]
         if found[name]:
             shown = found[name] if room is None else found[name][:room]
             rows = [row(each) for each in shown]

@@ -77,10 +77,7 @@ def bind_params(owner: str, function: Callable[..., Any], topic_type: Any = Any)
             batch = inner is not None and not kinds and hint != topic_type
             value, optional = _strip_none(inner if batch else hint)
             kinds.append("value")
-        elif parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        ):
+        elif parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise DeclarationError(
                 f"{owner}: nothing can be bound to its parameter {parameter.name!r} ({hint!r}); a handler takes the "
                 "value, and if it asks by annotation a Delivery and a Respond"
@@ -180,15 +177,8 @@ class Handler:
         if headers and part.retries:
             first, headers = origin(headers)
             return Delivery(
-                first["topic"].decode(),
-                int(first["partition"]),
-                int(first["offset"]),
-                key,
-                value,
-                headers,
-                timestamp,
-                int(first["attempts"]) + attempt,
-                self.group,
+                first["topic"].decode(), int(first["partition"]), int(first["offset"]), key, value, headers, timestamp,
+                int(first["attempts"]) + attempt, self.group,
             )
         return Delivery(part.topic, part.partition, offset, key, value, list(headers or ()), timestamp, attempt, self.group)
 

@@ -70,13 +70,8 @@ class Observers:
         shown = level == 40 and not record.reason.startswith("undecodable")  # that went through no code but ours
         if log.isEnabledFor(level):
             log.log(
-                level,
-                "%s: %s, attempt %d: %s (%s)",
-                record.name,
-                f"job {record.job}" if record.job else f"{record.topic}[{record.partition}]@{record.offset}",
-                record.attempt,
-                record.outcome,
-                record.reason,
-                exc_info=record.error if shown else None,
+                level, "%s: %s, attempt %d: %s (%s)", record.name,
+                f"job {record.job}" if record.job else f"{record.topic}[{record.partition}]@{record.offset}", record.attempt,
+                record.outcome, record.reason, exc_info=record.error if shown else None,
             )
         self.tell(record)
