@@ -141,7 +141,7 @@ class Place:
         if self.name == "kafka":
             pytest.skip("Kafka expires what it keeps, and when it likes")
         if self.name == "sqlite":
-            from barnabas.backends.sqlite_expire import expire
+            from barnabas.backends.sqlite_care import expire
 
             expire(app.events, app.clock.now())
         else:

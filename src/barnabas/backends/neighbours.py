@@ -13,7 +13,7 @@ import apsw
 
 from barnabas.backends.host import Life, forget, holder, look
 from barnabas.backends.shares import HOST
-from barnabas.backends.sqlite_expire import EVERY, expire
+from barnabas.backends.sqlite_care import EVERY, expire
 from barnabas.errors import BackendError
 
 if TYPE_CHECKING:

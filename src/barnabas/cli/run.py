@@ -16,8 +16,7 @@ from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw, logs
 from barnabas.cli.loading import Wrong, command, load, override
-from barnabas.cli.process import ANEW, Stopper, serve
-from barnabas.cli.status import Status
+from barnabas.cli.process import ANEW, Status, Stopper, serve
 from barnabas.errors import BackendError
 from barnabas.lag import abandoned
 from barnabas.supervisor import GRACE, Lifeline, Supervisor, spawner

@@ -300,6 +300,7 @@ class Crew:
         """Hand fetched rows over: one hop for all of them."""
         for part, rows in batches:
             self.lanes.put(part, rows)
+        self.nudge()
 
     def put_alone(self, part: Part, row: Row) -> None:
         """Let one row run while all others are held."""
@@ -335,7 +336,8 @@ class Crew:
 
     def unpark(self, now: float) -> None:
         """Make ready whatever was parked until now."""
-        self.lanes.unpark(now)
+        if self.lanes.unpark(now):
+            self.nudge()
 
     def busy(self, parts: Sequence[Part] = ()) -> bool:
         """Whether a worker has a run (of these partitions) in hand."""

@@ -3,15 +3,13 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from barnabas.engine.crew import Crew
 from barnabas.engine.lanes import Run
 from barnabas.engine.work import SLOT
 from barnabas.future import Future
-from barnabas.message import Row
-from barnabas.ports import Part
 
 
 class ThreadCrew(Crew):
@@ -49,7 +47,6 @@ class ThreadCrew(Crew):
             raise TimeoutError(f"no thread of {self.handler.name!r} was free for it within {timeout} s") from None
 
     def _drive(self, slot: int) -> None:
-        self.handler.enter()
         try:
             self.body(self, slot).send(None)
         except StopIteration:
@@ -57,8 +54,6 @@ class ThreadCrew(Crew):
         except BaseException as error:  # SystemExit and the like: the run in hand is settled by nobody
             self.died(slot, error)
             self.take(slot)  # nothing but calls
-        finally:
-            self.handler.leave()
 
     def take(self, slot: int) -> Run | None:
         haul = self.hauls[slot]
@@ -89,19 +84,11 @@ class ThreadCrew(Crew):
         if self._idle:
             self._work.notify()
 
-    def put(self, batches: Sequence[tuple[Part, Sequence[Row]]]) -> None:
-        super().put(batches)
-        self.nudge()
-
     def nudge(self) -> None:
         """Wake a worker; it wakes the next if there is more (a cascade: no herd)."""
         with self._work:
             if self._idle and (self.lanes.ready or self.solo):
                 self._work.notify()
-
-    def unpark(self, now: float) -> None:
-        if self.lanes.unpark(now):
-            self.nudge()
 
     def leave(self) -> None:
         with self._work:
@@ -120,7 +107,6 @@ class LoopCrew(Crew):
         asyncio.run_coroutine_threadsafe(self._begin(), self.loop).result()
 
     async def _begin(self) -> None:
-        self.handler.enter()
         self.tasks = [asyncio.create_task(self.body(self, slot), name=f"{self.handler.name}-{slot}") for slot in range(self.size)]
         for task in self.tasks:
             task.add_done_callback(self._ended)
@@ -149,17 +135,9 @@ class LoopCrew(Crew):
             if not waiter.done():
                 waiter.set_result(None)
 
-    def put(self, batches: Sequence[tuple[Part, Sequence[Row]]]) -> None:
-        super().put(batches)
-        self.nudge()
-
     def nudge(self) -> None:
         """Wake a worker on its own loop."""
         self.loop.call_soon_threadsafe(self._ready)
-
-    def unpark(self, now: float) -> None:
-        if self.lanes.unpark(now):
-            self.nudge()
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float = 5.0) -> None:
         async def act() -> None:

@@ -154,12 +154,6 @@ class Handler:
             check = make_answer(self.name, consumer.responds, self.batch is not None, all(r.params.returns_none for r in routes))
             self.answer = lambda hand, out: check(hand, out, hand.respond)
 
-    def enter(self) -> None:
-        """A worker begins."""
-
-    def leave(self) -> None:
-        """A worker ends."""
-
     def limit(self, run: Run) -> float | None:
         """Seconds the delivery in hand may take."""
         return self.timeout
@@ -306,24 +300,17 @@ class Handler:
 
         ours = error is None or reason.startswith("undecodable")
         trace = "" if ours else "".join(traceback.format_exception(error))
-        headers = [
-            *delivery.headers,
-            ("barnabas-reason", reason.encode(errors="replace")[:2048]),
-            ("barnabas-exception", type(error).__qualname__.encode() if error is not None else b""),
-            ("barnabas-traceback", trace.encode(errors="replace")[-2048:]),
-            ("barnabas-attempts", str(attempt).encode()),
-            ("barnabas-group", self.group.encode()),
-            ("barnabas-topic", delivery.topic.encode()),
-            ("barnabas-partition", str(delivery.partition).encode()),
-            ("barnabas-offset", str(delivery.offset).encode()),
-            ("barnabas-timestamp", repr(row[4]).encode()),
-            ("barnabas-time", repr(now).encode()),
-        ]
+        said: dict[str, Any] = {
+            "reason": reason.encode(errors="replace")[:2048], "exception": type(error).__qualname__ if error is not None else "",
+            "traceback": trace.encode(errors="replace")[-2048:], "attempts": attempt, "group": self.group,
+            "topic": delivery.topic, "partition": delivery.partition, "offset": delivery.offset, "timestamp": row[4], "time": now,
+        }
         value = row[2]
         if value is not None and len(value) > topic.dead_topic.limit:
-            headers.append(("barnabas-value-left-out", str(len(value)).encode()))
+            said["value-left-out"] = len(value)
             value = None
-        return (topic.dead_topic, None, row[1], value, headers, now, None)
+        told = [(f"barnabas-{name}", each if type(each) is bytes else str(each).encode()) for name, each in said.items()]
+        return (topic.dead_topic, None, row[1], value, [*delivery.headers, *told], now, None)
 
 
 def to_retry(

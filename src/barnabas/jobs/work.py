@@ -112,12 +112,6 @@ class JobHandler:
         self.guard = Guard({name: entry.job for name, entry in entries.items()})
         self._guarded = bool(self.guard)
 
-    def enter(self) -> None:
-        """A worker begins."""
-
-    def leave(self) -> None:
-        """A worker ends."""
-
     def limit(self, run: Run) -> float | None:
         """Seconds the delivery in hand may take."""
         return run.limit
