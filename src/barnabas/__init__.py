@@ -13,24 +13,7 @@ from barnabas.verdict import Again, Dead, Done, Release
 
 __version__ = "0.1.0"
 __all__ = [
-    "Again",
-    "App",
-    "Batch",
-    "Dead",
-    "Delivery",
-    "Done",
-    "Message",
-    "Reject",
-    "Release",
-    "Respond",
-    "Retention",
-    "Retry",
-    "RetryAfter",
-    "progress",
-    "respond_to",
-    "until_and_while_executing",
-    "until_executed",
-    "until_executing",
-    "until_expired",
+    "Again", "App", "Batch", "Dead", "Delivery", "Done", "Message", "Reject", "Release", "Respond", "Retention", "Retry",
+    "RetryAfter", "progress", "respond_to", "until_and_while_executing", "until_executed", "until_executing", "until_expired",
     "while_executing",
 ]

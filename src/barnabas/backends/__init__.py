@@ -3,19 +3,14 @@
 import atexit
 import os
 import weakref
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 from barnabas.errors import SettingError
 from barnabas.ports import Backend
 
-_MODULES = {
-    "sqlite": "barnabas.backends.sqlite",
-    "memory": "barnabas.backends.memory",
-    "kafka": "barnabas.backends.kafka",
-    "redis": "barnabas.backends.redis",
-    "rediss": "barnabas.backends.redis",
-}
+_FILES = {"sqlite": "sqlite", "memory": "memory", "kafka": "kafka", "redis": "redis", "rediss": "redis"}
 _open: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _inherited: list[Any] = []  # a forked child keeps its parent's backends, and with them its handles, untouched, here
 _EXTRAS = {"kafka": "confluent_kafka", "redis": "redis", "rediss": "redis"}  # the drivers, installed as barnabas[NAME]
@@ -24,12 +19,12 @@ _EXTRAS = {"kafka": "confluent_kafka", "redis": "redis", "rediss": "redis"}  # t
 def open_url(url: str, settings: Any, kind: str, clock: Any) -> Backend:
     """Open the backend of a URL for "events" or "jobs"."""
     scheme = url.split(":", 1)[0]
-    if scheme not in _MODULES:
+    if scheme not in _FILES:
         raise SettingError(f"{kind}={url!r}: no backend for {scheme}: yet; use sqlite:///FILE or memory:")
     if scheme == "kafka" and kind == "jobs":
         raise SettingError(f"jobs={url!r}: Kafka carries topics, not queues; set jobs=redis://HOST or jobs=sqlite:///FILE.db")
     try:
-        module = import_module(_MODULES[scheme])
+        module = import_module(f"barnabas.backends.{_FILES[scheme]}")
     except ModuleNotFoundError as error:
         if error.name != _EXTRAS.get(scheme):
             raise
@@ -37,7 +32,15 @@ def open_url(url: str, settings: Any, kind: str, clock: Any) -> Backend:
     backend: Backend = module.open_backend(url, settings, clock)
     if scheme != "memory":
         _open.add(backend)
+        _look_after()
     return backend
+
+
+@cache
+def _look_after() -> None:
+    """See to the end of what is open. Not before the first is: what its file imports, logging above all, ends after it."""
+    atexit.register(_at_exit)
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def _at_exit() -> None:
@@ -53,7 +56,3 @@ def _in_child() -> None:
             backend.disown()
         _inherited.append(backend)
     _open.clear()
-
-
-atexit.register(_at_exit)
-os.register_at_fork(after_in_child=_in_child)

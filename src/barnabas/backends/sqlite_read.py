@@ -23,14 +23,8 @@ _decode = msgspec.msgpack.Decoder(
 ).decode
 
 
-_SYSTEM = {
-    errno.ENOSPC: "FullError",
-    errno.EDQUOT: "FullError",
-    errno.EACCES: "ReadOnlyError",
-    errno.EPERM: "ReadOnlyError",
-    errno.EROFS: "ReadOnlyError",
-    errno.ENOENT: "CantOpenError",
-}
+_SYSTEM = {errno.ENOSPC: "FullError", errno.EDQUOT: "FullError", errno.ENOENT: "CantOpenError"}
+_SYSTEM |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "ReadOnlyError")
 
 
 def connect(path: str, refuse: Callable[[apsw.Connection], None] = lambda db: None) -> apsw.Connection:

@@ -3,21 +3,20 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from barnabas.engine.hand import Hand
 from barnabas.errors import DeclarationError, ResponderError
 from barnabas.message import Message
 from barnabas.verdict import Done
 
 
-class RespondTo:
+class RespondTo(msgspec.Struct, frozen=True, eq=False):
     """A declared answer: the topic, whether every delivery must give it, and whether one may give several."""
 
-    __slots__ = ("multiple", "required", "topic")
-
-    def __init__(self, topic: Any, required: bool, multiple: bool) -> None:
-        self.topic = topic
-        self.required = required
-        self.multiple = multiple
+    topic: Any
+    required: bool
+    multiple: bool
 
 
 def respond_to(topic: Any, *, required: bool = True, multiple: bool = False) -> RespondTo:
