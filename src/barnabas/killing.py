@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 from barnabas.app import App
 from barnabas.backends.host import holder
 from barnabas.cli.loading import load as load_app
+from barnabas.dead import told
+from barnabas.inspect import span
 
 APP, LEAD = "KILL_APP", "KILL_WITNESS"
 T = TypeVar("T")
@@ -274,8 +276,7 @@ def _dead(backend: Any, stored: dict[str, Any], consumer: Any) -> set[tuple[str,
     found = set()
     for name in [topic.dead_topic.name for topic in consumer.topics]:
         for partition, (low, high, _) in enumerate(stored.get(name, ())):
-            for row in backend.read(name, partition, low, high - low) if high > low else ():
-                headers = {header.removeprefix("barnabas-"): value.decode() for header, value in row[3] or ()}
-                if headers.get("group") == consumer.group:
-                    found.add((headers["topic"], int(headers["partition"]), int(headers["offset"])))
+            for said in map(told, span(backend, name, partition, low, high)):
+                if said.get("group") == consumer.group:
+                    found.add((said["topic"], int(said["partition"]), int(said["offset"])))
     return found

@@ -178,8 +178,8 @@ class Backend(Sink, Protocol):
         """All cells of a table."""
 
     def box(self, workers: int) -> tuple[Any, int]:
-        """Memory for that many workers to say what they have in work, and where in it they begin. It outlives a killed
-        process where there are several."""
+        """Memory for that many workers to say what they have in work, and where in it they begin, where it is to outlive a
+        killed process; else None."""
 
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
         """Messages and jobs that are ready or in work for these, in any process; 0 means drained."""

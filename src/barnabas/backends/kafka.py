@@ -311,9 +311,7 @@ class KafkaBackend(KafkaDoors):
         raise DeclarationError(f"table {table!r}: {NO_TABLES}")
 
     def box(self, workers: int) -> tuple[Any, int]:
-        from array import array
-
-        return array("q", bytes(8 * 3 * workers)), 0
+        return None, 0
 
     def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
         end = threading.Event()

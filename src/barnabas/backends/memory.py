@@ -5,7 +5,6 @@ Everything is done under one lock, at once; what is settled together becomes vis
 
 import heapq
 import threading
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -161,16 +160,12 @@ class MemoryBackend(Notes, MemoryAdmin):
 
     def ring(self) -> None:
         """Something was stored: wake whoever waits."""
-        for wake in self._watchers:
+        for wake in [*self._watchers]:
             wake()
 
     def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
-        self._watchers = [*self._watchers, wake]
-
-        def end() -> None:
-            self._watchers = [w for w in self._watchers if w is not wake]
-
-        return end
+        self._watchers.append(wake)
+        return lambda: self._watchers.remove(wake)
 
     def expire(self, now: float) -> None:
         """Drop what is older or larger than its topic's retention allows, and no group still needs."""
@@ -257,7 +252,7 @@ class MemoryBackend(Notes, MemoryAdmin):
             return log.rows[start : start + limit]
 
     def box(self, workers: int) -> tuple[Any, int]:
-        return array("q", bytes(8 * 3 * workers)), 0
+        return None, 0
 
     def move_due(self, now: float) -> float | None:
         """Put jobs that are due into their queues; when the next one is due (epoch seconds)."""

@@ -282,7 +282,7 @@ class SqliteBackend(Notes, SqliteAdmin):
         for source in self.sources:
             if source.waiting:
                 source.look()
-        for wake in self._watchers:
+        for wake in [*self._watchers]:
             wake()
 
     def box(self, workers: int) -> tuple[Any, int]:
@@ -317,12 +317,8 @@ class SqliteBackend(Notes, SqliteAdmin):
 
     def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
         self.listen()
-        self._watchers = [*self._watchers, wake]
-
-        def end() -> None:
-            self._watchers = [w for w in self._watchers if w is not wake]
-
-        return end
+        self._watchers.append(wake)
+        return lambda: self._watchers.remove(wake)
 
     def close(self) -> None:
         """Store what is still waiting, at most `send_timeout` seconds, say what could not be, and let go."""

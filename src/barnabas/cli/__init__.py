@@ -48,18 +48,18 @@ Shell completion: eval "$(_BARNABAS_COMPLETE=bash_source barnabas)"
 """
 
 
+HINTS: dict[Any, str] = {  # what to try next
+    DeclarationError | BackendError: "barnabas check", UnknownTopic: "barnabas topics", Refused: "barnabas processes",
+}  # fmt: skip
+
+
 class Failed(click.ClickException):
     """An error of ours on its way out: a message and the next command to try, no traceback."""
 
     def __init__(self, error: BarnabasError, command: str) -> None:
         super().__init__("\n".join([str(error), *getattr(error, "__notes__", ())]))
-        usual = f"barnabas {command} --help"
-        if isinstance(error, DeclarationError | BackendError):
-            usual = "barnabas check"
-        elif isinstance(error, UnknownTopic):
-            usual = "barnabas topics"
-        elif isinstance(error, Refused):
-            usual = "barnabas processes"
+        usual = next((hint for kinds, hint in HINTS.items() if isinstance(error, kinds)), f"barnabas {command} --help")
+        self.exit_code = 2 if getattr(error, "misuse", False) else 1  # type: ignore[misc]  # called wrongly, or failed
         hint: str = getattr(error, "next_command", usual)
         self.next_command = "" if hint == f"barnabas {command}" else hint
 
@@ -68,12 +68,6 @@ class Failed(click.ClickException):
         super().show(file)
         if self.next_command:
             click.echo(f"Next, try: {self.next_command}", err=True)
-
-
-class Misused(Failed):
-    """The same for a command that was called wrongly."""
-
-    exit_code = 2
 
 
 class Commands(click.Group):
@@ -109,8 +103,7 @@ class Commands(click.Group):
         try:
             status = super().invoke(ctx)
         except BarnabasError as error:
-            kind = Misused if getattr(error, "misuse", False) else Failed
-            raise kind(error, ctx.invoked_subcommand or "") from error
+            raise Failed(error, ctx.invoked_subcommand or "") from error
         ctx.exit(status or 0)
 
 

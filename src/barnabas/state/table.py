@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -136,9 +137,9 @@ class Table(Generic[T]):
         hand.cells[cell] = None
         hand.used = True
 
-    def open(self) -> "View[T]":
+    def open(self) -> "AbstractContextManager[View[T]]":
         """A read-only view from outside, as of what is settled: `with totals.open() as view: view["AA"]`."""
-        return View(self.app.events, self.name, self._decode)
+        return nullcontext(View(self.app.events, self.name, self._decode))
 
 
 class View(Mapping[str, T]):
@@ -148,12 +149,6 @@ class View(Mapping[str, T]):
         self._backend = backend
         self._name = name
         self._decode = decode
-
-    def __enter__(self) -> "View[T]":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
     def __getitem__(self, key: Any) -> T:
         data = self._backend.cell(self._name, as_key(key))
