@@ -255,13 +255,9 @@ def _sidekiq(told: dict[str, Any], fields: dict[bytes, bytes], works: dict[bytes
         job = json.loads(entry)
         payload = job["payload"] if isinstance(job["payload"], dict) else json.loads(job["payload"])
         work.append([str(payload.get("wrapped") or payload.get("class")), job["queue"], -1, 0, max(0.0, now - job["run_at"])])
-    return {
-        "app": told.get("tag") or "sidekiq",
-        "queues": dict.fromkeys(told.get("queues", ()), 0),
-        "work": work,
-        "rss": 1024 * int(fields.get(b"rss", 0)),
-        "quiet": fields.get(b"quiet") == b"true",
-    }
+    queues, quiet = dict.fromkeys(told.get("queues", ()), 0), fields.get(b"quiet") == b"true"
+    size = 1024 * int(fields.get(b"rss", 0))
+    return {"app": told.get("tag") or "sidekiq", "queues": queues, "work": work, "rss": size, "quiet": quiet}
 
 
 def _queue(payload: bytes) -> str:

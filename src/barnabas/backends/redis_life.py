@@ -200,27 +200,14 @@ class Life:
         size = sum(len(box) // 3 for box in self.home.boxes)
         host, pid, _ = source.name.rsplit(":", 2)
         info = {
-            "hostname": host,
-            "started_at": self.started,
-            "pid": int(pid),
-            "tag": self.info.get("app", "barnabas"),
-            "concurrency": size,
-            "queues": list(source.weights),
-            "weights": [source.weights],
-            "labels": ["python"],
-            "identity": source.name,
-            "version": "barnabas",
-            "embedded": False,
+            "hostname": host, "started_at": self.started, "pid": int(pid), "tag": self.info.get("app", "barnabas"),
+            "concurrency": size, "queues": list(source.weights), "weights": [source.weights], "labels": ["python"],
+            "identity": source.name, "version": "barnabas", "embedded": False,
         }
+        quiet = "true" if self.asked or self.info.get("quiet") else "false"
         fields = {
-            "info": json.dumps(info),
-            "concurrency": size,
-            "busy": len(work),
-            "beat": now,
-            "rtt_us": self._rtt,
-            "quiet": "true" if self.asked or self.info.get("quiet") else "false",
-            "rss": _rss(),
-            "barnabas": json.dumps(self.info),
+            "info": json.dumps(info), "concurrency": size, "busy": len(work), "beat": now, "rtt_us": self._rtt, "quiet": quiet,
+            "rss": self.info.get("rss", 0) // 1024, "barnabas": json.dumps(self.info),
         }
         pipe = self.home.client.pipeline(transaction=True)
         pipe.sadd(key("processes"), source.name)
@@ -286,12 +273,3 @@ class Life:
         return len(members)
 
     _page = 50
-
-
-def _rss() -> int:
-    """Kilobytes of memory that this process uses."""
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-    except OSError:
-        return 0
