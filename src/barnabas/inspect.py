@@ -22,7 +22,7 @@ from barnabas.errors import BarnabasError, DeclarationError, UnknownTopic
 from barnabas.job import Job
 from barnabas.message import Message
 from barnabas.ports import Backend, TopicState
-from barnabas.topic import Retention, Topic
+from barnabas.topic import Retention
 
 CHUNK = 1000  # rows of one partition that are read at once
 
@@ -136,16 +136,12 @@ def topics(app: App) -> list[TopicInfo]:
         topic = known.get(name)
         messages, size = sum(end - first for first, end, _ in partitions), sum(size for _, _, size in partitions)
         retention = topic.retention if topic else None
-        what = "Barnabas' own" if name == f"{app.name}.control" else _relation(topic)
+        what = "Barnabas' own" if name == f"{app.name}.control" else "no" if topic is None else "yes"
+        if topic is not None and topic.parent is not None:
+            what = f"{'dead letters' if name == topic.parent.dead_topic.name else 'retries'} of {topic.parent.name}"
         known_size = size if size or not messages else None  # Kafka's clients are not told
         found.append(TopicInfo(name, len(partitions), messages, known_size, retention, what))
     return found
-
-
-def _relation(topic: Topic[Any] | None) -> str:
-    if topic is None or topic.parent is None:
-        return "no" if topic is None else "yes"
-    return f"{'dead letters' if topic.name == topic.parent.dead_topic.name else 'retries'} of {topic.parent.name}"
 
 
 def read(

@@ -15,8 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -72,7 +72,9 @@ def kill(
         os.environ |= {APP: app, LEAD: str(witnesses)}
         stack.callback(lambda: [os.environ.pop(name, None) for name in (APP, LEAD)])
         loaded = load_app(app)
-        stack.enter_context(_moved(loaded, url))
+        loaded.close()
+        stack.enter_context(loaded.lent(settings=loaded.settings.override(events=url, jobs=url)))
+        stack.enter_context(closing(loaded))
         command = [sys.executable, "-m", "barnabas", "run", "barnabas.killing:witnessed", "--processes", str(processes)]
         team = _Team([*command, "--events", url, "--jobs", url], workers, processes, log, random.Random(seed))
         stack.callback(team.end)
@@ -91,14 +93,6 @@ def kill(
         except Lost as lost:
             tail = log.read_text(errors="replace")[-2000:]
             raise Lost(f"seed {seed}: {lost}; the workers said:\n{tail}") from None
-
-
-@contextmanager
-def _moved(app: App, url: str) -> Iterator[None]:
-    """The app on another file, and as it was before afterwards."""
-    app.close()
-    with app.lent(settings=app.settings.override(events=url, jobs=url)), closing(app):
-        yield
 
 
 class _Team:

@@ -13,7 +13,7 @@ that of an async test). Not here: a `timeout=` is not enforced (nobody watches),
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
@@ -115,7 +115,8 @@ class Trial:
             moved = [self._turn(runner) for runner in runners]
             for runner in runners:
                 if raises and self._failed:
-                    self._settle(runners)
+                    for each in runners:
+                        each.settle()
                     raise _cause(self._failed[0])
                 for crew in runner.crews:
                     if crew.error is not None:
@@ -157,7 +158,7 @@ class Trial:
         if not self.app.consumers and not self.app.job_handlers:
             return
         self._worker = worker = Worker(self.app, inline=True)
-        worker.drive = self._drive
+        worker.drive = lambda coroutine: _off_loop(lambda: self._runner.run(coroutine))
         worker.start()
         for runner in worker.runners:
             for crew in runner.crews:
@@ -170,9 +171,6 @@ class Trial:
                 self._worker.stop(0.0)
         finally:
             _off_loop(self._runner.close)
-
-    def _drive(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return _off_loop(lambda: self._runner.run(coroutine))
 
     def _saw(self, record: Any) -> None:
         quiet = ("skipped", "expired", "superseded")
@@ -189,10 +187,6 @@ class Trial:
                 moved = True
                 crew.step()
         return moved
-
-    def _settle(self, runners: list[Runner]) -> None:
-        for runner in runners:
-            runner.settle()
 
     def _message(self, topic: Topic[Any], decode: Any, partition: int, offset: int) -> Message[Any]:
         (stored,) = span(self._memory, topic.name, partition, offset, offset + 1)

@@ -10,7 +10,6 @@ from barnabas.future import Future
 from barnabas.message import Headers, Key, Message, Outgoing
 
 T = TypeVar("T")
-_UNSET: Any = object()
 CHUNK = 2000  # messages that send_many hands over at once
 DEAD_EXTRA = 64 * 1024  # bytes that a dead topic allows beyond its source
 END = 253402300800.0  # epoch seconds of the year 10000
@@ -45,19 +44,11 @@ class Topic(Generic[T]):
         rekeyed: bool = False, parent: "Topic[Any] | None" = None,
     ) -> None:
         owner = f"topic {name!r}"
-        self.app = app
-        self.name = name
-        self.type = type_
-        self.codec = codec
-        self.partitions = partitions
-        self.retention = retention or Retention()
-        self.limit = limit
-        self.rekeyed = rekeyed
-        self.parent = parent
+        self.app, self.name, self.type, self.codec = app, name, type_, codec
+        self.rekeyed, self.parent = rekeyed, parent
+        self.adjust(partitions, retention, limit)
         self.encode, self.decode = make_codec(owner, type_, codec)
         self._key = make_key(owner, type_, key)
-        self._family: dict[str, Topic[Any]] = {}
-        self._count = 0  # partitions, as far as somebody asked
 
     def __repr__(self) -> str:
         return f"<topic {self.name}>"
@@ -67,8 +58,8 @@ class Topic(Generic[T]):
         self.partitions = partitions
         self.retention = retention or Retention()
         self.limit = limit
-        self._family = {}
-        self._count = 0
+        self._family: dict[str, Topic[Any]] = {}
+        self._count = 0  # partitions, as far as somebody asked
 
     # Relatives: where this topic's failures go.
 
@@ -190,12 +181,9 @@ class Topic(Generic[T]):
                 if len(chunk) == CHUNK:
                     total.add(self.app.events, chunk)
                     chunk = []
-        except BaseException:
+        finally:
             if chunk:
                 total.add(self.app.events, chunk)
-            raise
-        if chunk:
-            total.add(self.app.events, chunk)
         total.end()
         return future
 

@@ -140,9 +140,8 @@ class Bell:
         """Call `woken` in a thread of its own after rings, and every `safety` seconds (every `poll` without inotify)."""
         self._end = os.pipe()
         inotify = self._inotify()
-        self._thread = threading.Thread(
-            target=self._listen, args=(woken, inotify, safety, poll), name="barnabas-bell", daemon=True
-        )
+        given = (woken, inotify, safety, poll)
+        self._thread = threading.Thread(target=self._listen, args=given, name="barnabas-bell", daemon=True)
         self._thread.start()
 
     def _inotify(self) -> int | None:

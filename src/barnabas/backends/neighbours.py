@@ -14,6 +14,7 @@ import apsw
 from barnabas.backends.host import Life, forget, holder, look
 from barnabas.backends.shares import HOST
 from barnabas.backends.sqlite_care import EVERY, expire
+from barnabas.backends.sqlite_read import one
 from barnabas.errors import BackendError
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Neighbours:
 
     def _bury(self, db: apsw.Connection, number: int, work: list[tuple[int, int, int]]) -> bool:
         """A process died: count its crash against what it had in work, free its partitions and jobs."""
-        if self.home.neighbours is not self or not db.execute("SELECT 1 FROM processes WHERE id = ?", (number,)).fetchone():
+        if self.home.neighbours is not self or not one(db, "SELECT 1 FROM processes WHERE id = ?", (number,)):
             return False  # somebody else did, or the file was replaced meanwhile
         suspects: dict[int, list[int]] = {}
         for owner, first, count in work:
@@ -139,10 +140,8 @@ class Neighbours:
             else:
                 suspects.setdefault(owner - 1, []).extend(range(first, first + max(1, count)))
         for position, offsets in suspects.items():
-            row = db.execute(
-                "SELECT p.offset, p.open FROM positions p JOIN members m ON m.id = p.member WHERE p.id = ? AND m.process = ?",
-                (position, number),
-            ).fetchone()
+            at = "positions p JOIN members m ON m.id = p.member WHERE p.id = ? AND m.process = ?"
+            row = one(db, f"SELECT p.offset, p.open FROM {at}", (position, number))
             if row is not None:
                 state = json.loads(row[1] or "{}")
                 crashes = state.setdefault("crashes", {})
@@ -168,8 +167,6 @@ class Neighbours:
         if self.home.neighbours is not self:
             return
         db.execute("UPDATE positions SET member = NULL WHERE member IN (SELECT id FROM members WHERE process = ?)", (number,))
-        self.home.stir(
-            db, "partition = -2 AND topic IN (SELECT n.name FROM members m JOIN names n ON n.id = m.grp WHERE m.process = ?)",
-            (number,),
-        )
+        groups = "SELECT n.name FROM members m JOIN names n ON n.id = m.grp WHERE m.process = ?"
+        self.home.stir(db, f"partition = -2 AND topic IN ({groups})", (number,))
         db.execute("DELETE FROM members WHERE process = ?", (number,))

@@ -44,6 +44,10 @@ _PLACED = (
     "ON CONFLICT DO UPDATE SET offset = excluded.offset, open = excluded.open"
 )
 _PROCESS = "r.id, r.pid, r.info"
+_MEMBERS = (
+    f"SELECT DISTINCT {_PROCESS} FROM members m JOIN names n ON n.id = m.grp AND n.kind = 'group' "
+    "JOIN processes r ON r.id = m.process WHERE n.name = ? ORDER BY 1"
+)
 
 
 def name_of(number: Any, pid: Any, info: Any) -> str | None:
@@ -83,11 +87,7 @@ class SqliteAdmin(SqliteStore):
 
     def _place(self, db: apsw.Connection, positions: list[Position], clear: Sequence[str]) -> None:
         for group in {at.group for at in positions}:
-            rows = db.execute(
-                f"SELECT DISTINCT {_PROCESS} FROM members m JOIN names n ON n.id = m.grp AND n.kind = 'group' "
-                "JOIN processes r ON r.id = m.process WHERE n.name = ? ORDER BY 1",
-                (group,),
-            ).fetchall()
+            rows = db.execute(_MEMBERS, (group,)).fetchall()
             if rows:
                 raise Refused(f"group {group!r} has members: {', '.join(str(name_of(*row)) for row in rows)}; stop them first")
         for at in positions:
@@ -125,15 +125,13 @@ class SqliteAdmin(SqliteStore):
         return found  # type: ignore[no-any-return]
 
     def queue_states(self) -> list[QueueState]:
-        counts = {
-            (gid, state): n
-            for gid, state, n in self.query(
-                "SELECT queue, 0, count(*) FROM jobs WHERE state = 0 GROUP BY 1 UNION ALL "
-                "SELECT queue, 1, count(*) FROM jobs WHERE owner IS NOT NULL GROUP BY 1 UNION ALL "
-                "SELECT queue, state, count(*) FROM jobs WHERE at IS NOT NULL GROUP BY 1, 2 UNION ALL "
-                "SELECT queue, 4, count(*) FROM jobs WHERE died IS NOT NULL GROUP BY 1"
-            )
-        }
+        rows = self.query(
+            "SELECT queue, 0, count(*) FROM jobs WHERE state = 0 GROUP BY 1 UNION ALL "
+            "SELECT queue, 1, count(*) FROM jobs WHERE owner IS NOT NULL GROUP BY 1 UNION ALL "
+            "SELECT queue, state, count(*) FROM jobs WHERE at IS NOT NULL GROUP BY 1, 2 UNION ALL "
+            "SELECT queue, 4, count(*) FROM jobs WHERE died IS NOT NULL GROUP BY 1"
+        )
+        counts = {(gid, state): n for gid, state, n in rows}
         heads = self.query(
             "SELECT gid, topic, (SELECT payload FROM jobs WHERE state = 0 AND queue = gid ORDER BY id LIMIT 1) "
             "FROM heads WHERE partition = -1 ORDER BY topic"
@@ -234,7 +232,5 @@ class SqliteAdmin(SqliteStore):
 
     def forget_control(self, db: apsw.Connection, number: int) -> None:
         """Inside a write: this process is gone, and with it what was asked of it."""
-        db.execute(
-            "DELETE FROM cells WHERE tbl = (SELECT id FROM names WHERE kind = 'table' AND name = ?) AND key GLOB ?",
-            (CONTROL, f"process:*:{number}"),
-        )
+        of = "tbl = (SELECT id FROM names WHERE kind = 'table' AND name = ?)"
+        db.execute(f"DELETE FROM cells WHERE {of} AND key GLOB ?", (CONTROL, f"process:*:{number}"))

@@ -252,8 +252,6 @@ def _step(db: apsw.Connection, home: "SqliteBackend", gid: int, keep: object, no
     if found:
         last, count, _ = found[-1]
         db.execute("DELETE FROM records WHERE id BETWEEN ? AND ?", (found[0][0], last))
-        db.execute(
-            "UPDATE heads SET first = ?, bytes = bytes - ? WHERE gid = ?",
-            ((last & ((1 << SHIFT) - 1)) + count, sum(length for _, _, length in found), gid),
-        )
+        kept = ((last & ((1 << SHIFT) - 1)) + count, sum(length for _, _, length in found), gid)
+        db.execute("UPDATE heads SET first = ?, bytes = bytes - ? WHERE gid = ?", kept)
     return len(found)

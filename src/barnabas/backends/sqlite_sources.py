@@ -31,10 +31,7 @@ class Fetcher:
         self.listener = listener
         self.waiting = False
         self._event = threading.Event()
-
-    def wake(self) -> None:
-        """End a waiting fetch."""
-        self._event.set()
+        self.wake = self._event.set
 
     def _wait(self, timeout: float) -> None:
         self.waiting = True
@@ -88,10 +85,8 @@ class SqliteLog(Fetcher):
         )
 
     def _join(self, db: apsw.Connection) -> int:
-        db.execute(
-            "INSERT INTO members (grp, process, topics) VALUES (?, ?, ?)",
-            (self._group, self.home.neighbours.number, json.dumps(self._topics)),
-        )
+        row = (self._group, self.home.neighbours.number, json.dumps(self._topics))
+        db.execute("INSERT INTO members (grp, process, topics) VALUES (?, ?, ?)", row)
         member = db.last_insert_rowid()
         self.home.stir(db, "gid = ?", (self._signal,))
         return member
@@ -124,9 +119,8 @@ class SqliteLog(Fetcher):
         if lost:
             for gid in lost:
                 self._parts[gid].closed = True
-            log.warning(
-                "%s lost %d partitions to others; what it did and did not settle is discarded", self._group_name, len(lost)
-            )
+            what = "%s lost %d partitions to others; what it did and did not settle is discarded"
+            log.warning(what, self._group_name, len(lost))
             self._drop(lost)
         if gone:
             self._drop(gone)
@@ -143,11 +137,8 @@ class SqliteLog(Fetcher):
     def _rows(self, query: Any) -> tuple[list[int], dict[int, tuple[int, int]]]:
         """The group's members, and who has which of its partitions: {gid: (member, epoch)}."""
         members = [r[0] for r in query("SELECT id FROM members WHERE grp = ? ORDER BY id", (self._group,))]
-        owners = {
-            gid: (member, epoch)
-            for gid, member, epoch in query("SELECT gid, member, epoch FROM positions WHERE grp = ?", (self._group,))
-        }
-        return members, owners
+        rows = query("SELECT gid, member, epoch FROM positions WHERE grp = ?", (self._group,))
+        return members, {gid: (member, epoch) for gid, member, epoch in rows}
 
     def _claimable(self, gid: int, owner: int | None, target: dict[int, int]) -> bool:
         """Free and ours by share; or still in our name though we gave it up (a release that failed)."""
@@ -192,9 +183,8 @@ class SqliteLog(Fetcher):
                 db.execute("UPDATE positions SET member = NULL WHERE grp = ? AND gid = ?", (self._group, gid))
                 self.home.stir(db, "gid = ?", (self._signal,))
                 continue
-            db.execute(
-                "UPDATE positions SET member = ?, epoch = epoch + 1 WHERE grp = ? AND gid = ?", (self._member, self._group, gid)
-            )
+            taken = (self._member, self._group, gid)
+            db.execute("UPDATE positions SET member = ?, epoch = epoch + 1 WHERE grp = ? AND gid = ?", taken)
             id_, offset, open_, epoch = one(
                 db,
                 "SELECT p.id, max(p.offset, h.first), p.open, p.epoch FROM positions p JOIN heads h ON h.gid = p.gid "
@@ -275,10 +265,9 @@ class SqliteLog(Fetcher):
         def act(db: apsw.Connection) -> list[tuple[Any, Any]]:
             for part in touched:
                 watermark, done = part.held.position()
-                db.execute(
-                    "UPDATE positions SET offset = ?, open = ? WHERE id = ? AND member = ? AND epoch = ?",
-                    (watermark, state_of(part, done), part.id, self._member, self._epochs[self._gid(part)]),
-                )
+                epoch = self._epochs[self.home.parts[part.topic][part.partition]]
+                row = (watermark, state_of(part, done), part.id, self._member, epoch)
+                db.execute("UPDATE positions SET offset = ?, open = ? WHERE id = ? AND member = ? AND epoch = ?", row)
                 if not db.changes():
                     part.closed = True
             outputs: list[Any] = []
@@ -293,9 +282,6 @@ class SqliteLog(Fetcher):
         self.home.settled(stored)
         if any(part.closed for part in touched):
             self._generation = -1  # look again who owns what
-
-    def _gid(self, part: Part) -> int:
-        return self.home.parts[part.topic][part.partition]
 
     def close(self) -> None:
         """Leave the group."""

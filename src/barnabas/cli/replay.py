@@ -14,7 +14,7 @@ from barnabas.cli.jobs import fields, when
 from barnabas.cli.loading import Wrong, command, known
 from barnabas.cli.read import as_fields
 from barnabas.errors import UnknownTopic
-from barnabas.replay import Output, Replay, own_part
+from barnabas.replay import Replay, own_part
 from barnabas.replay import replay as run
 
 
@@ -58,14 +58,10 @@ def _trace(error: BaseException | None) -> str | None:
 def _fields(came: Replay) -> dict[str, Any]:
     names = ("consumer", "address", "verdict", "reason", "wait", "writes")
     values = {name: getattr(came, name) for name in names} | {"traceback": _trace(came.error)}
-    outputs = [_sent(output) | {"answer": output.answer, "now": output.now} for output in came.outputs]
+    outputs = [as_fields(output.message) | {"answer": output.answer, "now": output.now} for output in came.outputs]
+    for each in outputs:
+        del each["offset"]
     return values | {"outputs": outputs, "jobs": [fields(entry) for entry in came.jobs]}
-
-
-def _sent(output: Output) -> dict[str, Any]:
-    found = as_fields(output.message)
-    del found["offset"]
-    return found
 
 
 def _show(came: Replay) -> None:

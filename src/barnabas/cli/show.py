@@ -33,7 +33,8 @@ def topics(app: App, act: str, as_json: bool) -> None:
             draw.json_line(topic._asdict() | {"retention": limits})
         return
     shown = [topic for topic in found if topic.messages or topic.declared in ("yes", "no")]
-    rows = [(t.name, t.partitions, t.messages, _size(t.bytes), _kept(t.retention), t.declared) for t in shown]
+    sizes = ["?" if t.bytes is None else draw.size(t.bytes) for t in shown]
+    rows = [(t.name, t.partitions, t.messages, n, _kept(t.retention), t.declared) for t, n in zip(shown, sizes, strict=True)]
     if rows:
         draw.table(("topic", "partitions#", "messages#", "bytes#", "retention", "declared"), rows)
     missing = [name for name in app.topics if name not in {topic.name for topic in found}]
@@ -65,10 +66,6 @@ def _arrange(app: App, act: str, as_json: bool) -> None:
         events.apply(changes)
     if not as_json:
         click.echo("nothing to do" if not changes else "done" if act == "apply" else "to do it: barnabas topics apply")
-
-
-def _size(size: int | None) -> str:
-    return "?" if size is None else draw.size(size)
 
 
 def _kept(retention: Retention | None) -> str:
