@@ -69,9 +69,7 @@ class App:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name):
             raise DeclarationError(f"{owner}: its name may have up to 200 letters, digits, dots, dashes, underscores")
         partitions = options.get("partitions")
-        if partitions is not None and (
-            isinstance(partitions, bool) or not isinstance(partitions, int) or not 1 <= partitions <= 10_000
-        ):
+        if partitions is not None and (partitions is True or not isinstance(partitions, int) or not 1 <= partitions <= 10_000):
             raise DeclarationError(f"{owner}: partitions={partitions!r}: give a whole number from 1 to 10000")
         limit = options.get("limit")
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):

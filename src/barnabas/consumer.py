@@ -45,9 +45,8 @@ def refuse_unknown(what: str, options: dict[str, Any], known: Sequence[str]) -> 
 
 def check_timeout(owner: str, timeout: Any) -> None:
     """Refuse what is no number of seconds."""
-    if timeout is not None and (
-        isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf")
-    ):
+    fits = isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 < timeout < float("inf")
+    if timeout is not None and not fits:
         raise DeclarationError(f"{owner}: timeout={timeout!r}: give the seconds one run may take, above 0, or None")
 
 
@@ -149,9 +148,8 @@ class Consumer:
         method = topic.name.replace(".", "_").replace("-", "_")
         function = getattr(holder, method, None) or getattr(holder, "process", None)
         if function is None:
-            raise DeclarationError(
-                f"{self.owner}: the class has neither a method {method!r} for topic {topic.name!r} nor `process`"
-            )
+            lacks = f"the class has neither a method {method!r} for topic {topic.name!r} nor `process`"
+            raise DeclarationError(f"{self.owner}: {lacks}")
         return function
 
     def routes(self, holder: Any) -> list[Route]:

@@ -8,6 +8,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 from barnabas.engine.ledger import Intervals, Ledger, Straight
@@ -86,17 +87,11 @@ def fair(members: Sequence[M], partitions: Sequence[P], owners: Mapping[P, M]) -
             owned[owners[p]].append(p)
     # Those who own most keep the shares that are one larger.
     ranked = sorted(members, key=lambda m: -len(owned[m]))
-    share = {m: least + (1 if i < extra else 0) for i, m in enumerate(ranked)}
-    target: dict[P, M] = {}
+    share = {m: least + (i < extra) for i, m in enumerate(ranked)}
+    target = {p: m for m in members for p in owned[m][: share[m]]}
+    free = iter([p for p in partitions if p not in target])
     for m in members:
-        for p in owned[m][: share[m]]:
-            target[p] = m
-    free = [p for p in partitions if p not in target]
-    for m in members:
-        missing = share[m] - min(len(owned[m]), share[m])
-        for p in free[:missing]:
-            target[p] = m
-        free = free[missing:]
+        target.update((p, m) for p in islice(free, max(0, share[m] - len(owned[m]))))
     return target
 
 

@@ -56,9 +56,8 @@ def make_answer(
         answers = list(respond.answers) if respond is not None else []
         if out is not None:
             if only is None:
-                raise ResponderError(
-                    f"{owner} returned a value but answers on {len(declared)} topics; say which with a Respond parameter"
-                )
+                what = f"returned a value but answers on {len(declared)} topics; say which with a Respond parameter"
+                raise ResponderError(f"{owner} {what}")
             answers += [(only, value, None) for value in (out if batch and isinstance(out, list) else [out])]
         uses: dict[Any, int] = {}
         for topic, _, _ in answers:
