@@ -148,7 +148,9 @@ class App:
 
         queue ("default"), retry (25; a number, True for 25, False for none), name, timeout (seconds), dead (True: out of
         retries it goes to the dead set), hooks=[...], retry_for (seconds since the first failure, instead of the number),
-        retry_queue (where retries wait to run), backtrace (True, or how many lines of it are stored with a failure).
+        retry_queue (where retries wait to run), backtrace (True, or how many lines of it are stored with a failure), tags
+        ([...]: labels, also on Sidekiq's page), expires_in (seconds after it was due in which it is to begin; else it is dropped,
+        counted as "expired"), result_ttl (seconds that what it returns is kept, for `outcome`).
 
         unique: until_executed(...), while_executing(...) and the like: at most one of a kind in the queues, or at work.
 
@@ -171,7 +173,7 @@ class App:
     def foreign_job(self, name: str, **options: Any) -> Job:
         """A job that another program declares and runs, a Ruby class such as "HardWorker": it can be enqueued here.
 
-        queue ("default"), retry, retry_for, retry_queue, backtrace and dead as for `job`; arguments are what JSON can say.
+        queue ("default"), retry, retry_for, retry_queue, backtrace, dead and tags as for `job`; arguments are what JSON can say.
         """
         refuse_unknown(f"foreign job {name!r}", options, ("queue", "retry", *STORED))
 

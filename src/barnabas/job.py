@@ -315,8 +315,10 @@ class Job:
         out = self._outgoing(self._positions(args, kwargs), at, {"more": {"debounce": name}}, jid, None)
         if out is None:
             return resolved(None)
-        outs = [out, note(name, jid.encode(), at + KEPT, future)]  # last, so that it never names a job that is not there
-        self._leave(outs, held is not None)
+        last: Future[str] = Future()
+        _speak(last, future, jid)
+        # The note comes last: it never names a job that is not there.
+        self._leave([out, note(name, jid.encode(), at + KEPT, last)], held is not None)
         return future
 
     def then(self, *jobs: "Job | Options") -> "Options":
@@ -426,17 +428,22 @@ class Options:
         last: Future[str] = Future()
         out[-1] = out[-1]._replace(future=last)
         many: Future[list[str]] = Future(None, hand if held else None)
-
-        def done(last: Future[str]) -> None:
-            error = last.exception()
-            if error is not None:
-                many.fail(error)
-            else:  # None: the handler failed, and none of them left
-                many.resolve(None if last.result() is None else jids)
-
-        last.add_done_callback(done)
+        _speak(last, many, jids)
         job._leave(out, held)
         return many
+
+
+def _speak(last: Future[Any], future: Future[Any], value: Any) -> None:
+    """The last of several that leave together speaks for all: with it, `future` has its value or its error."""
+
+    def done(last: Future[Any]) -> None:
+        error = last.exception()
+        if error is not None:
+            future.fail(error)
+        else:  # None: the handler failed, and none of them left
+            future.resolve(None if last.result() is None else value)
+
+    last.add_done_callback(done)
 
 
 def check_call(owner: str, *, tags: Any, **seconds: Any) -> None:

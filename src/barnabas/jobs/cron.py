@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from barnabas.errors import BackendError, DeclarationError
+from barnabas.jobs.beyond import KEPT
 from barnabas.jobs.payload import derived_jid
 from barnabas.message import OutgoingJob
 from barnabas.ports import FOREVER
@@ -21,7 +22,6 @@ from barnabas.ports import FOREVER
 log = logging.getLogger("barnabas")
 POLICIES = ("once", "skip", "all")
 LATE = 10.0  # seconds after which a tick that nobody took counts as missed
-KEPT = 30 * 86400.0  # seconds that a schedule is remembered after a tick nobody took: it may have been removed
 LOOK = 30.0  # seconds between two looks through all jobs for a run that does not end
 PAGE = 500  # missed ticks enqueued in one step
 PAUSED = 4e9  # until when a pause holds (epoch seconds): for good
@@ -104,10 +104,10 @@ class Schedule:
                 at = tick.timestamp()
                 yield at
 
-    def outgoing(self, tick: float, jid: str) -> OutgoingJob | None:
-        """The job of a tick; None if a before_enqueue hook refuses it."""
+    def outgoing(self, tick: float, jid: str, tells: bool = False) -> OutgoingJob | None:
+        """The job of a tick; None if a before_enqueue hook refuses it. `tells`: its end is to be known."""
         args = (datetime.fromtimestamp(tick, self.zone),) if self.job._least else ()
-        return self.job._outgoing(args, None, {} if self.overlap else {"more": {"cron": self.note}}, jid, None)  # type: ignore[no-any-return]
+        return self.job._outgoing(args, None, {"more": {"cron": self.note}} if tells else {}, jid, None)  # type: ignore[no-any-return]
 
     def state(self) -> State | None:
         """How far it has come; None where it never began."""
@@ -129,6 +129,7 @@ class Schedule:
                 return
 
     def _until(self, last: float) -> float:
+        """Until when it is remembered: if nobody takes its next tick for long, it was removed."""
         return min(next(self.after(last), PAUSED) + KEPT, PAUSED)
 
 
@@ -181,7 +182,8 @@ class Cron:
                 log.warning("cron %r: its last run (job %s) has not ended, so this one is left out", schedule.name, state.jid)
                 runs = []
             if due or known is None or known.text != schedule.text:
-                jobs = [job for tick in runs if (job := schedule.outgoing(tick, derived_jid(schedule.note, int(tick))))]
+                made = [schedule.outgoing(at, derived_jid(schedule.note, int(at)), not schedule.overlap) for at in runs]
+                jobs = [job for job in made if job is not None]
                 last, jid = due[-1] if due else state.last, jobs[-1].jid if jobs else state.jid
                 new = msgspec.json.encode(State(schedule.text, last, jid, state.paused))
                 if not home.swap(schedule.note, stored, new, PAUSED if state.paused else schedule._until(last), jobs):
