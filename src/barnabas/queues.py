@@ -117,12 +117,8 @@ def jobs(
         if wanted and job.jid not in wanted:
             continue
         found = entry(job)
-        if (
-            (name is None or found.name == name)
-            and (error is None or error in found.error)
-            and (tag is None or tag in found.tags)
-            and found.time >= begin
-        ):
+        fits = (name is None or found.name == name) and (tag is None or tag in found.tags) and found.time >= begin
+        if fits and (error is None or error in found.error):
             yield found
 
 

@@ -159,12 +159,9 @@ class Settings:
         entries={"*": Option(_number, None, "jobs of this queue at a time in a process", low=1, high=10_000)},
     )  # fmt: skip
     unknown: str = _option(
-        _choice,
-        "retry",
-        "a job whose class no declared job has: it fails, or is left to workers that know it",
-        key="jobs.unknown",
+        _choice, "retry", "a job that the app does not declare: it fails, or is left to workers that know it", key="jobs.unknown",
         choices=("retry", "wait"),
-    )
+    )  # fmt: skip
     unknown_timeout: float = _option(_number, 3600.0, "and fails after that all the same", "seconds", key="jobs.unknown_timeout")
     stop_timeout: float = _option(_number, 25.0, "a stop waits this long for work in hand", "seconds")
     send_timeout: float = _option(_number, 30.0, "a send waits this long for room in the buffer", "seconds")

@@ -34,13 +34,9 @@ def list_(app: App, as_json: bool) -> None:
     """List the schedules: when each ticked last, and when it is to tick next."""
     found = [fields(schedule, app.clock.now()) for schedule in app.crons.values()]
     columns = ("name", "schedule", "job", "queue", "last", "next", "state")
-    draw.listing(
-        as_json,
-        found,
-        columns,
-        lambda f: (*(f[name] for name in columns[:4]), when(f["last"]), when(f["next"]), f["state"]),
-        "the app declares no schedule",
-    )
+    times = ("last", "next")
+    row = lambda f: [when(f[name]) if name in times else f[name] for name in columns]  # noqa: E731
+    draw.listing(as_json, found, columns, row, "the app declares no schedule")
 
 
 def _acting(command: str, doc: str) -> None:
