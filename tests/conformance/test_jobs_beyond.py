@@ -532,11 +532,15 @@ def test_chains_results_and_debounced_calls_through_kills(place, kills, tmp_path
             victim.kill()
             victim.wait()
             running.append(start())
-        outcomes = [future.outcome(90) for future in futures]
         expected = [1000 * kill + n + 2 for kill in range(kills) for n in range(100)]
-        assert outcomes == expected
+        for future, n in zip(futures, expected, strict=True):
+            try:
+                assert future.outcome(90) == n
+            except JobFailed as error:  # it had bad luck, and is dead and told so
+                assert "at 4 crashes of its process" in str(error)
         wait_for(lambda: shop.app.jobs.open_work({}, ["default"]) == 0, "the rest")
-        wait_for(lambda: {n for n in ends() if n < 0} == {-1000 * kill - 10 for kill in range(kills)}, "the debounced")
+        wait_for(lambda: not waiting(shop.app)["scheduled"], "the debounced")
+        wait_for(lambda: shop.app.jobs.open_work({}, ["default"]) == 0, "the rest")
         for process in running:
             process.terminate()
             process.wait(20)  # (it may have had no time to learn of signals)
@@ -545,5 +549,7 @@ def test_chains_results_and_debounced_calls_through_kills(place, kills, tmp_path
         for process in running:
             process.kill()
             process.wait()
-    assert {n for n in ends() if n > 0} == set(expected)
-    assert sum(1 for _ in place.app().jobs.find_jobs()) == 0
+    missing = {*expected, *(-1000 * kill - 10 for kill in range(kills))} - ends().keys()
+    left = waiting(place.app())
+    assert left == {"scheduled": 0, "retry": 0, "dead": left["dead"]} and len(missing) <= left["dead"] <= (kills > 6) * kills
+    assert {n for n in ends() if n < 0} <= {-1000 * kill - 10 for kill in range(kills)}
