@@ -15,6 +15,7 @@ from operator import attrgetter
 import msgspec
 
 from barnabas.app import App
+from barnabas.engine.hand import ID
 from barnabas.engine.handler import to_retry
 from barnabas.inspect import Stored, address, chunks, find, span
 from barnabas.message import Outgoing, Row
@@ -176,7 +177,7 @@ def original(app: App, letter: Stored) -> Row | str:
             where = "{}[{}]@{}".format(*source)
             return f"its value of {said['value-left-out']} bytes was too large to be kept, and {where} is stored no more"
         value = stored.value
-    headers = [(name, data) for name, data in letter.headers if not name.startswith(MARK)]
+    headers = [(name, data) for name, data in letter.headers if not name.startswith(MARK) or name == ID]
     return offset, letter.key, value, headers, float(said.get("timestamp", letter.timestamp or 0.0))
 
 

@@ -169,7 +169,8 @@ class Worker:
         runner.ends = getattr(instance, "tear_down", None)
         runner.begins = getattr(instance, "set_up", None)
         ordered = consumer.order == "partition"
-        runner.attach(events.log(consumer.group, consumer.subscriptions, start=consumer.start, ordered=ordered, listener=runner))
+        source = events.log(consumer.group, consumer.subscriptions, start=consumer.start, ordered=ordered, listener=runner)
+        runner.attach(source, source.atomic is None)
 
     def _jobs(self) -> None:
         app, jobs = self.app, self.app.jobs
@@ -183,7 +184,7 @@ class Worker:
         route = router(entries) if len(crews) == 2 else None
         ahead, guard = None if self.inline else 0.05, crews[0].handler.guard or None
         runner = self._runner("jobs", crews, route=route, limit=1000, ahead=ahead, widths=app.settings.concurrency)
-        runner.attach(jobs.queues(self.queues, runner, guard))
+        runner.attach(jobs.queues(self.queues, runner, guard), app.settings.events != app.settings.jobs)
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         if self.loop is None:

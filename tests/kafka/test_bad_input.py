@@ -66,6 +66,21 @@ def test_random_records_do_no_harm(make, options, count) -> None:
     assert sorted(seen) == [(n, offset) for n, (_, end) in ends(app, "orders").items() for offset in range(end)]
 
 
+@pytest.mark.parametrize("value", [None, b""])
+def test_nothing_but_empty_values_is_read_too(make, value) -> None:
+    app, seen = make(), []
+    topic = app.topic("orders", bytes, codec="raw", partitions=1)
+
+    @app.consumer(topic)
+    def read(value: bytes | None) -> None:
+        seen.append(value)
+
+    app.events  # noqa: B018
+    produce(app, "orders", [(None, value, None)] * 10)
+    drain(app)
+    assert seen == [value] * 10
+
+
 def test_what_cannot_be_decoded_is_dead_with_its_reason_and_all_headers(make) -> None:
     app, seen = make(), []
     topic = app.topic("orders", dict[str, int], partitions=3)

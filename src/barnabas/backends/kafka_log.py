@@ -84,7 +84,7 @@ class KafkaLog(KafkaMember):
     def _take(self, messages: list[Any]) -> None:
         """Sort messages by partition."""
         claims, bad = self._claims, []
-        size = sum(map(len, messages)) / len(messages)
+        size = 1 + sum(map(len, messages)) / len(messages)  # (of the values: none, if all are null or empty)
         at, last, add = None, None, None
         for message in messages:
             at = (message.topic(), message.partition())

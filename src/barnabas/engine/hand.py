@@ -9,6 +9,7 @@ from barnabas.future import Future
 from barnabas.message import Key, Outgoing, OutgoingJob, Row
 from barnabas.ports import Part
 
+ID = "barnabas-id"  # the header
 Cells = dict[tuple[str, Any], bytes | None]
 
 
@@ -76,7 +77,7 @@ class Hand:
         """The handler succeeded: what it sent and wrote becomes part of its run's result."""
         run = self.run
         if self.outputs:
-            run.outputs += self.outputs
+            run.outputs += self._marked() if run.part.marked else self.outputs
             self.outputs = ()
         cells = self.cells
         if cells:
@@ -86,6 +87,19 @@ class Hand:
                 written[cell] = data
         self.used = False
         self.sent = 0
+
+    def _marked(self) -> list[Outgoing | OutgoingJob]:
+        """The outputs, each message with its id as a header: where outputs and position are not stored in one step, a
+        repeat is told by it."""
+        cause = cause_of(self.run.part, self.row)
+        found: list[Outgoing | OutgoingJob] = []
+        for index, out in enumerate(self.outputs, 1):
+            if len(out) == 7:
+                future = out[6]
+                id = (future.id if type(future) is Future else None) or f"{cause}/+{index}"
+                out = (*out[:4], [*(out[4] or ()), (ID, id.encode())], *out[5:])
+            found.append(out)
+        return found
 
     def forget(self) -> None:
         """The handler failed: nothing of it leaves. Ids go on, for what a hook may still send."""

@@ -68,14 +68,17 @@ class Runner:
         self._count = 0
         self._settled_at = 0.0
         self._away: str | None = None
+        self._marks = False
         for crew in self.crews:
             crew.wake = self.wake
             crew.enough = max(1, limit // 4) if not widths else 1  # there what is finished makes room
         gate.runners.append(self)
 
-    def attach(self, source: Source) -> None:
-        """Give the runner its source (which needed the runner as its listener)."""
-        self.source = source
+    def attach(self, source: Source, marks: bool = False) -> None:
+        """Give the runner its source (which needed the runner as its listener). `marks`: what is sent carries its id."""
+        self.source, self._marks = source, marks
+        for part in self.parts:
+            part.marked = self._marks
 
     def wake(self) -> None:
         """End the wait of the fetch thread."""
@@ -274,6 +277,8 @@ class Runner:
         self.parts += parts
         for part in parts if self._widths else ():
             part.room = self._widths.get(part.topic, FOREVER)
+        for part in parts:
+            part.marked = self._marks
         if self._on_parts is not None:
             self._on_parts("assigned", parts)
 
