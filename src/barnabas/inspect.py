@@ -180,8 +180,11 @@ def begin(events: Backend, state: TopicState, number: int, start: Start) -> int:
     if isinstance(start, int):
         return max(start, first)
     if isinstance(start, datetime):
-        # Timestamps may be the sender's own, so they need not rise: no bisection.
         since = start.timestamp()
+        if hasattr(events, "since"):
+            found: int = events.since(state.name, number, since)
+            return max(first, min(end, found))
+        # Timestamps may be the sender's own, so they need not rise: no bisection.
         rows = span(events, state.name, number, first, end)
         return next((m.offset for m in rows if m.timestamp is not None and m.timestamp >= since), end)
     return end if start == "latest" else first

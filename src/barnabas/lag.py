@@ -7,8 +7,9 @@ from operator import attrgetter
 import msgspec
 
 from barnabas.app import App
+from barnabas.backends.shares import check_offset
 from barnabas.consumer import Consumer
-from barnabas.errors import DeclarationError, Refused
+from barnabas.errors import DeclarationError
 from barnabas.inspect import Start, begin
 from barnabas.ports import Position, TopicState
 from barnabas.processes import ProcessInfo, pauses, processes, state
@@ -182,8 +183,8 @@ def plan(app: App, group: str, to: Start | None, topic: str | None = None, parti
         raise DeclarationError(f"an offset ({to}) belongs to one partition; say which, by --partition and --topic: {there}")
     moves = []
     for at in chosen:
-        if isinstance(to, int) and not at.first <= to <= at.end:
-            raise Refused(f"{at.topic}[{at.partition}] has no offset {to}: it holds {at.first} to {at.end - 1}; {at.end} is next")
+        if isinstance(to, int):
+            check_offset(at._replace(offset=to), at.first, at.end)
         offset = None if to is None else begin(app.events, stored[at.topic], at.partition, to)
         start = next((consumer.start for consumer in app.consumers.values() if consumer.group == group), "earliest")
         after = unfinished(at._replace(offset=offset, done=[]), start)[0]

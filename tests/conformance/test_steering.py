@@ -2,11 +2,12 @@
 
 import json
 import threading
+from datetime import UTC, datetime
 
 import pytest
 from conftest import settled, wait_for
 
-from barnabas import Message, Reject, Retry
+from barnabas import Message, Reject, Retry, inspect
 from barnabas.errors import Refused, UnknownTopic
 from barnabas.ports import Position
 
@@ -21,6 +22,29 @@ def at(topic, group, partition, offset, done=(), **more):
 
 
 # Positions.
+
+
+def test_a_position_is_placed_alone_where_something_is_stored_or_comes_next(place, app):
+    topic = app.topic("steps", int, partitions=1)
+    topic.send_many(range(5)).result(5)
+    for wrong in (-1, 6):
+        with pytest.raises(Refused, match=rf"steps\[0\] has no offset {wrong}: it holds 0 to 4; 5 is next"):
+            app.events.place([at(topic, "readers", 0, wrong)])
+    app.events.place([at(topic, "readers", 0, 5)])
+    assert [position.offset for position in app.events.positions()] == [5]
+
+
+def test_a_time_is_found_where_the_first_message_is_not_older(place, app):
+    topic = app.topic("steps", int, partitions=1)
+    now = float(int(app.clock.now()))
+    for ago in (90, 50, 70, 30):  # senders' own times need not rise
+        topic.send(ago, timestamp=now - ago).result(5)
+
+    def since(ago: float) -> list[int]:
+        when = datetime.fromtimestamp(now - ago, UTC)
+        return sorted(message.offset for message in inspect.read(app, "steps", when))
+
+    assert [since(ago) for ago in (100, 90, 89.5, 60, 50, 40, 29)] == [[0, 1, 2, 3]] * 2 + [[1, 2, 3]] * 3 + [[3], []]
 
 
 def positions(app):

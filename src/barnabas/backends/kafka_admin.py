@@ -1,6 +1,7 @@
 """Kafka's topics and stored messages, as the admin client and a reader of its own see them."""
 
 import functools
+import math
 import re
 import threading
 import time
@@ -270,6 +271,12 @@ class KafkaAdmin:
         found = self.ask("the ends of topics", lambda: self.admin.list_offsets(asked))
         return {(tp.topic[cut:], tp.partition): info.offset for tp, info in found.items()}
 
+    def since(self, topic: str, partition: int, time: float) -> int:
+        """The offset of the first message that is not older; that after the newest, if all are."""
+        at, spec = (topic, partition), OffsetSpec.for_timestamp(math.ceil(time * 1000))
+        found = self.ends([at], spec)[at]
+        return found if found >= 0 else self.ends([at])[at]
+
     def topics(self) -> list[TopicState]:
         where = [(name, n) for name, count in self.metadata().items() if not name.startswith("__") for n in range(count)]
         firsts, ends = self.ends(where, OffsetSpec.earliest()), self.ends(where)
@@ -299,6 +306,8 @@ class KafkaAdmin:
                             return rows[:limit]
                         else:
                             raise explain(error, f"reading {topic!r}", self)
+                if not rows and limit:
+                    raise explain(KafkaError(KafkaError._TIMED_OUT), f"reading {topic!r}", self)
                 return rows[:limit]
             finally:
                 reader.unassign()

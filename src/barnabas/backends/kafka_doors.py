@@ -17,7 +17,7 @@ from confluent_kafka.admin import OffsetSpec
 from barnabas.backends.kafka_admin import PATIENCE, KafkaAdmin
 from barnabas.backends.kafka_options import CONSUMER
 from barnabas.backends.kafka_words import FORGOTTEN, MARK, explain, pack, unpack
-from barnabas.backends.shares import HOST, by_partition, finished
+from barnabas.backends.shares import HOST, by_partition, check_offset, finished
 from barnabas.errors import Refused, UnknownTopic
 from barnabas.message import Outgoing
 from barnabas.ports import Position, Process, QueueState, StoredJob
@@ -99,10 +99,13 @@ class KafkaDoors(KafkaAdmin):
 
     def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
         wanted: dict[str, list[TopicPartition]] = {}
-        stored = self.metadata()
+        stored, positions = self.metadata(), list(positions)
+        where = [(at.topic, at.partition) for at in positions if at.partition < stored.get(at.topic, 0)]
+        firsts, ends = self.ends(where, OffsetSpec.earliest()), self.ends(where)
         for at in positions:
             if at.partition >= stored.get(at.topic, 0):
                 raise UnknownTopic(f"there is no partition {at.partition} of a topic {at.topic!r}")
+            check_offset(at, firsts[at.topic, at.partition], ends[at.topic, at.partition])
             beside = FORGOTTEN if at.offset is None else pack(at.offset, at.done, {}, {})
             tp = TopicPartition(self.prefix + at.topic, at.partition, at.offset or 0, metadata=beside or MARK)
             wanted.setdefault(at.group, []).append(tp)

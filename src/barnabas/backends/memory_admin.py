@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from barnabas.backends.shares import HOST, STATES, by_partition, finished
+from barnabas.backends.shares import HOST, STATES, by_partition, check_offset, finished
 from barnabas.errors import Refused, UnknownTopic
 from barnabas.jobs.payload import enqueued_at, recalled, requeued
 from barnabas.jobs.unique import held
@@ -76,6 +76,8 @@ class MemoryAdmin:
                     raise Refused(f"group {at.group!r} has members: {self.name}; stop them first")
                 if at.partition >= len(self.logs.get(at.topic, ())):
                     raise UnknownTopic(f"there is no partition {at.partition} of a topic {at.topic!r}")
+                log = self.logs[at.topic][at.partition]
+                check_offset(at, log.first, log.next)
             for at in wanted:
                 if at.offset is None:
                     self.marks.pop((at.group, at.topic, at.partition), None)

@@ -12,8 +12,8 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from barnabas.engine.ledger import Intervals, Ledger, Straight
-from barnabas.errors import BufferFull
-from barnabas.ports import Part, Result
+from barnabas.errors import BufferFull, Refused
+from barnabas.ports import Part, Position, Result
 
 HOST = socket.gethostname()
 CONTROL = "barnabas.control"  # the table that keeps what operators have asked for
@@ -124,6 +124,12 @@ def close_books(results: Iterable[Result]) -> set[Part]:
                 part.attempts.pop(row[0], None)
                 part.crashes.pop(row[0], None)
     return touched
+
+
+def check_offset(at: Position, first: int, end: int) -> None:
+    """Refuse a position where nothing is stored and nothing will come next."""
+    if at.offset is not None and not first <= at.offset <= end:
+        raise Refused(f"{at.topic}[{at.partition}] has no offset {at.offset}: it holds {first} to {end - 1}; {end} is next")
 
 
 def finished(offset: int, done: Intervals, more: Iterable[int]) -> tuple[list[int], int, Intervals]:

@@ -9,7 +9,7 @@ from typing import Any
 import apsw
 
 from barnabas.backends.host import look
-from barnabas.backends.shares import CONTROL, HOST, STATES, by_partition, finished, told
+from barnabas.backends.shares import CONTROL, HOST, STATES, by_partition, check_offset, finished, told
 from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_store import SqliteStore
 from barnabas.errors import Refused, UnknownTopic
@@ -92,6 +92,7 @@ class SqliteAdmin(SqliteStore):
                 raise Refused(f"group {group!r} has members: {', '.join(str(name_of(*row)) for row in rows)}; stop them first")
         for at in positions:
             where = (self.name_id(db, "group", at.group), self._head(db, at.topic, at.partition)[0])
+            check_offset(at, *one(db, "SELECT first, next FROM heads WHERE gid = ?", where[1:]))
             if at.offset is None:
                 db.execute("DELETE FROM positions WHERE grp = ? AND gid = ?", where)
                 continue

@@ -42,6 +42,7 @@ def send(app: App, topic: str, value: str | None, file: Path | None, key: str | 
     if target is None:
         hint = inspect.meant(topic, app.topics, "topics")
         raise UnknownTopic(f"app {app.name!r} declares no topic {topic!r}; {hint}")
+    app.events.open_work({}, [])  # a question that only a server in reach answers: what is sent would wait for it
     if value is not None and value != "-":
         [message] = _sent(target, [("the value", value.encode())], key)
         said = {name: getattr(message, name) for name in ("topic", "partition", "offset", "key", "timestamp")}
