@@ -263,7 +263,7 @@ class App:
         return function
 
     def observe(self, observer: Observer) -> Observer:
-        """Hand every Settled and Failed record to `observer`; it may look, never change."""
+        """Hand every Settled, Failed and Statistics record to `observer`; it may look, never change."""
         check_function(observer, "observe")
         self.observers.watchers.append(observer)
         return observer

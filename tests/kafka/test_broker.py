@@ -17,7 +17,10 @@ from confluent_kafka.admin import NewTopic
 from servers import murmur2
 
 from barnabas import App, Delivery
+from barnabas.backends import kafka_log
+from barnabas.backends.kafka_group import KafkaMember
 from barnabas.backends.kafka_options import COMMON
+from barnabas.engine.observe import Statistics
 from barnabas.errors import DeclarationError, SendError, UnknownTopic, ValueTooLarge
 from barnabas.worker import Worker
 
@@ -186,9 +189,35 @@ def _sent(topic, value: int) -> bool:
     return True
 
 
+def test_statistics_of_the_clients_reach_observers_if_asked_for(make) -> None:
+    app, told = make(kafka={"statistics.interval.ms": 200}), []
+    app.observe(told.append)
+    topic = app.topic("orders", int, partitions=1)
+    app.consumer(topic, name="read")(lambda n: None)
+    topic.send(1).result(10)
+    with running(app):
+        found = lambda: {each.kind: each for each in told if isinstance(each, Statistics)}  # noqa: E731
+        wait_for(lambda: found().keys() == {"producer", "consumer"}, "told")
+        wait_for(lambda: found()["consumer"].figures["rxmsgs"] == 1, "counted")
+    assert found()["producer"].figures["txmsgs"] >= 1
+
+
+def test_what_is_idle_is_committed_again_before_kafka_forgets_it(make, monkeypatch) -> None:
+    app, commits = make(), []
+    topic = app.topic("orders", int, partitions=2)
+    app.consumer(topic, name="read")(lambda n: None)
+    answered = KafkaMember._on_commit
+    monkeypatch.setattr(KafkaMember, "_on_commit", lambda self, *a: (commits.append((time.monotonic(), a)), answered(self, *a)))
+    monkeypatch.setattr(kafka_log, "KEEP", 1.5)
+    with running(app) as worker:
+        wait_for(worker.drained, "drained")
+        wait_for(lambda: len([1 for _, (_, where) in commits if len(where) == 4]) >= 4, "committed again and again")
+    assert all(error is None for _, (error, _) in commits)  # of the retry topic too, which nobody subscribes to
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_broker_that_goes_away_and_comes_back_loses_nothing(make, tmp_path, how) -> None:
+def test_a_broker_that_goes_away_and_comes_back_loses_nothing(make, tmp_path, caplog, how) -> None:
     folder = ["--dir", str(tmp_path / "kafka")]
     servers = subprocess.run([*DEV, "start", *folder], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     try:
@@ -209,6 +238,9 @@ def test_a_broker_that_goes_away_and_comes_back_loses_nothing(make, tmp_path, ho
                 os.kill(pid, signal.SIGCONT)
             assert [future.result(60).value for future in futures] == list(range(300))
             wait_for(lambda: len(set(seen)) == 300 and worker.drained(), "drained", 60)
+            if how == signal.SIGKILL:  # one line a change
+                said = [line for line in caplog.messages if line.startswith(f"{servers}: ")]
+                assert len(said) == 2 and "all brokers down" in said[0] and said[1].endswith("works again"), said
         app.close()
     finally:
         subprocess.run([*DEV, "stop", *folder], check=True)

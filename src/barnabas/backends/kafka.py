@@ -17,11 +17,13 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import confluent_kafka as driver
+import msgspec
 from confluent_kafka import KafkaError, KafkaException
 
 from barnabas.backends.kafka_doors import KafkaDoors
 from barnabas.backends.kafka_options import PRODUCER, Quiet, check_options
 from barnabas.backends.kafka_words import as_key, explain
+from barnabas.engine.observe import Statistics
 from barnabas.errors import BarnabasError, BufferFull, DeclarationError, SendError, SettingError
 from barnabas.future import Future
 from barnabas.message import Outgoing, OutgoingJob
@@ -43,7 +45,7 @@ class _Line:
         self.key = key
         self.home: KafkaBackend | None = None
         self.fatal = False
-        self.producer = make(error_cb=self._trouble)
+        self.producer = make(error_cb=self._trouble, stats_cb=self._statistics)
 
     def open(self, home: "KafkaBackend") -> None:
         """Be this app's."""
@@ -58,10 +60,11 @@ class _Line:
         if left:
             self.producer.purge()
             self.producer.flush(1.0)
+        counts = self.home is not None and self.home.options.get("statistics.interval.ms")  # which would pile up
         self.home = None
         self.end.set()
         others = _idle.setdefault(self.key, [])
-        if not left and not self.fatal and len(others) < IDLE:
+        if not left and not self.fatal and not counts and len(others) < IDLE:
             others.append(self)
         return left
 
@@ -70,10 +73,19 @@ class _Line:
         if self.home is not None:
             self.home.trouble(error)
 
+    def _statistics(self, text: str) -> None:
+        if self.home is not None:
+            self.home.statistics(text)
+
     def _serve(self, home: "KafkaBackend", end: threading.Event) -> None:
         """Serve delivery reports as they come. Whoever sends a lot serves them too, and is not to be disturbed."""
-        seen = 0
+        seen, looked = 0, 0.0
         while not end.is_set() and (home.line is self or len(self.producer)):
+            if home.away and time.monotonic() - looked > 1.0:
+                with suppress(KafkaException):  # it is away still
+                    self.producer.list_topics(timeout=0.2)
+                    home.works()
+                looked = time.monotonic()
             busy, seen = home.sent - seen > SERVE // 2, home.sent
             if busy:
                 end.wait(0.001)
@@ -149,6 +161,8 @@ class KafkaBackend(KafkaDoors):
         Raises SettingError for what the driver refuses.
         """
         config = {**own, **self.options, "bootstrap.servers": self.servers, "error_cb": self.trouble, **fixed}
+        if "stats_cb" not in fixed:
+            config.pop("statistics.interval.ms", None)
         if str(config.get("group.protocol", "classic")).lower() == "consumer":  # the broker's to decide
             for name in ("session.timeout.ms", "heartbeat.interval.ms", "partition.assignment.strategy"):
                 if name not in self.options:
@@ -157,6 +171,12 @@ class KafkaBackend(KafkaDoors):
             return kind(config, logger=Quiet)
         except KafkaException as error:
             raise SettingError(f"kafka={{...}}: the driver refuses an option: {error.args[0].str()}") from None
+
+    def statistics(self, text: str) -> None:
+        """The driver's statistics callback: observers are told."""
+        if (app := next((topic.app for topic in self.declared.values()), None)) is not None:
+            figures = msgspec.json.decode(text)
+            app.observers.tell(Statistics(figures["name"], figures["type"], figures))
 
     def _start(self) -> Any:
         with self._lock:

@@ -106,6 +106,7 @@ class KafkaMember:
             "auto.offset.reset": "error",
             "allow.auto.create.topics": False,
             "on_commit": self._on_commit,
+            "stats_cb": home.statistics,
         }
         home.join()
         fixed["client.id"] = home.name

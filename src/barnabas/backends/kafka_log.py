@@ -19,6 +19,7 @@ COMMIT, QUIET = 1.0, 0.1  # seconds between two commits under load, and when not
 SLICE = 0.1  # seconds: the longest wait inside the driver when nothing is in flight
 BATCH = 499  # rows taken at once; larger batches overlap worse
 PATIENCE = 1.0  # seconds to wait for room before pausing, which throws away what the driver has fetched ahead
+KEEP = 3600.0  # seconds between two commits of everything: Kafka forgets what nobody commits for offsets.retention.minutes
 FLIGHT_BYTES = 8 * 1024 * 1024  # bytes of one partition in flight, at least one message
 
 
@@ -26,7 +27,7 @@ class KafkaLog(KafkaMember):
     """A source of deliveries."""
 
     _limit = 1
-    _looked = 0.0
+    _looked = _kept_at = 0.0
 
     # Fetching.
 
@@ -44,6 +45,9 @@ class KafkaLog(KafkaMember):
         if now > self._until - self._session * 0.4:  # about once a second
             self._renew()
             self._see_new_topics()
+            if now - self._kept_at > KEEP:
+                self._kept_at = now
+                self._dirty.update(dict.fromkeys(self._claims.values()))
         found, wait = self._hand_out(now), timeout
         busy = any(claim.part.held for claim in self._claims.values())
         if self._dirty and now - self._committed_at >= (COMMIT if busy else QUIET):

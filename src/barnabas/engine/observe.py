@@ -33,6 +33,15 @@ class Failed(msgspec.Struct, frozen=True):
     job: str = ""  # its id; the partition is -1 then, and the topic its queue
 
 
+class Statistics(msgspec.Struct, frozen=True):
+    """What a backend's client counts, as its driver tells it (Kafka: librdkafka's STATISTICS.md); only if asked for by
+    kafka={"statistics.interval.ms": ...}. kind: "producer" or "consumer"."""
+
+    client: str
+    kind: str
+    figures: dict[str, Any]
+
+
 Observer = Callable[[Any], None]
 
 
