@@ -8,6 +8,7 @@ pytest.importorskip("confluent_kafka")
 
 from barnabas import App
 from barnabas.backends.kafka_words import MARK, MOST, pack, unpack
+from barnabas.engine.ledger import Ledger, Straight
 from barnabas.errors import BackendError, DeclarationError, SettingError
 from barnabas.inspect import check
 
@@ -25,6 +26,29 @@ def test_what_is_packed_is_unpacked(seed: int) -> None:
     counts = [{offset + choose.randrange(10**6): choose.randrange(1, 1000) for _ in range(few)} for _ in "ab"]
     text = pack(offset, done, *counts)
     assert unpack(offset, text) == (done, *counts) and text.isascii() and len(text) <= MOST
+
+
+@pytest.mark.parametrize("kind", [Ledger, Straight])
+def test_what_an_earlier_owner_finished_never_overlaps_what_we_did(kind) -> None:
+    for seed in range(100):
+        choose, offset, flight, own = random.Random(seed), 0, [], set()
+        before = [(low, low + choose.randrange(1, 60)) for low in choose.sample(range(0, 400, 70), 3)]
+        account = kind(0, sorted(before))
+        while offset < 400:
+            rows = [(n, None, b"", None, 0.0) for n in range(offset, offset + choose.randrange(1, 40))]
+            offset = account.next = rows[-1][0] + 1
+            flight += account.add(rows)
+            some = flight[: choose.randrange(len(flight) + 1)] if kind is Straight else choose.sample(flight, len(flight) // 2)
+            if some:
+                account.finish(some)
+                flight = [row for row in flight if row not in some]
+                own |= {row[0] for row in some}
+            at, done = account.position()
+            edges = [at, *(edge for span in done for edge in span)]
+            assert edges == sorted(edges) and unpack(at, pack(at, done, {}, {}))[0] == done
+            told = {*range(at)} | {n for low, high in done for n in range(low, high)}
+            assert told >= {n for low, high in before for n in range(low, high)} | (own if kind is Ledger else set())
+            assert not told & {row[0] for row in flight}
 
 
 def test_what_is_too_long_is_cut_at_its_end() -> None:

@@ -21,7 +21,7 @@ class Ledger:
         self._open: dict[int, int] = {}
         self._done: dict[int, int] = {}  # finished but beyond the watermark: offset -> the offset after it
         self.next = position
-        self.done_before = [(a, b) for a, b in done if b > position]  # finished by an earlier owner: never handed out
+        self.done_before = _beyond(position, done)  # finished by an earlier owner: never handed out
 
     def __len__(self) -> int:
         """How far the account reaches beyond the watermark: in flight, or finished out of order."""
@@ -48,7 +48,7 @@ class Ledger:
                 self._done[row[0]] = row[0] + 1
             else:
                 kept.append(row)
-        self.done_before = [(a, b) for a, b in intervals if b > rows[-1][0] + 1]
+        self.done_before = _beyond(rows[-1][0] + 1, intervals)
         if not kept and not self._open:  # nothing is to be settled that would move the watermark over them
             self._done.clear()
         return kept
@@ -85,7 +85,7 @@ class Straight:
         self._count = 0
         self._watermark = position
         self.next = position
-        self.done_before = [(a, b) for a, b in done if b > position]
+        self.done_before = _beyond(position, done)
 
     def __len__(self) -> int:
         return self._count
@@ -112,8 +112,13 @@ class Straight:
             self._watermark = max(self.next, self._watermark)
         watermark = self._watermark
         if self.done_before:
-            self.done_before = [(a, b) for a, b in self.done_before if b > watermark]
+            self.done_before = _beyond(watermark, self.done_before)
         return watermark, list(self.done_before)
+
+
+def _beyond(offset: int, intervals: Iterable[tuple[int, int]]) -> Intervals:
+    """What of these lies there: accounts overlap nowhere."""
+    return [(max(a, offset), b) for a, b in intervals if b > offset]
 
 
 def _intervals(offsets: list[int]) -> Intervals:
