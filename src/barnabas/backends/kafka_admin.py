@@ -31,7 +31,7 @@ T = TypeVar("T")
 DEFAULT_PARTITIONS = 6
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 PATIENCE = 10.0  # seconds an administrative request may take
-LOOK = 5.0  # seconds between two looks at the ids of topics
+LOOK = 10.0  # seconds between two looks at the ids of topics
 ROOM = 64 * 1024  # bytes that a stored message may have beyond its topic's limit: key, headers, framing
 
 

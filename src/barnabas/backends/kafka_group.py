@@ -82,6 +82,7 @@ class KafkaMember:
         session = home.options.get("session.timeout.ms")
         self._session = float(session) / 1000 if session is not None else home.session
         self._claims: dict[tuple[str, int], Claim] = {}
+        self._many = max(1, len(topics[0].app.consumers))  # consumers of this process, which share out memory and wake-ups
         self._ids: dict[str, str] = {}  # of the topics whose offsets ours are
         self._numbers = 0
         self._dirty: dict[Claim, None] = {}
@@ -112,7 +113,9 @@ class KafkaMember:
         fixed["client.id"] = home.name
         if instance := home.options.get("group.instance.id"):
             fixed["group.instance.id"] = f"{instance}-{self.group}"
-        own = {"session.timeout.ms": round(self._session * 1000), "queued.max.messages.kbytes": 16384}
+        own = {"session.timeout.ms": round(self._session * 1000)}
+        own["queued.max.messages.kbytes"] = min(16384, max(1024, 65536 // self._many))
+        own["fetch.wait.max.ms"] = min(1000, max(100, 10 * self._many, 10 * len(self._names)))  # (an answer waits no longer for what comes first)
         self._consumer = home.client(driver.Consumer, CONSUMER | own, **fixed)
         strategy = str(home.options.get("partition.assignment.strategy", "cooperative"))
         classic = str(home.options.get("group.protocol", "classic")).lower() == "classic"

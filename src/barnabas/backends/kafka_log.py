@@ -61,7 +61,7 @@ class KafkaLog(KafkaMember):
             self._woken.clear()
             return found
         self._woken.clear()
-        messages = self._poll(min(wait, BUSY if busy or self._dirty else SLICE))
+        messages = self._poll(min(wait, BUSY if busy or self._dirty else min(self._session / 10, SLICE * max(1, self._many / 10))))
         if self._broken:
             return found
         if messages:

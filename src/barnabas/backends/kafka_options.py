@@ -28,7 +28,6 @@ PRODUCER: dict[str, Any] = {
 CONSUMER: dict[str, Any] = {
     **COMMON,
     "fetch.queue.backoff.ms": 10,  # the driver's 1000 costs a factor of six at a backlog
-    "fetch.wait.max.ms": 100,
     "partition.assignment.strategy": "cooperative-sticky",
     "heartbeat.interval.ms": 1000,
     "client.id": "barnabas",
