@@ -115,7 +115,7 @@ class KafkaMember:
             fixed["group.instance.id"] = f"{instance}-{self.group}"
         own = {"session.timeout.ms": round(self._session * 1000)}
         own["queued.max.messages.kbytes"] = min(16384, max(1024, 65536 // self._many))
-        own["fetch.wait.max.ms"] = min(1000, max(100, 10 * self._many, 10 * len(self._names)))  # (an answer waits no longer for what comes first)
+        own["fetch.wait.max.ms"] = min(1000, max(100, 10 * self._many, 10 * len(self._names)))  # of a fetch that finds nothing
         self._consumer = home.client(driver.Consumer, CONSUMER | own, **fixed)
         strategy = str(home.options.get("partition.assignment.strategy", "cooperative"))
         classic = str(home.options.get("group.protocol", "classic")).lower() == "classic"

@@ -61,7 +61,8 @@ class KafkaLog(KafkaMember):
             self._woken.clear()
             return found
         self._woken.clear()
-        messages = self._poll(min(wait, BUSY if busy or self._dirty else min(self._session / 10, SLICE * max(1, self._many / 10))))
+        slice = BUSY if busy or self._dirty else min(self._session / 10, SLICE * max(1, self._many / 10))
+        messages = self._poll(min(wait, slice))
         if self._broken:
             return found
         if messages:
