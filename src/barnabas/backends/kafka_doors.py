@@ -184,9 +184,9 @@ class KafkaDoors(KafkaAdmin):
         """What the control topic says now."""
         with self._control_lock:
             name = self.prefix + self._control
-            if self._control not in self.metadata():
-                return {}
             if self._watcher is None:
+                if self._control not in self.metadata():
+                    return {}
                 fixed = {"group.id": "barnabas-control", "enable.auto.commit": False, "group.protocol": "classic"}
                 self._watcher = self.client(driver.Consumer, CONSUMER, **fixed, **{"auto.offset.reset": "earliest"})
                 self._watcher.assign([TopicPartition(name, 0, 0)])
@@ -209,8 +209,10 @@ class KafkaDoors(KafkaAdmin):
             self._asked[key] = (value.decode(), message.timestamp()[1] / 1000)
 
     def _say(self, key: str, value: str | None) -> None:
-        if self._control not in self.metadata():
-            self.create_topics([(self._control, 1, -1, _COMPACT)])
+        if self._control not in self.names:
+            if self._control not in self.metadata():
+                self.create_topics([(self._control, 1, -1, _COMPACT)])
+            self.names[self._control] = self.prefix + self._control
         self.store(self._control, key, None if value is None else value.encode())
 
     def processes(self) -> list[Process]:
