@@ -18,6 +18,7 @@ from barnabas import (
 )
 from barnabas.errors import Conflict, SendError
 from barnabas.jobs.payload import parse
+from barnabas.queues import jobs, locks
 from barnabas.worker import Worker
 
 
@@ -239,6 +240,10 @@ def test_those_that_wait_hold_no_thread(place, app):
         wait_for(lambda: len(others) == 20, "the others", worker)
         wait_for(lambda: len(arguments(app, "work")) == 1, "settled", worker)
         assert len(gate.ran) == 1 and len(arguments(app, "scheduled")) == 9
+        (works,), lock = list(jobs(app, state="work")), charge.lock.key((0, "a")) + ":RUN"
+        assert locks(app, works) == {"holds": lock} and app.jobs.holder(lock) == works.job.jid
+        told = f"job {works.job.jid}, at work with the lock {lock}"
+        assert {locks(app, entry)["waits for"] for entry in jobs(app, state="scheduled")} == {told}
         gate.may_end.set()
         wait_for(lambda: gate.ran == [*range(10)], "all, in their order", worker)
 
@@ -324,7 +329,7 @@ def test_operators_free_and_keep_locks(place, app):
 
     key = mail.lock.key((1,))
     jid = mail.enqueue_in(60, 1).result(5)
-    assert app.jobs.holder(key) == jid
+    assert app.jobs.holder(key) == jid and [locks(app, entry) for entry in jobs(app)] == [{"holds": key}]
     assert app.jobs.move_jobs([job.ref for job in app.jobs.find_jobs()], "ready") == 1
     assert app.jobs.holder(key) == jid
     assert app.jobs.move_jobs([job.ref for job in app.jobs.find_jobs()], None) == 1

@@ -25,6 +25,8 @@ from barnabas.jobs.payload import build
 from barnabas.worker import Worker
 
 pytestmark = pytest.mark.slow
+DEATHS = ("unsent", "half", "answered")
+SOAK = pytest.mark.soak  # the same with unique jobs takes as long again
 JOBS, LATER = 40, 10
 LANES = 4  # cases at a time
 LEFT = """-- of the prefix ARGV[1]: what is in queue a, in the sets, and in hands, in one look
@@ -105,7 +107,8 @@ def nothing_else(client: Any, prefix: str, *but: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("when", "unique"), [("unsent", False), ("half", False), ("answered", False), ("half", True), ("answered", True)]
+    ("when", "unique"),
+    [*((when, False) for when in DEATHS), *(pytest.param(when, True, marks=SOAK) for when in DEATHS)],
 )
 def test_a_process_that_dies_at_any_command_loses_nothing(client, when, unique, tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("mortal.py"))]
@@ -207,7 +210,12 @@ def scenario(line: Line, db: int, at: int, unique: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    "unique", [None, while_executing(by=lambda n: n % 8), until_and_while_executing()], ids=["plain", "running", "queued"]
+    "unique",
+    [
+        pytest.param(None, id="plain"),
+        pytest.param(while_executing(by=lambda n: n % 8), id="running", marks=SOAK),
+        pytest.param(until_and_while_executing(), id="queued", marks=SOAK),
+    ],
 )
 @pytest.mark.parametrize("what", ["send_packed_command", "read_response"])
 def test_a_cut_at_any_command_loses_nothing(client, what, unique, monkeypatch):

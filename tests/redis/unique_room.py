@@ -42,3 +42,9 @@ def charge(n: int, kind: str) -> None:
 def once(n: int) -> None:
     """One of a kind from its enqueueing on."""
     alone(f"once-{n}", n, 0.01)
+
+
+@app.job(unique=while_executing(by="kind"))
+def doze(n: int, kind: str) -> None:
+    """It ends by itself long after its lock would."""
+    time.sleep(60)

@@ -1,0 +1,97 @@
+"""Unique jobs on Redis: what others do with jobs and locks, and a process that cannot renew its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import RedisServer, shared_redis
+from test_redis_kill import HERE
+
+from barnabas import App, until_executed, while_executing
+from barnabas.backends import redis_life
+from barnabas.worker import Worker
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def app(tmp_path):
+    app = App("shop", events="memory:", jobs=f"{shared_redis().url}?prefix={tmp_path.name}:", threads=2)
+    yield app
+    app.close()
+
+
+def test_the_lock_of_a_job_that_others_delete_is_freed(app, monkeypatch, caplog):
+    monkeypatch.setattr(redis_life, "SWEEP", 0.2)
+
+    @app.job(queue="mail", unique=until_executed())
+    def mail(n: int): ...
+
+    @app.job
+    def other(n: int): ...
+
+    stays, goes = (mail.enqueue(n).result(5) for n in (1, 2))
+    key, client = app.jobs.key, app.jobs.client
+    worker = Worker(app, only=["other"])
+    worker.start()
+    for payload in client.lrange(key("queue:mail"), 0, -1):
+        if goes.encode() in payload:
+            client.lrem(key("queue:mail"), 1, payload)  # as Sidekiq's web page does
+    wait_for(lambda: app.jobs.holder(mail.lock.key((2,))) is None)
+    time.sleep(0.5)
+    worker.stop(5.0)
+    assert app.jobs.holder(mail.lock.key((1,))) == stays and f"job {goes} was deleted by somebody else" in caplog.text
+    mail.enqueue(2).result(5)
+
+
+def test_a_lock_of_ruby_s_keeps_us_out_and_ours_ruby(app):
+    ran, client = [], app.jobs.client
+
+    @app.job(unique=while_executing(by="n"))
+    def charge(n: int):
+        ran.append(client.hgetall(locked))
+
+    locked = app.jobs.key(f"{charge.lock.key((1,))}:RUN:LOCKED")
+    client.hset(locked, "ruby", time.time())
+    jid = charge.enqueue(1).result(5)
+    worker = Worker(app)
+    worker.start()
+    wait_for(lambda: client.zcard(app.jobs.key("schedule")) == 1)
+    client.delete(locked)
+    app.jobs.move_jobs([job.ref for job in app.jobs.find_jobs("scheduled")], "ready")  # else it looks for itself in a minute
+    wait_for(lambda: ran)
+    worker.stop(5.0)
+    assert list(ran[0]) == [jid.encode()] and not client.exists(locked)
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_renew_its_locks_ends_before_they_do(tmp_path: Path):
+    server = RedisServer(tmp_path, durable=True)
+    env = os.environ | {"KILL_FOLDER": str(tmp_path), "KILL_TIMES": "LEASE=5 RENEW=0.5 SCAN=1.0 CALM=1.0"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "barnabas", "run", "unique_room:app", "--jobs", server.url]
+    with (tmp_path / "log").open("w") as log:
+        worker = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    app = App("sender", events="memory:", jobs=server.url)
+    try:
+        app.foreign_job("doze").enqueue(1, "a").result(10)
+        wait_for(lambda: any(app.jobs.client.scan_iter("barnabas:running:*")))
+        server.process.send_signal(signal.SIGSTOP)  # it answers no more
+        began = time.monotonic()
+        assert worker.wait(10) == 1 and time.monotonic() - began < 5.0, (tmp_path / "log").read_text()[-2000:]
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+        worker.kill()
+        app.close()
+        server.end(signal.SIGKILL)
