@@ -161,7 +161,8 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
 
 def gathered(futures: "list[Future[Any]]") -> "Future[list[Any]]":
     """One future for all of these: their values, without those that are None; or, once all are known, the first error."""
-    left, many = [len(futures)], Future[list[Any]]()
+    hand = next((future._hand for future in reversed(futures) if future._hand is not None), None)  # whom a wait concerns
+    left, many = [len(futures)], Future[list[Any]](None, hand)
 
     def known(_: Any) -> None:
         with _LOCK:

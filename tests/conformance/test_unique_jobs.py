@@ -361,6 +361,19 @@ def test_a_second_one_from_a_handler_costs_the_handler_nothing(place, app, caplo
     assert ran == ["order"] and not failures(app) and "'mail' is unique" in caplog.text
 
 
+def test_nobody_waits_in_a_handler_for_what_it_enqueues(place, app):
+    @app.job(unique=until_executed())
+    def mail(n: int): ...
+
+    @app.job(retry=0)
+    def order(n: int):
+        mail.enqueue_many([(1,), (2,)]).result(10)
+
+    order.enqueue(1).result(5)
+    place.drain(app)
+    assert "WaitInHandler" in failures(app)[0].reason
+
+
 def test_many_at_once(app):
     @app.job(unique=until_executed(by="n"))
     def mail(n: int): ...

@@ -33,7 +33,7 @@ class BadArguments(BarnabasError):
     """A stored job's arguments do not fit its function."""
 
 
-_OURS = (Stop, TimedOut, BadArguments, BadResult, UnknownJob, Unneeded, PayloadError)  # their text says it all
+_OURS = (Stop, Busy, TimedOut, BadArguments, BadResult, UnknownJob, Unneeded, PayloadError)  # their text says it all
 
 
 class _Name(msgspec.Struct):
@@ -134,7 +134,7 @@ class JobHandler:
         if entry.hooked:
             args = (self._delivery(run, row, payload, args), *args)
         target = (entry.function, *args)
-        locked = entry.job.lock is not None and self._guarded
+        locked = self._guarded and entry.job.lock is not None
         if locked and row[3]:
             raise refused(entry.job.owner, row[3])
         if payload.more is not None:
