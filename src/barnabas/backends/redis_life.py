@@ -76,7 +76,7 @@ class Life:
         interpreter does it, so neither a handler that holds that nor a command without an answer is in its way."""
         if self.source.runs:
             left = self.until + 0.2 * LEASE - time.monotonic()
-            faulthandler.dump_traceback_later(max(0.05, left), exit=True, file=sys.__stderr__ or 2)
+            faulthandler.dump_traceback_later(max(0.05, left), exit=True, file=2)
             self._watched = True
         elif self._watched:
             self._watched = False
