@@ -445,31 +445,80 @@ def test_what_is_not_begun_goes_back_at_a_stop_and_what_is_in_work_last_of_all(c
 
 # Others' rubbish, and what operators ask for.
 
+def rubbish(**fields: Any) -> bytes:
+    return json.dumps({"class": "mail", "args": [1], "queue": "default", "jid": "x", **fields}, ensure_ascii=False).encode()
+
+
 RUBBISH = [
-    *(b"", b"no json", b"[" * 5000, b"\xff\xfe", b"[1,2]", b"x" * 300_000, b'{"class":3,"args":[]}'),
-    *(b'{"class":"mail","args":[NaN]}', b'{"class":"mail","args":["\\ud800"]}', b'{"class":"mail","args":{}}'),
+    *(b"", b"no json", b"null", b"[1,2]", b"\xff\xfe", b"[" * 5000, b"x" * 3_000_000, b'{"class":"mail"', b'{"args":[1]}'),
+    *(b'{"class":"mail","args":[NaN]}', b'{"class":"mail","args":[-Infinity]}', b'{"class":"mail","args":[1e999]}'),
+    *(b'{"class":"mail","args":["\\ud800"]}', rubbish(tags="?").replace(b"?", b"\\udfff"), b'{"class":"\xed\xa0\x80","args":[]}'),
+    *(rubbish(args=[[]]).replace(b"[]", b"[" * 5000 + b"]" * 5000), rubbish(args=["y" * 3_000_000]), rubbish()[:-1]),
+    *(rubbish(args={}), rubbish(args="1"), rubbish(args=None), rubbish(args=[1, 2, 3]), rubbish(**{"class": 3})),
+    *(rubbish(queue=5), rubbish(queue=None), rubbish(jid=7), rubbish(jid=[]), rubbish(retry="yes"), rubbish(retry=1.5)),
+    *(rubbish(retry_count="x"), rubbish(retry_count=10**30), rubbish(retry_count=0.5)),
 ]
+HOSTILE = ["a\nb* c", "*", "[a-z]?", "\r\nSET x y", "l" * 100_000, "q\x00\x7f", "barnabas:workers", "{x}:%s%n"]
 
 
-def test_rubbish_in_queues_and_sets_is_buried_and_harms_nobody(client, apps):
-    app, seen = apps(), []
-    mail = app.job(seen.append, name="mail")
-    client.lpush("queue:default", *(b"q" + text for text in RUBBISH), *RUBBISH)
-    for place in ("retry", "schedule"):
-        client.zadd(place, {place.encode() + text: 1.0 for text in RUBBISH})
-    client.zadd("schedule", {b'{"class":"mail","args":[1],"queue":"a\\nb* c","jid":"x"}': 1.0})
-    client.sadd("paused", b"\xff"), client.sadd("queues", b"\xfe\n"), client.sadd("processes", b"\xfd", "y")
-    client.hset("y", mapping={"info": "no json", "beat": "x"})
+def test_rubbish_in_queues_and_sets_is_buried_with_its_reason_and_harms_nobody(client, apps, caplog):
+    app, seen, failures = apps(), [], []
+
+    @app.job
+    def mail(n: int) -> None:
+        seen.append(n)
+
+    app.observe(lambda record: failures.append(record) if isinstance(record, Failed) else None)
+    client.lpush("queue:default", *RUBBISH)
+    for blanks, place in ((b" ", "retry"), (b"  ", "schedule")):  # else they could not be told apart in the end
+        client.zadd(place, {text + blanks: 1.0 for text in RUBBISH})
+    client.sadd("paused", b"\xff"), client.sadd("queues", b"\xfe\n"), client.sadd("processes", b"\xfd", "y", "*\n")
+    client.hset("y", mapping={"info": "no json", "beat": "x"}), client.hset("*\n", mapping={"info": "[]", "beat": "1"})
+    client.set("barnabas:alive:no process", "x"), client.hset("barnabas:workers", b"no\n*\xff", b"\xff * default")
     mail.enqueue(1).result(5)
     with running(app) as worker:
         until(lambda: [p.name for p in app.jobs.processes()] == [app.jobs.name])
         assert len(app.jobs.control()) == 1
-        until(lambda: worker.drained() and client.zcard("dead") == 4 * len(RUBBISH))
-    assert seen == [1] and client.llen(b"queue:a\nb* c") == 1
-    assert {bytes(job.payload) for job in app.jobs.find_jobs("dead")} >= set(RUBBISH)
-    assert client.zcard("retry") == client.zcard("schedule") == 0
-    state = {state.name: state for state in app.jobs.queue_states()}
-    assert state["a\nb* c"].ready == 1 and state[""].dead == 4 * len(RUBBISH)
+        until(lambda: worker.drained() and client.zcard("dead") == 3 * len(RUBBISH))
+        assert client.zcard("retry") == client.zcard("schedule") == 0
+    assert seen == [1]
+    dead = [json.loads(job) if b"error_message" in job else job.rstrip() for job in client.zrange("dead", 0, -1)]
+    assert all(job["error_message"] for job in dead if isinstance(job, dict))
+    told = caplog.text.count(": buried, since ") + len([failed for failed in failures if failed.reason])
+    assert told == 3 * len(RUBBISH) and max(len(failed.reason) for failed in failures) < 1000
+    assert {bytes(job.payload).rstrip() for job in app.jobs.find_jobs("dead")} >= {b"no json", RUBBISH[5], RUBBISH[9]}
+    (state,) = [state for state in app.jobs.queue_states() if not state.name]
+    assert state.dead == 3 * len(RUBBISH)
+
+
+def test_hostile_names_do_no_harm(client, url, apps):
+    app, seen = apps(jobs=f"{url}?prefix=%2A%5Bx%5D%0A%7By%7D%20"), []
+    mail, prefix = app.job(seen.append, name="mail\n*"), "*[x]\n{y} "
+    client.mset({"x": "mine", "queue:other": "mine"})
+    for n, name in enumerate(HOSTILE):
+        client.zadd(f"{prefix}{('retry', 'schedule')[n % 2]}", {rubbish(queue=name, jid=name, **{"class": name}): 1.0})
+    with running(app) as worker:
+        mail.enqueue(1).result(5)
+        until(lambda: worker.drained() and seen == [1])
+        assert {state.name for state in app.jobs.queue_states() if state.ready} == set(HOSTILE)
+    assert sorted(job.queue for job in app.jobs.find_jobs("ready")) == sorted(HOSTILE)
+    assert app.jobs.move_jobs([job.ref for job in app.jobs.find_jobs("ready")], "dead") == len(HOSTILE)
+    assert client.mget("x", "queue:other") == [b"mine"] * 2
+    assert all(key.startswith(prefix.encode()) for key in client.keys("*") if key not in (b"x", b"queue:other"))
+
+
+@pytest.mark.parametrize("key", ["retry", "schedule"])
+def test_a_set_that_is_none_is_told_once_and_stops_no_other(client, apps, caplog, key):
+    app, seen = apps(), []
+    mail = app.job(seen.append, name="mail")
+    client.set(key, "no set")
+    other = "schedule" if key == "retry" else "retry"
+    client.zadd(other, {rubbish(): 1.0})
+    with running(app):
+        mail.enqueue(2).result(5)
+        until(lambda: sorted(seen) == [1, 2])
+        time.sleep(1.2)
+    assert caplog.text.count("due jobs cannot be moved") == 1 and "WRONGTYPE" in caplog.text
 
 
 def test_a_key_that_is_no_list_stops_no_other_queue(client, apps, caplog):

@@ -10,6 +10,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import ResponseError
+
 from barnabas.backends.redis_admin import text
 from barnabas.jobs.payload import PayloadError, enqueued, parse
 from barnabas.ports import FOREVER
@@ -46,6 +48,7 @@ class Life:
         self._stop = threading.Event()
         self._hurry = threading.Event()
         self._watched = False
+        self._strange: set[str] = set()  # sets that are none
         self._next = 0.0  # when the next job is known to be due (epoch seconds)
         self._threads = [
             threading.Thread(target=self._live, name="barnabas-life", daemon=True),
@@ -235,7 +238,7 @@ class Life:
             self._hurry.clear()
             try:
                 self._next = FOREVER
-                while self._move_page("retry") + self._move_page("schedule"):
+                while self._try_page("retry") + self._try_page("schedule"):
                     if self._stop.is_set():
                         return
                 wait = self._pause()
@@ -243,6 +246,16 @@ class Life:
                 log.debug("due jobs cannot be moved: %s", error)
                 wait = 1.0
             self._hurry.wait(max(0.001, min(wait, self._next - self.home.clock.now())))
+
+    def _try_page(self, name: str) -> int:
+        """The same for a set that may be somebody else's key, of another type: that is told once, and stops no other."""
+        try:
+            return self._move_page(name)
+        except ResponseError as error:
+            if name not in self._strange:
+                self._strange.add(name)
+                log.error("%s: due jobs cannot be moved: %s", self.home.key(name), error)
+            return 0
 
     def _pause(self) -> float:
         """Seconds until the next look: many processes share the looking, at random."""
