@@ -1,5 +1,8 @@
 """Every error Barnabas raises on purpose. Each says what happened, the likely cause and the setting to touch."""
 
+import os
+from types import TracebackType
+
 
 class BarnabasError(Exception):
     """The root of all errors of this package."""
@@ -99,3 +102,20 @@ class RetryAfter(Exception):
     def __init__(self, seconds: float, reason: str = "") -> None:
         super().__init__(reason or f"retry after {seconds} s")
         self.seconds = seconds
+
+
+def own_part(error: BaseException) -> TracebackType | None:
+    """The traceback from the first frame outside of this package to the last; None if all are inside."""
+    ours = os.path.dirname(__file__)
+    frames, at = [], error.__traceback__
+    while at is not None:
+        frames.append((at, at.tb_frame.f_code.co_filename.startswith(ours)))
+        at = at.tb_next
+    while frames and frames[-1][1]:
+        frames.pop()
+    while frames and frames[0][1]:
+        frames.pop(0)
+    made: TracebackType | None = None
+    for each, _ in reversed(frames):
+        made = TracebackType(made, each.tb_frame, each.tb_lasti, each.tb_lineno)
+    return made

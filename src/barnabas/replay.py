@@ -5,9 +5,7 @@ themselves. What a handler does elsewhere, in a database or by a call, it does.
 """
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -211,20 +209,3 @@ def _told(app: App, consumer: Consumer, glass: _Glass, failed: Failed | None, wa
 
 def _value(data: bytes | None) -> Any:
     return None if data is None else msgspec.msgpack.decode(data)
-
-
-def own_part(error: BaseException) -> TracebackType | None:
-    """The traceback from the first frame outside of this package to the last; None if all are inside."""
-    ours = os.path.dirname(__file__)
-    frames, at = [], error.__traceback__
-    while at is not None:
-        frames.append((at, at.tb_frame.f_code.co_filename.startswith(ours)))
-        at = at.tb_next
-    while frames and frames[-1][1]:
-        frames.pop()
-    while frames and frames[0][1]:
-        frames.pop(0)
-    made: TracebackType | None = None
-    for each, _ in reversed(frames):
-        made = TracebackType(made, each.tb_frame, each.tb_lasti, each.tb_lineno)
-    return made

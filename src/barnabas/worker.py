@@ -211,6 +211,7 @@ class Worker:
 
     def start(self) -> None:
         """Run the on_start hooks and begin. Raises what a hook or a backend raises, after leaving what was begun."""
+        _ = self.homes  # a backend that refuses does so before anything is begun
         try:
             for hook in self.app.start_hooks:
                 self._hook(hook)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from barnabas.clock import FakeClock
 from barnabas.engine.observe import Failed
 from barnabas.errors import BackendError, BufferFull, SendError, SettingError
 from barnabas.ports import Part, Result
+from barnabas.verdict import Again
 from barnabas.worker import Worker
 
 NOW = 1_700_000_000.25
@@ -124,6 +126,16 @@ def test_golden_keys_and_bytes(client, apps):
     assert client.zrange("schedule", 0, -1, withscores=True) == [(text(b"bob", later) + b"}", NOW + 3600)]
     assert sorted(client.keys("*")) == [b"queue:mail", b"queues", b"schedule"]
     assert re.fullmatch("[0-9a-f]{24}", first)
+
+
+def test_a_backend_that_refuses_does_so_before_any_hook_runs():
+    app, ran = App("shop", events="memory:", jobs="redis://127.0.0.1:1/0"), []
+    app.job(lambda n: None, name="mail")
+    app.on_start(lambda: ran.append("start"))
+    app.on_stop(lambda: ran.append("stop"))
+    with pytest.raises(BackendError, match="out of reach"):
+        Worker(app).start()
+    assert ran == []
 
 
 def test_an_option_that_redis_does_not_know_is_refused_at_start():
@@ -423,6 +435,18 @@ def test_a_process_that_was_silent_too_long_settles_nothing_of_what_others_took(
     assert client.llen("queue:default") == 4
 
 
+def test_what_is_given_back_unbegun_keeps_its_crashes(client, apps, hasty):
+    app = apps()
+    app.job(lambda n: None, name="mail").enqueue(1).result(5)
+    (payload,) = client.lrange("queue:default", 0, -1)
+    client.hset("barnabas:crashes", sha1(payload).hexdigest(), 2)
+    ours = source(app)
+    found = ours.fetch(1, 0)
+    ours.settle([Result(found[0][0], rows(found), [], {}, {rows(found)[0][0]: Again(time.time(), None)})])
+    assert client.lrange("queue:default", 0, -1) == [payload] and client.hvals("barnabas:crashes") == [b"2"]
+    ours.close()
+
+
 def test_what_is_not_begun_goes_back_at_a_stop_and_what_is_in_work_last_of_all(client, apps):
     app, go, began = apps(threads=2), threading.Event(), []
 
@@ -505,6 +529,29 @@ def test_hostile_names_do_no_harm(client, url, apps):
     assert app.jobs.move_jobs([job.ref for job in app.jobs.find_jobs("ready")], "dead") == len(HOSTILE)
     assert client.mget("x", "queue:other") == [b"mine"] * 2
     assert all(key.startswith(prefix.encode()) for key in client.keys("*") if key not in (b"x", b"queue:other"))
+
+
+def test_no_job_is_lost_where_a_key_is_somebody_elses(client, apps, caplog):
+    app, seen = apps(), []
+
+    @app.job
+    def mail(n: int) -> None:
+        seen.append(n)
+        if n == 2:
+            raise RetryAfter(0.01) if seen.count(2) == 1 else Reject("no")
+
+    client.mset({"queue:taken": "x", "retry": "x", "dead": "x"})
+    client.zadd("schedule", {rubbish(queue="taken"): 1.0, rubbish(args=[3]): 1.0})
+    refs = [job.ref for job in app.jobs.find_jobs("scheduled")]
+    assert [app.jobs.move_jobs(refs, to) for to in ("dead", "queue:taken")] == [0, 0] and client.zcard("schedule") == 2
+    with running(app) as worker:
+        mail.enqueue(2).result(5)
+        until(lambda: seen == [2] and "WRONGTYPE" in caplog.text)
+        assert client.hlen(f"barnabas:work:{app.jobs.name}") == 1  # it stays in hand until it can be stored
+        client.delete("retry"), client.delete("dead")
+        until(lambda: seen.count(2) == 2 and 3 in seen and worker.drained(), 30)
+    assert caplog.text.count("queue:taken is no list, so it is no queue; what was due there is buried") == 1
+    assert sorted(json.loads(job)["queue"] for job in client.zrange("dead", 0, -1)) == ["default", "taken"]
 
 
 @pytest.mark.parametrize("key", ["retry", "schedule"])

@@ -12,6 +12,8 @@ import pytest
 
 from barnabas import App
 from barnabas.clock import FakeClock
+from barnabas.ports import Result
+from barnabas.verdict import Again
 
 
 class Nobody:
@@ -59,6 +61,22 @@ def test_many_may_open_a_new_file_at_the_same_instant(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OPEN, str(tmp_path), str(time.time() + 1.0)]
     team = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     assert [process.communicate(timeout=60)[1] for process in team] == ["", "", ""]
+
+
+def test_a_job_that_is_given_back_unbegun_keeps_its_crashes_and_its_place(tmp_path: Path) -> None:
+    url, seen = f"sqlite:///{tmp_path}/shop.db", []
+    app = App("shop", events=url, jobs=url)
+    app.job(seen.append, name="mail").enqueue_many((n,) for n in range(3)).result(5)
+    home: Any = app.jobs
+    home.write(lambda db: db.execute("UPDATE jobs SET crashes = 2"))
+    source = home.queues(["default"], Nobody())
+    ((part, rows),) = source.fetch(2, 0)
+    source.fetch(0, 0)  # as a quiet process does
+    source.settle([Result(part, rows, [], {}, {row[0]: Again(time.time(), None) for row in rows})])
+    jobs = list(home.find_jobs())
+    assert [(job.state, job.crashes, job.ref[0]) for job in jobs] == [("ready", 2, n) for n in (1, 2, 3)]
+    source.close()
+    app.close()
 
 
 def test_a_report_is_stored_when_it_changed_and_at_most_every_two_seconds(tmp_path: Path) -> None:

@@ -34,6 +34,13 @@ local function count(name, day, n)
   end
 end
 
+-- Whether a key may be used as what it is to be. An error ends a script in its middle, and nothing is undone: so what is to be
+-- stored is stored before it is taken away.
+local function fits(name, kind)
+  local found = redis.call('TYPE', name).ok
+  return found == 'none' or found == kind
+end
+
 -- Give what a process was handed by its blocking moves back to the front of the queue, the oldest foremost.
 local function unland(land, queue)
   for _ = 1, redis.call('LLEN', land) do
@@ -102,8 +109,9 @@ processed = packed('HDEL', work, done)
 
 for _ = 1, number() do
   local field, due, payload = arg(), arg(), arg()
-  if redis.call('HDEL', work, field) == 1 then
+  if redis.call('HEXISTS', work, field) == 1 then
     redis.call('ZADD', key('retry'), due, payload)
+    redis.call('HDEL', work, field)
     failed = failed + 1
   end
 end
@@ -111,8 +119,9 @@ end
 local buried, oldest, most = 0, arg(), number()
 for _ = 1, number() do
   local field, payload = arg(), arg()
-  if redis.call('HDEL', work, field) == 1 then
+  if redis.call('HEXISTS', work, field) == 1 then
     redis.call('ZADD', key('dead'), now, payload)
+    redis.call('HDEL', work, field)
     buried = buried + 1
   end
 end
@@ -126,8 +135,8 @@ for _ = 1, number() do -- given back: the youngest first, so that the oldest end
   local field, name = arg(), arg()
   local payload = redis.call('HGET', work, field)
   if payload then
-    redis.call('HDEL', work, field)
     redis.call('RPUSH', key('queue:' .. name), payload)
+    redis.call('HDEL', work, field)
   end
 end
 
@@ -338,6 +347,9 @@ return dead
 -- Take members out of a sorted set, each only if it is still there, and push what became of them onto their queues; those
 -- without a queue, or whose queue is no list, are buried. Returns the queues that are no lists.
 local set, now, queues, names, strange = key(arg()), arg(), {}, {}, {}
+if not (fits(key('dead'), 'zset') and fits(key('queues'), 'set')) then
+  return redis.error_reply('WRONGTYPE dead is no sorted set, or queues no set')
+end
 for _ = 1, number() do
   local member, name, payload = arg(), arg(), arg()
   if redis.call('ZREM', set, member) == 1 then
@@ -364,14 +376,17 @@ return strange
 
 --- shift
 -- Make jobs ready ("ready"), bury them ("dead"), put them into another queue ("other") or drop them (""), wherever they wait.
--- Each comes with what becomes of it. Returns how many were there.
+-- Each comes with what becomes of it. Returns how many were there; those whose new place is somebody else's key stay.
 local to, now, other, moved = arg(), arg(), arg(), 0
+local buries = fits(key('dead'), 'zset')
 for _ = 1, number() do
   local set, name, payload, fresh, lock, jid = arg(), arg(), arg(), arg(), arg(), arg()
   local queue, there, again = key('queue:' .. name), 0, to == 'ready' and set == 'dead' and lock ~= ''
   local score = to == 'other' and set ~= '' and redis.call('ZSCORE', key(set), payload)
-  local has = again and holder(lock)
-  if has and has ~= jid then -- it may not have its lock again
+  local target, has = to == 'other' and other or name, again and holder(lock)
+  if (to == 'dead' and not buries) or (to ~= 'dead' and to ~= '' and not fits(key('queue:' .. target), 'list')) then
+    there = 0
+  elseif has and has ~= jid then -- it may not have its lock again
     there = 0
   elseif set == '' then
     there = redis.call('LREM', queue, -1, payload)
@@ -380,7 +395,6 @@ for _ = 1, number() do
   end
   if there == 1 then
     moved = moved + 1
-    if to == 'other' then name, queue = other, key('queue:' .. other) end
     if again then take(lock, jid, now, '') end
     if (to == 'dead' or to == '') and lock ~= '' then free(lock, jid) end
     if to == 'dead' then
@@ -388,8 +402,8 @@ for _ = 1, number() do
     elseif score then
       redis.call('ZADD', key(set), score, fresh)
     elseif to ~= '' then
-      redis.call('SADD', key('queues'), name)
-      redis.call('LPUSH', queue, fresh)
+      redis.call('SADD', key('queues'), target)
+      redis.call('LPUSH', key('queue:' .. target), fresh)
     end
   end
 end

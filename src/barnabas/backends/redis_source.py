@@ -379,7 +379,7 @@ class RedisQueues:
                     dead += (f"{number}{tail}", verdict.payload)
                 else:
                     done.append(f"{number}{tail}")
-        counted = [sha1(self.work[n][1]).hexdigest() for n in finished if n in self._crashes and n in self.work]
+        counted = [sha1(self.work[n][1]).hexdigest() for n in finished if n in self._crashes and n in self.work and n not in back]
         oldest, fields = self.home.clock.now() - DEAD_AGE, self._fields(back)
         settled = [*self._locks(ends), len(done), *done, len(later) // 3, *later, oldest, DEAD_MOST, len(dead) // 2, *dead]
         settled += (len(fields) // 2, *fields, len(counted), *counted)

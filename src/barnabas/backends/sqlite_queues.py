@@ -196,6 +196,7 @@ class SqliteQueues(Fetcher):
         """Remove what is done, park or bury what failed, claim what there is room for: one transaction."""
         done: list[tuple[int, int]] = []
         later: list[tuple[float, bytes | None, int, int]] = []
+        back: list[tuple[int, int]] = []
         dead: list[tuple[float, str, bytes, int, int]] = []
         outputs: list[Any] = []
         cells: dict[Any, bytes | None] = {}
@@ -210,7 +211,9 @@ class SqliteQueues(Fetcher):
                 id_ = row[0]
                 finished.add(id_)
                 verdict = others.get(id_) if others else None
-                if isinstance(verdict, Again):
+                if isinstance(verdict, Again) and verdict.payload is None:  # not begun: the process is to be quiet
+                    back.append((id_, process))
+                elif isinstance(verdict, Again):
                     later.append((verdict.at, verdict.payload, id_, process))
                 elif isinstance(verdict, Dead) and verdict.payload is not None:
                     dead.append((now, verdict.reason, verdict.payload, id_, process))
@@ -224,11 +227,13 @@ class SqliteQueues(Fetcher):
             if later:
                 self.home.requeue(db, results, process)
                 db.executemany(
-                    "UPDATE jobs SET state = 3, owner = NULL, crashes = 0, at = ?, payload = coalesce(?, payload) "
+                    "UPDATE jobs SET state = 3, owner = NULL, crashes = 0, at = ?, payload = ? "
                     "WHERE id = ? AND owner = ?",
                     later,
                 )
                 self._due = min(self._due, min(at for at, _, _, _ in later))
+            if back:
+                self._give_back(db, back)
             if dead:
                 sql = "UPDATE jobs SET state = 4, owner = NULL, lock = NULL, died = ?, note = ?, payload = ? "
                 db.executemany(f"{sql} WHERE id = ? AND owner = ?", dead)
@@ -257,13 +262,12 @@ class SqliteQueues(Fetcher):
         self._closing = True
         try:
             if self._work:
-                self.home.write(self._give_back)
+                self.home.write(lambda db: self._give_back(db, [(id_, self.home.neighbours.number) for id_ in self._work]))
         finally:
             self.home.sources.remove(self)
         self._work.clear()
         self._claimed = []
 
-    def _give_back(self, db: apsw.Connection) -> None:
-        ids = [(id_, self.home.neighbours.number) for id_ in self._work]
+    def _give_back(self, db: apsw.Connection, ids: Sequence[tuple[int, int]]) -> None:
         db.executemany("UPDATE jobs SET state = 0, owner = NULL WHERE id = ? AND owner = ?", ids)
         self.home.stir(db, "partition = -1")

@@ -13,8 +13,8 @@ from barnabas.cli import draw, logs
 from barnabas.cli.jobs import fields, when
 from barnabas.cli.loading import Wrong, command, known
 from barnabas.cli.read import as_fields
-from barnabas.errors import UnknownTopic
-from barnabas.replay import Replay, own_part
+from barnabas.errors import UnknownTopic, own_part
+from barnabas.replay import Replay
 from barnabas.replay import replay as run
 
 

@@ -12,7 +12,7 @@ from barnabas.engine.hooks import wrap
 from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
 from barnabas.engine.respond import Respond, make_answer
-from barnabas.errors import BarnabasError, DeclarationError
+from barnabas.errors import BarnabasError, DeclarationError, own_part
 from barnabas.message import Delivery, Headers, Outgoing, Row
 from barnabas.retry import decide
 from barnabas.verdict import Again, Dead
@@ -299,7 +299,7 @@ class Handler:
         import traceback
 
         ours = error is None or reason.startswith("undecodable")
-        trace = "" if ours else "".join(traceback.format_exception(error))
+        trace = "" if ours else "".join(traceback.format_exception(type(error), error, own_part(error)))  # type: ignore[arg-type]
         said: dict[str, Any] = {
             "reason": reason.encode(errors="replace")[:2048], "exception": type(error).__qualname__ if error is not None else "",
             "traceback": trace.encode(errors="replace")[-2048:], "attempts": attempt, "group": self.group,

@@ -5,6 +5,8 @@ from typing import Any
 
 import msgspec
 
+from barnabas.errors import own_part
+
 
 class Settled(msgspec.Struct, frozen=True):
     """One settlement: how many rows of this consumer (or job queue) were settled, and how long that took (seconds)."""
@@ -81,6 +83,7 @@ class Observers:
             log.log(
                 level, "%s: %s, attempt %d: %s (%s)", record.name,
                 f"job {record.job}" if record.job else f"{record.topic}[{record.partition}]@{record.offset}", record.attempt,
-                record.outcome, record.reason, exc_info=record.error if shown else None,
+                record.outcome, record.reason,
+                exc_info=(type(record.error), record.error, own_part(record.error)) if shown and record.error else None,
             )
         self.tell(record)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from barnabas.errors import BarnabasError
+from barnabas.errors import BarnabasError, own_part
 
 MAX_DEPTH = 100  # Ruby's parser refuses deeper nesting; the job's own braces and the list of arguments are two of them
 MAX_MESSAGE = 10_000  # characters of `error_message` that Sidekiq keeps
@@ -377,7 +377,7 @@ def _spent(job: Payload, count: int, limit: int, now: float) -> str:
 def _trace(fields: dict[str, Any], error: BaseException) -> None:
     """Store where the error came from, as much of it as the job's `backtrace` asks for (all, or so many lines)."""
     fields.pop("error_backtrace", None)
-    wanted, frame, lines = msgspec.json.decode(fields["backtrace"]), error.__traceback__, list[str]()
+    wanted, frame, lines = msgspec.json.decode(fields["backtrace"]), own_part(error), list[str]()
     while frame is not None:
         code, line, frame = frame.tb_frame.f_code, frame.tb_lineno, frame.tb_next
         lines.insert(0, _surrogates.sub("\ufffd", f"{code.co_filename}:{line}:in `{code.co_name}'"))  # innermost first
