@@ -167,6 +167,7 @@ def test_show_and_export_tell_all_that_is_stored(shop):
     headers = dict(letter["headers"])
     assert at == address and letter["value"] == {"n": 1, "of": "k1", "do": "fail"}
     assert headers["barnabas-exception"] == "ValueError" and "raise ValueError" in headers["barnabas-traceback"]
+    assert "engine" not in headers["barnabas-traceback"]  # nothing of what called it, which is ours
     assert len(shop("dead", "export", "--consumer", "bill").stdout.splitlines()) == 4
     exported = [json.loads(line) for line in shop("dead", "export").stdout.splitlines()]
     assert [each for each in exported if "topic" in each] == sorted(

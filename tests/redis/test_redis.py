@@ -241,6 +241,17 @@ def test_user_and_password_work_and_are_not_told(tmp_path, apps, caplog):
         server.process.kill()
 
 
+@pytest.mark.parametrize("mark", ["/", "?", "#"])
+@pytest.mark.parametrize("query", ["", "?sentinel=jobs"])
+def test_a_password_that_is_not_encoded_is_refused_and_not_told(apps, mark, query):
+    for password in (f"Ge{mark}heim", f"98{mark}765"):
+        app = apps(jobs=f"redis://ann:{password}@127.0.0.1:1/0{query}")
+        with pytest.raises(SettingError, match=r"in a password, / . # and @ are written %2F") as refused:
+            app.jobs  # noqa: B018
+        shown = f"{refused.value}{app.settings.shown('jobs')}"
+        assert not any(part in shown for part in password.split(mark))
+
+
 def test_a_prefix_keeps_applications_apart(client, url, apps):
     seen = []
     for name in ("a", "b"):

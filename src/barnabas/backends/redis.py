@@ -44,6 +44,10 @@ class Where:
         self.prefix: str = own["prefix"] or ""
         self.evicts = str(own["allow_eviction"] or "").lower() in ("1", "true", "yes")
         hosts = parts.netloc.rpartition("@")[2]
+        ports = [port for _, colon, port in (h.rpartition("]")[2].partition(":") for h in hosts.split(",")) if colon]
+        if "@" in parts.path + parts.fragment + parts.query.partition("=")[0] or not all(map(str.isdigit, ports)):
+            # what the driver would say of it quotes a part of the password
+            raise ValueError("its port is no number; in a password, / ? # and @ are written %2F %3F %23 and %40")
         self.name = f"redis at {hosts}{parts.path.rstrip('/')}" + (f" ({self.prefix}*)" if self.prefix else "")
         more = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "socket_keepalive": True, **more}  # we repeat what may be
         if own["sentinel"]:
