@@ -194,9 +194,8 @@ class SqliteQueues(Fetcher):
 
     def settle(self, results: Sequence[Result]) -> None:
         """Remove what is done, park or bury what failed, claim what there is room for: one transaction."""
-        done: list[tuple[int, int]] = []
+        done, back = list[tuple[int, int]](), list[tuple[int, int]]()
         later: list[tuple[float, bytes | None, int, int]] = []
-        back: list[tuple[int, int]] = []
         dead: list[tuple[float, str, bytes, int, int]] = []
         outputs: list[Any] = []
         cells: dict[Any, bytes | None] = {}
@@ -232,8 +231,7 @@ class SqliteQueues(Fetcher):
                     later,
                 )
                 self._due = min(self._due, min(at for at, _, _, _ in later))
-            if back:
-                self._give_back(db, back)
+            self._give_back(db, back)
             if dead:
                 sql = "UPDATE jobs SET state = 4, owner = NULL, lock = NULL, died = ?, note = ?, payload = ? "
                 db.executemany(f"{sql} WHERE id = ? AND owner = ?", dead)
@@ -269,5 +267,6 @@ class SqliteQueues(Fetcher):
         self._claimed = []
 
     def _give_back(self, db: apsw.Connection, ids: Sequence[tuple[int, int]]) -> None:
-        db.executemany("UPDATE jobs SET state = 0, owner = NULL WHERE id = ? AND owner = ?", ids)
-        self.home.stir(db, "partition = -1")
+        if ids:
+            db.executemany("UPDATE jobs SET state = 0, owner = NULL WHERE id = ? AND owner = ?", ids)
+            self.home.stir(db, "partition = -1")
