@@ -52,6 +52,10 @@ class NotAuthorised(SendError, BackendError):
     """The broker does not let this user do what it was asked to."""
 
 
+class NotAuthenticated(SendError, BackendError):
+    """The broker does not take this user's password or certificate, or its own certificate is not trusted here."""
+
+
 class NoOutcome(BarnabasError, TimeoutError):
     """A job's outcome is not known after the seconds that somebody wanted to wait for it."""
 

@@ -6,9 +6,8 @@ import time
 from barnabas import App, Delivery
 
 options = {"group.protocol": os.environ["HERD_PROTOCOL"]} | {"fetch.wait.max.ms": 50}
-app = App(
-    "herd", events=os.environ["HERD_URL"], jobs="memory:", session_timeout=3.0, kafka=options, create_topics=True, stop_timeout=5
-)
+settings = {"session_timeout": 3.0, "create_topics": True, "stop_timeout": 5, "log_level": "warning"}
+app = App("herd", events=os.environ["HERD_URL"], jobs="memory:", kafka=options, **settings)
 items = app.topic("items", dict, key="key", partitions=6)
 # Opened when it is first needed: also by the test, which only sends.
 _lines = os.open(os.environ["HERD_LINES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)

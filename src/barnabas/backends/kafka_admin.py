@@ -22,8 +22,8 @@ from confluent_kafka.admin import (
 )
 
 from barnabas.backends.kafka_options import COMMON, CONSUMER, log
-from barnabas.backends.kafka_words import FORGOTTEN, SOON, as_row, explain, unpack
-from barnabas.errors import BackendError, DeclarationError, NotAuthorised, UnknownTopic
+from barnabas.backends.kafka_words import FORGOTTEN, SOON, STRANGERS, as_row, explain, unpack
+from barnabas.errors import BackendError, DeclarationError, NotAuthenticated, NotAuthorised, UnknownTopic
 from barnabas.message import Row
 from barnabas.ports import TopicState
 
@@ -56,6 +56,7 @@ class KafkaAdmin:
         self.prefix = prefix
         self.create = create
         self.away = ""  # what is the matter with the cluster, if anything is
+        self.denied = ""  # that it, or we, cannot be who we say
         self.names: dict[str, str] = {}  # of topics that exist: as they are called in Kafka
         self.declared: dict[str, Any] = {}
         self._admin: Any = None
@@ -94,6 +95,8 @@ class KafkaAdmin:
         if error.code() == KafkaError._TRANSPORT:  # one broker; that all are gone is another error
             log.debug("%s: %s", self.servers, error.str())
             return
+        if error.code() in STRANGERS:
+            self.denied = error.str()
         what = f"{error.name().lstrip('_').lower().replace('_', ' ')}: {error.str()}"
         if self.away.partition(":")[0] != what.partition(":")[0]:
             self.away = what
@@ -102,6 +105,7 @@ class KafkaAdmin:
 
     def works(self) -> None:
         """The cluster did what it was asked to."""
+        self.denied = ""
         if self.away:
             self.away = ""
             log.warning("%s: works again", self.servers)
@@ -127,10 +131,17 @@ class KafkaAdmin:
 
     def metadata(self, timeout: float = PATIENCE) -> dict[str, int]:
         """The topics of the cluster (with our prefix, which is left out) and their partitions."""
-        try:
-            found = self.admin.list_topics(timeout=timeout).topics
-        except KafkaException as error:
-            raise explain(error.args[0], "the list of topics", self) from error
+        seconds = min(0.5, timeout)
+        while True:
+            try:
+                found = self.admin.list_topics(timeout=seconds).topics
+                break
+            except KafkaException as error:
+                self.admin.poll(0)  # it may have heard that it is not let in
+                if self.denied or seconds >= timeout:
+                    raise explain(error.args[0], "the list of topics", self) from error
+                seconds, timeout = min(2 * seconds, timeout - seconds), timeout - seconds
+        self.denied = ""
         cut = len(self.prefix)
         return {name[cut:]: len(topic.partitions) for name, topic in found.items() if name.startswith(self.prefix)}
 
@@ -186,11 +197,21 @@ class KafkaAdmin:
             self.make([topic for topic, _ in absent])
         elif absent:
             names = ", ".join(repr(topic.name) for topic, _ in absent)
+            self._see([self.prefix + topic.name for topic, _ in absent])
             raise UnknownTopic(
                 f"{self.servers} has no topic {names}; create what is declared with `barnabas topics apply`, or, in development, "
                 "run with --create-topics"
             )
         self._refuse_other(differ)
+
+    def _see(self, names: list[str]) -> None:
+        """Raise NotAuthorised if these topics may exist, but are not for this user's eyes."""
+        for name, future in self.admin.describe_topics(TopicCollection(names)).items():
+            try:
+                future.result(PATIENCE)
+            except KafkaException as error:
+                if error.args[0].code() not in SOON:
+                    raise explain(error.args[0], f"topic {name!r}", self) from error
 
     def _refuse_other(self, differ: list[tuple[Any, int, int]]) -> None:
         for topic, stored, declared in differ:
@@ -254,7 +275,7 @@ class KafkaAdmin:
         try:
             self.require([topic], 2.0)
         except BackendError as error:
-            if isinstance(error, NotAuthorised):
+            if isinstance(error, (NotAuthorised, NotAuthenticated)):
                 raise
             log.debug("%s", error)
         name: str = self.prefix + topic.name
@@ -304,7 +325,7 @@ class KafkaAdmin:
                             rows.append(as_row(each))
                         elif error.code() == KafkaError._PARTITION_EOF:
                             return rows[:limit]
-                        else:
+                        elif error.code() != KafkaError.GROUP_AUTHORIZATION_FAILED:  # it needs no group
                             raise explain(error, f"reading {topic!r}", self)
                 if not rows and limit:
                     raise explain(KafkaError(KafkaError._TIMED_OUT), f"reading {topic!r}", self)

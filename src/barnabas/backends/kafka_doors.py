@@ -61,10 +61,9 @@ class KafkaDoors(KafkaAdmin):
     # Positions.
 
     def positions(self) -> list[Position]:
-        cut = len(self.prefix)
+        cut, stored = len(self.prefix), self.metadata()  # first: it hears at once that we are not let in
         listed = self.ask("the list of groups", lambda: {"": self.admin.list_consumer_groups()})[""].valid
         groups = sorted(each.group_id for each in listed if each.group_id.startswith(self.prefix))
-        stored = self.metadata()
         everywhere = [(topic, number) for topic, count in stored.items() for number in range(count)]
         answers = {group: self.committed(group[cut:], everywhere) for group in groups}
         owners = self._owners(groups)

@@ -113,7 +113,8 @@ class KafkaMember:
         fixed["client.id"] = home.name
         if instance := home.options.get("group.instance.id"):
             fixed["group.instance.id"] = f"{instance}-{self.group}"
-        own = {"session.timeout.ms": round(self._session * 1000)}
+        # Members hear of a rebalance by their next heartbeat, and most take two rounds.
+        own = {"session.timeout.ms": round(self._session * 1000), "heartbeat.interval.ms": round(self._session * 100)}
         own["queued.max.messages.kbytes"] = min(16384, max(1024, 65536 // self._many))
         own["fetch.wait.max.ms"] = min(1000, max(100, 10 * self._many, 10 * len(self._names)))  # of a fetch that finds nothing
         self._consumer = home.client(driver.Consumer, CONSUMER | own, **fixed)
@@ -237,15 +238,19 @@ class KafkaMember:
     def _begin(self, where: list[TopicPartition], roots: dict[tuple[str, int], tuple[str, int]]) -> list[Claim]:
         """Open the accounts of partitions where their last owner left off; their offsets are set."""
         kept = {}
-        for stored in self._consumer.committed(where, timeout=REQUEST):
+        try:
+            known = self._consumer.committed(where, timeout=REQUEST)
+        except KafkaException as error:
+            raise explain(error.args[0], f"the positions of {self.group!r}", self.home) from error
+        for stored in known:
             if stored.error is not None:
                 raise explain(stored.error, f"the positions of {self.group!r}", self.home)
             kept[stored.topic, stored.partition] = stored
         ids = self.home.ids({tp.topic for tp in where}, wait=True)
         anew = {tp.topic for tp in where if self._ids.get(tp.topic, ids.get(tp.topic)) != ids.get(tp.topic)}
         for tp in where:
-            known = kept[tp.topic, tp.partition]
-            tp.offset = driver.OFFSET_INVALID if known.metadata == FORGOTTEN or tp.topic in anew else known.offset
+            last = kept[tp.topic, tp.partition]
+            tp.offset = driver.OFFSET_INVALID if last.metadata == FORGOTTEN or tp.topic in anew else last.offset
         self._ids.update({tp.topic: ids[tp.topic] for tp in where if tp.topic in ids})
         cut = len(self.home.prefix)
         fresh = {(tp.topic[cut:], tp.partition) for tp in where if tp.offset < 0}

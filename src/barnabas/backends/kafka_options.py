@@ -29,7 +29,6 @@ CONSUMER: dict[str, Any] = {
     **COMMON,
     "fetch.queue.backoff.ms": 10,  # the driver's 1000 costs a factor of six at a backlog
     "partition.assignment.strategy": "cooperative-sticky",
-    "heartbeat.interval.ms": 1000,
     "client.id": "barnabas",
 }
 

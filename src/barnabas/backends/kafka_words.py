@@ -6,13 +6,13 @@ from typing import Any
 
 from confluent_kafka import KafkaError
 
-from barnabas.errors import BackendError, NotAuthorised, SendError, UnknownTopic, ValueTooLarge
+from barnabas.errors import BackendError, NotAuthenticated, NotAuthorised, SendError, UnknownTopic, ValueTooLarge
 from barnabas.message import Row
 
 _DENIED = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED,
 }  # fmt: skip
+STRANGERS = {KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL}
 _MISSING = {KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION}
 SOON = {  # nobody leads it just now
     KafkaError.UNKNOWN_TOPIC_OR_PART,
@@ -26,12 +26,18 @@ SOON = {  # nobody leads it just now
     KafkaError.COORDINATOR_NOT_AVAILABLE,
 }
 _AWAY = {KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT}
+_AWAY |= {KafkaError._TIMED_OUT_QUEUE, KafkaError._WAIT_COORD}
 
 
 def explain(error: KafkaError, what: str, home: Any, sending: bool = False) -> Exception:
     """The driver's error in our words: what happened, the likely cause, what to touch."""
     code, text = error.code(), error.str()
     own: type[Exception] = SendError if sending else BackendError
+    if code in _AWAY and home.denied:  # the driver tries for ever
+        return NotAuthenticated(
+            f"{what}: {home.servers} refused the connection ({home.denied}); see to sasl.username, sasl.password and "
+            "ssl.ca.location in kafka={...}"
+        )
     if code in _MISSING:
         return UnknownTopic(f"{what}: {text}; create it with `barnabas topics apply` (`barnabas run --create-topics` does too)")
     if code in _DENIED:

@@ -31,10 +31,10 @@ class Gate:
             if self._owner not in (None, owner):
                 return False
             self._owner = owner
-        crews = [crew for runner in self.runners for crew in runner.crews]
-        for crew in crews:
-            with crew.lanes.lock:  # who is taking a run just now has it in hand afterwards
-                crew.held = True
+            crews = [crew for runner in self.runners for crew in runner.crews]
+            for crew in crews:
+                with crew.lanes.lock:  # who is taking a run just now has it in hand afterwards
+                    crew.held = True
         return not any(crew.busy() for crew in crews)
 
     def open(self, owner: object) -> None:
@@ -43,8 +43,7 @@ class Gate:
             if self._owner is not owner:
                 return
             self._owner = None
-        for runner in self.runners:
-            for crew in runner.crews:
+            for crew in [crew for runner in self.runners for crew in runner.crews]:  # before another closes it
                 crew.held = False
                 crew.nudge()
 

@@ -1,0 +1,183 @@
+"""Three brokers, three copies, two of them in sync for a send to be durable: brokers die, freeze, are restarted one after
+another, and all go away at once. No send that resolved is lost, and workers go on by themselves."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers import need
+
+from barnabas import App
+from barnabas.errors import SendError
+from barnabas.worker import Worker
+
+DEV = [sys.executable, str(Path(__file__).parents[2] / "dev" / "kafka")]
+LOST = 3  # seconds after which the others take a silent broker for dead
+RATE = 100  # messages a second
+
+
+class Cluster:
+    """Three real brokers."""
+
+    def __init__(self, folder: Path) -> None:
+        need("java", "mvn")
+        self.where = ["--dir", str(folder / "kafka")]
+        self.state = folder / "kafka" / "kafka.json"
+        quick = (f"broker.session.timeout.ms={LOST}000", "broker.heartbeat.interval.ms=500", f"replica.lag.time.max.ms={LOST}000")
+        words = [word for setting in quick for word in ("--set", setting)]
+        start = [*DEV, "start", "--nodes", "3", "--heap", "192m", *words, *self.where]
+        os.environ["JAVA_TOOL_OPTIONS"] = "-XX:TieredStopAtLevel=1"  # they start in half the time
+        self.servers = subprocess.run(start, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+    def end(self) -> None:
+        subprocess.run([*DEV, "stop", *self.where], check=True)
+        del os.environ["JAVA_TOOL_OPTIONS"]
+
+    def signal(self, node: int, number: int) -> None:
+        pid = json.loads(self.state.read_text())["nodes"][node - 1]["pid"]
+        os.kill(pid, number)
+        deadline = time.monotonic() + 30
+        while number in (signal.SIGKILL, signal.SIGTERM) and Path(f"/proc/{pid}/cmdline").exists():
+            if not Path(f"/proc/{pid}/cmdline").read_bytes():  # dead, and nobody has asked for its status
+                break
+            assert time.monotonic() < deadline, f"broker {node} does not end"
+            time.sleep(0.05)
+
+    def back(self, *nodes: int) -> None:
+        for node in nodes:
+            subprocess.run([*DEV, "node", str(node), *self.where], check=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.end()
+
+
+class Load:
+    """An app with a worker, and a sender at a steady rate."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.seen, self.futures = cluster, [], []
+        url = f"kafka://{cluster.servers}?prefix={secrets.token_hex(4)}-"
+        self.app = App("shop", events=url, jobs="memory:", create_topics=True, session_timeout=LOST)
+        self.topic = self.app.topic("orders", int, partitions=6)
+        self.app.consumer(self.topic, name="read")(self.seen.append)
+        self.end = threading.Event()
+        self.sender = threading.Thread(target=self.send)
+
+    def __enter__(self) -> "Load":
+        self.worker = Worker(self.app)
+        self.worker.start()
+        self.sender.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end.set()
+        self.sender.join()
+        assert not self.worker.stop(10.0)
+        self.app.close()
+
+    def send(self) -> None:
+        while not self.end.wait(1 / RATE):
+            self.futures.append(self.topic.send(len(self.futures)))
+
+    def wait_for(self, condition, what: str, seconds: float = 120.0) -> float:
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < seconds, what
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def flows(self) -> float:
+        """Wait until something sent from now on was handled; the seconds that took."""
+        mark = len(self.futures)
+        return self.wait_for(lambda: any(n > mark for n in self.seen[-1000:]), "nothing is handled")
+
+    def whole(self) -> None:
+        """Wait until every partition has its three copies again."""
+
+        def copies() -> set[int]:
+            topics = self.app.events.admin.list_topics(timeout=10).topics.values()
+            return {len(part.isrs) for topic in topics for part in topic.partitions.values()}
+
+        self.wait_for(lambda: copies() == {3}, "copies are missing")
+
+    def check(self) -> None:
+        """What was promised is stored, once, and all of it was handled."""
+        self.end.set()
+        self.sender.join()
+        promised = {(m.partition, m.offset): m.value for m in (future.result(60) for future in self.futures)}
+        stored = {}
+        for number in range(6):
+            rows = self.app.events.read("orders", number, 0, len(self.futures))
+            stored |= {(number, row[0]): int(row[2]) for row in rows}
+        assert stored == promised and sorted(stored.values()) == list(range(len(self.futures)))
+        self.wait_for(lambda: len(set(self.seen)) == len(stored) and self.worker.drained(), "not all is handled")
+
+
+def soaked(few: int, many: int):
+    return [pytest.param(few, marks=pytest.mark.slow), pytest.param(many, marks=pytest.mark.soak)]
+
+
+@pytest.mark.parametrize("rounds", soaked(1, 10))
+def test_brokers_go_one_at_a_time(cluster: Cluster, rounds: int) -> None:
+    with Load(cluster) as load:
+        load.flows()
+        for n in range(rounds):
+            victim, other = n % 3 + 1, (n + 1) % 3 + 1
+            cluster.signal(victim, signal.SIGKILL)
+            killed = load.flows()
+            cluster.back(victim)
+            load.whole()
+            cluster.signal(other, signal.SIGSTOP)
+            frozen = load.flows()
+            time.sleep(LOST + 1)
+            cluster.signal(other, signal.SIGCONT)
+            load.whole()
+            print(f"\nhandled again {killed:.1f} s after a kill, {frozen:.1f} s after a freeze")
+        load.check()
+
+
+@pytest.mark.parametrize("rounds", soaked(1, 5))
+def test_a_rolling_restart_is_not_noticed(cluster: Cluster, rounds: int) -> None:
+    with Load(cluster) as load:
+        load.flows()
+        for node in [1, 2, 3] * rounds:
+            cluster.signal(node, signal.SIGTERM)
+            cluster.back(node)
+            load.whole()
+        load.check()
+
+
+@pytest.mark.parametrize("seconds", soaked(6, 30))
+def test_when_all_brokers_are_away_senders_wait_or_fail_clearly(cluster: Cluster, seconds: int) -> None:
+    options = {"delivery.timeout.ms": 3000}
+    impatient = App("shop", events=f"kafka://{cluster.servers}", jobs="memory:", create_topics=True, kafka=options)
+    topic = impatient.topic(f"hasty-{secrets.token_hex(4)}", int)
+    topic.send(1).result(30)
+    with Load(cluster) as load:
+        load.flows()
+        for node in (1, 2, 3):
+            cluster.signal(node, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(SendError, match=r"did not answer in time.*or raise delivery\.timeout\.ms"):
+            topic.send(2).result(seconds)
+        time.sleep(max(0.0, began + seconds - time.monotonic()))
+        mark = load.futures[-1]
+        assert not mark.done()
+        cluster.back(1, 2, 3)
+        print(f"\nhandled again {load.flows():.1f} s after the brokers were started")
+        assert mark.result(30).value >= 0 and topic.send(3).result(30).value == 3
+        load.whole()
+        load.check()
+    impatient.close()
