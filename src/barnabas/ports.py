@@ -19,8 +19,8 @@ class Part:
     """
 
     __slots__ = (
-        "attempts", "cells", "closed", "crashes", "done", "group", "held", "id", "lanes", "marked", "partition", "paused",
-        "retries", "room", "topic", "until",
+        "alone", "attempts", "cells", "closed", "crashes", "done", "group", "held", "id", "lanes", "marked", "partition",
+        "paused", "retries", "room", "topic", "until",
     )  # fmt: skip
 
     def __init__(self, topic: str, partition: int, id: int, group: str = "") -> None:
@@ -37,6 +37,8 @@ class Part:
         self.done = 0
         self.attempts: dict[int, int] = {}
         self.crashes: dict[int, int] = {}
+        # Told the offset of what is about to run alone, and then that nothing does (-1); False: it could not be stored yet.
+        self.alone: Callable[[int], bool] | None = None
         self.lanes: dict[Any, Any] = {}
         self.cells: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})  # unsettled, settled
         self.held: Any = None  # the source's own account of this partition

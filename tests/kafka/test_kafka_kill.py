@@ -209,15 +209,16 @@ class Herd:
 
 
 @pytest.fixture
-def room(protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def room(request, protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The app, imported afresh, with topics of its own."""
     monkeypatch.syspath_prepend(str(HERE))
     monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("HERD_PROTOCOL", protocol)
     monkeypatch.setenv("HERD_LINES", str(tmp_path / "lines"))
     monkeypatch.setenv("HERD_URL", f"kafka://{shared_kafka()}?prefix={secrets.token_hex(4)}-")
-    sys.modules.pop("herd", None)
-    room = importlib.import_module("herd")
+    name = getattr(request, "param", "herd")
+    sys.modules.pop(name, None)
+    room = importlib.import_module(name)
     room.app.events  # noqa: B018 - opens it: the topics are there before the workers
     yield room
     room.app.close()
@@ -282,3 +283,35 @@ def test_ten_minutes_of_faults_leave_memory_as_it_is(herd: Herd) -> None:
     warm = sizes[len(sizes) // 5 :]
     print(f"the living one has {min(warm) >> 20} to {max(warm) >> 20} MB")
     assert max(warm) - min(warm) < 20 << 20
+
+
+@protocols
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ["poison"], indirect=True)
+def test_what_kills_its_process_is_dead_after_four_crashes_and_nothing_else_is(room: SimpleNamespace, tmp_path: Path) -> None:
+    """Whoever takes over knows of the crashes from Kafka alone: here, two workers that share nothing else."""
+    count, workers, crashes = 2000, [], 0
+    room.items.send_many(range(count)).result(30)
+    groups = {f"poison-{name}": ["items"] for name in room.POISON}
+    deadline = time.monotonic() + 240
+    try:
+        while room.app.events.open_work(groups, []):
+            assert time.monotonic() < deadline, room.app.events.positions()
+            for worker in [worker for worker in workers if worker.poll() is not None]:
+                assert worker.returncode == -signal.SIGKILL
+                workers.remove(worker)
+                crashes += 1
+            while len(workers) < 2:
+                workers.append(subprocess.Popen([sys.executable, "-m", "barnabas", "run", "poison:app"], cwd=HERE))
+            time.sleep(0.1)
+    finally:
+        for worker in workers:
+            worker.terminate()
+        assert {worker.wait(30) for worker in workers} <= ENDS
+    events = room.app.events
+    dead = [int(row[2]) for number in range(3) for row in events.read("items.dead", number, 0, 100)]
+    print(f"\n{crashes} crashes")
+    assert sorted(dead) == sorted(room.POISON.values())
+    handled = {tuple(line.split()) for line in (tmp_path / "lines").read_text().splitlines()}
+    assert handled == {(name, str(n)) for name in room.POISON for n in range(count)}
+    assert crashes <= 5 * len(dead)

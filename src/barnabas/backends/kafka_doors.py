@@ -72,7 +72,8 @@ class KafkaDoors(KafkaAdmin):
         firsts, ends = self.ends(where, OffsetSpec.earliest()), self.ends(where)
         for group, answer in answers.items():
             for at, (offset, beside) in answer.items():
-                done, attempts, crashes = unpack(offset, beside)
+                done, attempts, hits, _ = unpack(offset, beside)
+                crashes = {offset: len(hits)} if hits else {}
                 topic = self.prefix + at[0].removesuffix(f".retry.{group[cut:]}")  # its partitions go with those of its parent
                 owner = owners.get((group, topic, at[1]))
                 found.append(Position(group[cut:], *at, firsts[at], ends[at], offset, done, attempts, crashes, owner))
@@ -105,7 +106,7 @@ class KafkaDoors(KafkaAdmin):
             if at.partition >= stored.get(at.topic, 0):
                 raise UnknownTopic(f"there is no partition {at.partition} of a topic {at.topic!r}")
             check_offset(at, firsts[at.topic, at.partition], ends[at.topic, at.partition])
-            beside = FORGOTTEN if at.offset is None else pack(at.offset, at.done, {}, {})
+            beside = FORGOTTEN if at.offset is None else pack(at.offset, at.done, {})
             tp = TopicPartition(self.prefix + at.topic, at.partition, at.offset or 0, metadata=beside or MARK)
             wanted.setdefault(at.group, []).append(tp)
         for group, about in self._describe([self.prefix + group for group in wanted]).items():
@@ -135,7 +136,7 @@ class KafkaDoors(KafkaAdmin):
                 offset, beside = known.get(at) or (firsts[at], "")
                 fresh, offset, done = finished(max(offset, firsts[at]), unpack(offset, beside)[0], some)
                 outputs += [out for out in map(some.get, fresh) if out is not None]
-                where.append(TopicPartition(self.prefix + at[0], at[1], offset, metadata=pack(offset, done, {}, {}) or MARK))
+                where.append(TopicPartition(self.prefix + at[0], at[1], offset, metadata=pack(offset, done, {}) or MARK))
                 count += len(fresh)
             if outputs:
                 self.deliver(outputs)

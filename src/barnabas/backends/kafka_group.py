@@ -15,6 +15,7 @@ from confluent_kafka.admin import OffsetSpec
 from barnabas.backends.kafka_options import CONSUMER
 from barnabas.backends.kafka_words import FORGOTTEN, explain, pack, unpack
 from barnabas.backends.shares import close_books, open_account
+from barnabas.engine.alone import CRASHES, NOTHING
 from barnabas.message import Row
 from barnabas.ports import Listener, Part, Result
 
@@ -40,10 +41,21 @@ _AGAIN = {  # a commit that a rebalance was in the way of
 }
 
 
-class Claim:
-    """A partition in hand: its Part and account, and the rows there was no room for yet."""
+FAR = 1_000_000  # offsets beyond what was committed that may be in work where nothing was ever lost
+WINDOW = (FAR, 1000, 50)  # ... and where that may have been in work when an owner was lost, once and twice
+CAREFUL = 0.005  # seconds: the longest wait inside the driver while such a window is to be moved
 
-    __slots__ = ("at", "behind", "full", "id", "kept", "part", "paused", "root", "weight")
+
+class Claim:
+    """A partition in hand: its Part and account, and the rows there was no room for yet.
+
+    Who crashes cannot say what it had in work. So what is committed says how far that may reach, until the partition is given
+    back in order; whoever finds it still said counts a crash for all up to there (`ends`: a stretch from the position for each),
+    and then keeps within narrow windows that are committed first (`reach`), so that the next crash has few suspects. What was in
+    work at three crashes is committed on its own when it runs alone.
+    """
+
+    __slots__ = ("at", "behind", "ends", "full", "id", "kept", "part", "paused", "reach", "root", "weight")
 
     def __init__(self, part: Part, at: tuple[str, int], root: tuple[str, int], id: str | None) -> None:
         self.part = part
@@ -54,7 +66,18 @@ class Claim:
         self.full: float | None = None  # since when it has no room
         self.paused = False
         self.weight = 1.0  # bytes of a message of late
-        self.kept: Any = None  # what was committed last, or is on its way
+        self.kept: Any = None  # what was committed last, or is on its way: offset, metadata, the reach that comes with it
+        self.ends: list[int] = []  # the farthest first
+        self.reach = 0  # with `ends`: nothing from here on is handed out
+
+    def window(self, offset: int) -> tuple[list[int], int, int]:
+        """At this position: the ends that are left, how far ahead something may be in work, and the reach."""
+        ends = [end for end in self.ends if end > offset]
+        if len(ends) >= CRASHES:  # only what runs alone is in work, and that says so itself
+            return ends, 0, ends[CRASHES - 1]
+        gap = self.behind[0][0] + 1 - offset if self.behind and not self.part.held else 0
+        ahead = max(WINDOW[len(ends)], gap)
+        return ends, ahead, offset + ahead
 
 
 def _is_retry(topic: Any, group: str) -> bool:
@@ -161,13 +184,16 @@ class KafkaMember:
             if claim is not None and claim.part is part:
                 self._dirty[claim] = None
 
-    def _offsets(self, claims: Sequence[Claim]) -> list[TopicPartition]:
+    def _offsets(self, claims: Sequence[Claim], only: int | None = None) -> list[TopicPartition]:
         """What is to be committed of these."""
         found = []
         for claim in claims:
             part = claim.part
             offset, done = part.held.position()
-            claim.kept = (offset, pack(offset, done, part.attempts, part.crashes))
+            claim.ends, ahead, reach = claim.window(offset)
+            if only is not None:
+                ahead = max(0, only + 1 - offset)
+            claim.kept = (offset, pack(offset, done, part.attempts, claim.ends, ahead), reach)
             found.append(TopicPartition(*claim.at, offset, metadata=claim.kept[1]))
         return found
 
@@ -191,23 +217,27 @@ class KafkaMember:
         failed = {(tp.topic, tp.partition) for tp in where if error is not None or tp.error is not None}
         self._dirty.update({claim: None for claim in sent if claim.at in failed and self._claims.get(claim.at) is claim})
         if not failed:
+            for claim in sent:
+                claim.reach = claim.kept[2]
             self.home.works()
         elif error is None or error.code() not in _AGAIN:
             why = error or next(tp.error for tp in where if tp.error is not None)
             log.warning("%s: positions could not be committed, trying again: %s", self.group, why.str())
 
-    def _commit_now(self, claims: Sequence[Claim]) -> KafkaError | None:
-        """Commit these and wait; the error, if any."""
-        offsets = self._offsets(claims)
+    def _commit_now(self, claims: Sequence[Claim], only: int | None = None) -> KafkaError | None:
+        """Commit these and wait; the error, if any. `only`: what is in work, and nothing else (NOTHING: not even that)."""
+        offsets = self._offsets(claims, only)
         for claim in claims:
             self._dirty.pop(claim, None)
         if not offsets:
             return None
         try:
             answers = self._consumer.commit(offsets=offsets, asynchronous=False)
-            return next((tp.error for tp in answers if tp.error is not None), None)
         except KafkaException as error:
             return error.args[0]
+        for claim in claims:
+            claim.reach = claim.kept[2]
+        return next((tp.error for tp in answers if tp.error is not None), None)
 
     # Rebalances: called by the driver inside poll or close, on the fetch thread.
 
@@ -216,6 +246,8 @@ class KafkaMember:
         roots |= self._with_retries(where)
         where = [TopicPartition(*at) for at in roots]
         came = self._begin(where, roots) if where and not self._closing else []
+        if self._commit_now(came) is not None:  # before anything is in work: from now on a crash leaves its mark
+            self._dirty.update(dict.fromkeys(came))
         (consumer.assign if self._eager else consumer.incremental_assign)(where)
         if came:
             self._until = self.home.clock.monotonic() + self._session / 2
@@ -254,6 +286,12 @@ class KafkaMember:
         self._ids.update({tp.topic: ids[tp.topic] for tp in where if tp.topic in ids})
         cut = len(self.home.prefix)
         fresh = {(tp.topic[cut:], tp.partition) for tp in where if tp.offset < 0}
+        hit = {  # whoever had these did not give them back
+            (tp.topic[cut:], tp.partition): tp.offset + ahead
+            for tp in where
+            if tp.offset >= 0 and (ahead := unpack(tp.offset, kept[tp.topic, tp.partition].metadata)[3])
+        }
+        tops = self.home.ends(hit)
         begins = self.home.ends(fresh, OffsetSpec.earliest())
         if self._start == "latest":  # but for what came to the group's own retry topics
             begins |= self.home.ends([at for at in fresh if self.home.prefix + at[0] in {*self._names} - anew])
@@ -263,25 +301,26 @@ class KafkaMember:
             if at in fresh:
                 tp.offset = begins[at]
             place = (tp.topic, tp.partition)
-            claim = self._claim(place, roots[place], tp.offset, kept[place].metadata)
-            if at in fresh:
-                self._dirty[claim] = None  # from now on the group has a position
-            claims.append(claim)
+            claims.append(claim := self._claim(place, roots[place], tp.offset, kept[place].metadata))
+            if at in hit and (end := min(hit[at], tops[at])) > tp.offset:
+                claim.ends = sorted([*claim.ends, end], reverse=True)[: CRASHES + 1]
         return claims
 
     def _claim(self, at: tuple[str, int], root: tuple[str, int], offset: int, beside: str | None) -> Claim:
         self._numbers += 1
         part = Part(at[0][len(self.home.prefix) :], at[1], self._numbers, self.group)
-        done, attempts, crashes = unpack(offset, beside)
+        done, attempts, ends, _ = unpack(offset, beside)
         open_account(part, self._ordered, offset, done, attempts)
-        part.crashes.update(crashes)
-        return Claim(part, at, root, self._ids.get(at[0]))
+        claim = Claim(part, at, root, self._ids.get(at[0]))
+        claim.ends = ends
+        part.alone = lambda offset: self._commit_now([claim], offset) is None
+        return claim
 
     def _on_revoke(self, consumer: Any, where: list[TopicPartition]) -> None:
         claims = self._going(where)
         if claims:
             self._listener.revoked([claim.part for claim in claims])
-            error = self._commit_now(claims)
+            error = self._commit_now(claims, NOTHING)
             if error is not None:
                 log.warning("%s: what was done of revoked partitions may run again: %s", self.group, error.str())
             else:
@@ -345,8 +384,9 @@ class KafkaMember:
 
     def _again(self, old: Claim) -> Claim:
         """The claim holds: go on from its position."""
-        offset, beside = old.kept
+        offset, beside, reach = old.kept
         self._claims[old.at] = claim = self._claim(old.at, old.root, offset, beside)
+        claim.reach = reach
         self.go_to(TopicPartition(*old.at, offset))
         return claim
 
@@ -373,7 +413,7 @@ class KafkaMember:
         if self._claims:
             consumer.pause([TopicPartition(*at) for at in self._claims])
         self._closing = True
-        while self._claims and (error := self._commit_now(list(self._claims.values()))) is not None:
+        while self._claims and (error := self._commit_now(list(self._claims.values()), NOTHING)) is not None:
             if error.code() not in _AGAIN or monotonic() > deadline:
                 log.error("%s: what was done since the last commit may run again: %s", self.group, error.str())
                 break

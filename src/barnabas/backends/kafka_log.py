@@ -1,14 +1,16 @@
 """The topics of a consumer group in Kafka, as one member sees them: what is fetched, and what there is room for."""
 
 import logging
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import OffsetSpec
 
-from barnabas.backends.kafka_group import BUSY, Claim, KafkaMember
+from barnabas.backends.kafka_group import BUSY, CAREFUL, Claim, KafkaMember
 from barnabas.backends.kafka_words import MOST, as_row, explain
 from barnabas.errors import PositionLost
 from barnabas.message import Row
@@ -50,15 +52,19 @@ class KafkaLog(KafkaMember):
                 self._dirty.update(dict.fromkeys(self._claims.values()))
         found, wait = self._hand_out(now), timeout
         busy = any(claim.part.held for claim in self._claims.values())
-        if self._dirty and now - self._committed_at >= (COMMIT if busy else QUIET):
+        careful = any(claim.ends for claim in self._dirty)
+        if self._dirty and (careful or now - self._committed_at >= (COMMIT if busy else QUIET)):
             self._commit()
+        careful = careful or any(claim.ends for claim in self._sent)
         if found:
             wait = 0.0
         choked = self._choked(now)
         if choked is not None:
             if wait > 0:
-                self._woken.wait(min(wait, choked))
+                self._woken.wait(min(wait, choked, CAREFUL if careful else choked))
             self._woken.clear()
+            if careful:  # that a window was committed is told by the driver's poll alone
+                self._take(self._poll(0, 0))
             return found
         self._woken.clear()
         slice = BUSY if busy or self._dirty else min(self._session / 10, SLICE * max(1, self._many / 10))
@@ -76,19 +82,21 @@ class KafkaLog(KafkaMember):
             self._pass_gaps()
         return found
 
-    def _poll(self, wait: float) -> list[Any]:
-        """Up to BATCH messages, waiting for the first. The driver's `consume` alone would wait until it has them all."""
+    def _poll(self, wait: float, more: int = BATCH) -> list[Any]:
+        """A message, waiting for it, and so many more. The driver's `consume` alone would wait until it has them all."""
         try:
             first = self._consumer.poll(wait)
             if first is None:
                 return []
-            return [first, *self._consumer.consume(BATCH, 0)]
+            return [first, *self._consumer.consume(more, 0)] if more else [first]
         except KafkaException as error:
             raise explain(error.args[0], f"group {self.group!r}", self.home) from error
 
     def _take(self, messages: list[Any]) -> None:
         """Sort messages by partition."""
         claims, bad = self._claims, []
+        if not messages:
+            return
         size = 1 + sum(map(len, messages)) / len(messages)  # (of the values: none, if all are null or empty)
         at, last, add = None, None, None
         for message in messages:
@@ -117,6 +125,8 @@ class KafkaLog(KafkaMember):
             room = min(self._limit, int(FLIGHT_BYTES / claim.weight) + 1) - len(account)
             if claim.kept is not None and len(claim.kept[1]) > MOST * 3 // 4:
                 room = 0  # the account is about to outgrow what can be committed
+            if claim.ends and rows and room > 0:
+                room = min(room, self._within(claim))
             if room <= 0:
                 claim.full = claim.full or now
                 continue
@@ -127,6 +137,8 @@ class KafkaLog(KafkaMember):
             if rows:
                 account.next = rows[-1][0] + 1
                 todo = account.add(rows)
+                if claim.ends:
+                    claim.part.crashes.update({row[0]: sum(end > row[0] for end in claim.ends) for row in todo})
                 if todo:
                     found.append((claim.part, todo))
                 elif not len(account):
@@ -135,6 +147,13 @@ class KafkaLog(KafkaMember):
             if claim.paused and claim.full is None:
                 self._resume(claim)
         return found
+
+    def _within(self, claim: Claim) -> int:
+        """How many rows are within reach; if that is not all, and can be more, the next commit says so."""
+        count = bisect_left(claim.behind, claim.reach, key=itemgetter(0))
+        if count < len(claim.behind) and claim.window(claim.part.held.position()[0])[2] > claim.reach:
+            self._dirty[claim] = None
+        return count
 
     def _choked(self, now: float) -> float | None:
         """Seconds to wait for room before anything is paused; None if there is room, or that wait is over."""

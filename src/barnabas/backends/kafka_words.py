@@ -6,6 +6,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError
 
+from barnabas.engine.ledger import Intervals
 from barnabas.errors import BackendError, NotAuthenticated, NotAuthorised, SendError, UnknownTopic, ValueTooLarge
 from barnabas.message import Row
 
@@ -74,25 +75,26 @@ def as_row(message: Any) -> Row:
     return (message.offset(), as_key(message.key()), message.value(), headers, message.timestamp()[1] / 1000)
 
 
-# What is committed beside an offset: intervals finished beyond it, failed runs and lost processes of open offsets. A mark
-# with a version, then numbers of variable length, each counted from the one before; ASCII, because Kafka counts characters.
+# What is committed beside an offset: failed runs of open offsets; how far ahead its owner may have something in work (0: it gave
+# the partition back in order); where the stretches end that were in work when an owner was lost; intervals finished beyond it.
+# A mark with a version, then numbers of variable length; ASCII, because Kafka counts characters.
 FORGOTTEN = "b0:"  # Kafka cannot forget the position in a single partition: this says that it has not begun
-MARK = "b1:"
+MARK = "b2:"
 MOST = 4000  # characters; Kafka takes 4,095
-Counts = Mapping[int, int]
 
 
-def pack(offset: int, done: Sequence[tuple[int, int]], attempts: Counts, crashes: Counts) -> str:
+def pack(offset: int, done: Intervals, attempts: Mapping[int, int], ends: Sequence[int] = (), ahead: int = 0) -> str:
     """The account beyond `offset` as text; "" if there is nothing to say. Intervals that would make it too long are left
     out, the farthest first: their messages run again if another process takes over."""
-    if not (done or attempts or crashes):
+    if not (done or attempts or ends or ahead):
         return ""
     out = bytearray()
-    for counts in (attempts, crashes):
-        _number(out, len(counts))
-        for at, count in sorted(counts.items()):
-            _number(out, max(0, at - offset))
-            _number(out, count)
+    _number(out, len(attempts))
+    for at, count in sorted(attempts.items()):
+        _number(out, max(0, at - offset))
+        _number(out, count)
+    for number in (ahead, len(ends), *(end - offset for end in ends)):
+        _number(out, number)
     at = offset
     for start, end in done:
         before = len(out)
@@ -105,23 +107,23 @@ def pack(offset: int, done: Sequence[tuple[int, int]], attempts: Counts, crashes
     return MARK + b64encode(out).decode()
 
 
-def unpack(offset: int, text: str | None) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, int]]:
-    """What `pack` wrote; nothing where somebody else wrote something else."""
+def unpack(offset: int, text: str | None) -> tuple[Intervals, dict[int, int], list[int], int]:
+    """What `pack` wrote: intervals, attempts, ends, ahead; nothing where somebody else wrote something else."""
     if not text or not text.startswith(MARK):
-        return [], {}, {}
+        return [], {}, [], 0
     try:
         numbers = _numbers(b64decode(text[len(MARK) :], validate=True))
-        maps: list[dict[int, int]] = []
-        for _ in range(2):
-            maps.append({offset + next(numbers): next(numbers) for _ in range(next(numbers))})
+        attempts = {offset + next(numbers): next(numbers) for _ in range(next(numbers))}
+        ahead = next(numbers)
+        ends = [offset + next(numbers) for _ in range(next(numbers))]
         done, at = [], offset
         for gap in numbers:
             start = at + gap
             at = start + next(numbers)
             done.append((start, at))
-        return done, maps[0], maps[1]
+        return done, attempts, ends, ahead
     except (ValueError, StopIteration, RuntimeError):  # (binascii.Error is a ValueError)
-        return [], {}, {}
+        return [], {}, [], 0
 
 
 def _number(out: bytearray, value: int) -> None:

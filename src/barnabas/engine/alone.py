@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("barnabas")
 CRASHES = 3
+NOTHING = -1  # what is in work once a suspect has had its run
 
 
 class Gate:
@@ -86,6 +87,10 @@ class Alone:
             part, row = self._running
             if any(crew.solo is not None or crew.busy() for crew in self._runner.crews):
                 return []
+            if part.alone is not None and part in self._runner.parts:  # before anybody else can crash
+                self._runner.settle()
+                if not part.alone(NOTHING):
+                    return []
             self._running = None
             part.crashes.pop(row[0], None)
             self._gate.open(self)
@@ -96,7 +101,7 @@ class Alone:
                 continue
             if crashes > CRASHES:
                 return self._next(part) if self._bury(part, rows[0], crashes) else []
-            if self._gate.close(self):
+            if self._gate.close(self) and (part.alone is None or part.alone(rows[0][0])):
                 crew = self._runner.crew_of(rows[0])
                 where = f"{part.topic}[{part.partition}]@{rows[0][0]}"
                 log.warning("%s: %s was in work at %d crashes of its process: it runs alone", self._runner.name, where, crashes)
