@@ -272,7 +272,10 @@ def sending(place: Shop, n: int, send: Callable[[Any], int]) -> float:
 )
 def kafka_send(n: int, turn: int) -> list[Figure]:
     def collect(topic: Any) -> int:
-        return len([future.result(WAIT) for future in [topic.send(order) for order in orders(n, note=NOTE)]])
+        futures = [topic.send(order) for order in orders(n, note=NOTE)]
+        topic.app.events.flush(WAIT)
+        expect("the last order", futures[-1].result().value.id, n)
+        return sum([future.done() for future in futures])
 
     def many(topic: Any) -> int:
         return topic.send_many(orders(n, note=NOTE)).result(WAIT)

@@ -273,7 +273,8 @@ class App:
     @property
     def events(self) -> Backend:
         """The backend of topics."""
-        return self._backend("events")
+        found = self.__dict__.get("_events")  # every send comes by here
+        return self._backend("events") if found is None or found.closed else found
 
     @property
     def jobs(self) -> Backend:

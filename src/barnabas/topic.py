@@ -274,8 +274,11 @@ def _checked_headers(headers: Headers) -> list[tuple[str, bytes]]:
     try:
         checked = []
         for name, value in headers.items() if isinstance(headers, dict) else headers:
-            name.encode()
-            checked.append((name, value.encode() if isinstance(value, str) else bytes(memoryview(value))))
+            if type(name) is not str or not name.isascii():
+                name.encode()  # half a surrogate pair cannot be stored
+            if type(value) is not bytes:
+                value = value.encode() if isinstance(value, str) else bytes(memoryview(value))
+            checked.append((name, value))
         return checked
     except Exception as error:
         raise SendError(f"headers={headers!r}: give pairs of text and bytes ({type(error).__name__}: {error})") from error

@@ -30,7 +30,7 @@ from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Listener, Source
 
 log = logging.getLogger("barnabas")
-SERVE = 64  # sends between two looks at delivery reports
+SERVE = 64  # sends between two looks at delivery reports and the room
 NO_JOBS = "kafka: carries topics, not queues; set jobs=redis://HOST or jobs=sqlite:///FILE.db beside events=kafka://..."
 NO_TABLES = "tables cannot be kept on kafka: yet; set events=sqlite:///FILE.db, or keep the state in a store of your own"
 _idle: "dict[str, list[_Line]]" = {}  # of apps that were closed, by cluster and options
@@ -125,10 +125,10 @@ class _Chunk:
 
 
 def _row(out: Outgoing, milliseconds: int, message: Any) -> tuple[Any, ...]:
-    key = out[2]
+    topic, _, key, value, headers, _, _ = out
     if type(key) is bytes:
         key = as_key(key)
-    return (out[0], message.partition(), message.offset(), key, out[3], out[4], milliseconds / 1000)
+    return (topic, message.partition(), message.offset(), key, value, headers, milliseconds / 1000)
 
 
 class KafkaBackend(KafkaDoors):
@@ -146,6 +146,7 @@ class KafkaBackend(KafkaDoors):
         self.session: float = settings.session_timeout
         self._send_timeout: float = settings.send_timeout
         self._most: int = settings.buffer_messages
+        self._some = SERVE if self._most > 10 * SERVE else 0
         self._most_bytes: int = settings.buffer_bytes
         self._lock = threading.RLock()
         self.line: _Line | None = None
@@ -200,50 +201,43 @@ class KafkaBackend(KafkaDoors):
     def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
         producer = self._producer or self._start()
         count = len(outgoing)
-        if len(producer) + count > self._most:
-            self._wait_for_room(producer, count)
-        if count == 1:
-            out: Any = outgoing[0]
-            self._produce(producer, out, self._stored if out[6] is not None else self._unseen)
-        else:
-            chunk: Any = None
-            plain = sum([1 for out in outgoing if out[-1] is None])
-            last = len(outgoing) - 1
-            if plain:
-                future = outgoing[last][-1]
-                chunk = _Chunk(self, plain + (future is not None), future)
-            for index, each in enumerate(outgoing):
-                if each[-1] is None:
-                    self._produce(producer, each, None, chunk.report)
-                else:
-                    self._produce(producer, each, chunk.last if chunk is not None and index == last else self._stored)
-        self.sent += count
-        if self.sent - self._served > SERVE:
+        if self.sent + count - self._served > self._some:
             self._served = self.sent
             producer.poll(0)
-
-    def _produce(self, producer: Any, out: Any, report: Any, shared: Any = None) -> None:
-        """Hand one message to the driver. What it refuses becomes the outcome, as if the broker had refused it."""
-        if len(out) != 7:
-            raise SendError(NO_JOBS)
-        topic, partition, key, value, headers, timestamp, _ = out
-        milliseconds = round(timestamp * 1000)
-        done = shared or functools.partial(report, out, milliseconds)
-        try:
-            name = self.names.get(topic.name) or self.find(topic)
-            where = -1 if partition is None else partition
-            while True:
-                try:
-                    producer.produce(name, value, key, where, done, done, milliseconds, headers or None)
-                    return
-                except BufferError:
-                    self._wait_for_room(producer, 1, full=True)
-        except BufferFull:
-            raise
-        except KafkaException as error:
-            done(error.args[0], _Refused(topic.name))
-        except (SendError, DeclarationError) as error:
-            done(error, _Refused(topic.name))
+            if len(producer) + count > self._most:
+                self._wait_for_room(producer, count)
+        self.sent += count
+        plain, last, names, produce = self._unseen, None, self.names, producer.produce
+        chunk: Any = None
+        if count > 1 and (bare := sum([1 for out in outgoing if out[-1] is None])):
+            last = outgoing[-1]
+            chunk = _Chunk(self, bare + (last[-1] is not None), last[-1])
+            plain = chunk.report
+        out: Any
+        for out in outgoing:
+            if len(out) != 7:
+                raise SendError(NO_JOBS)
+            topic, partition, key, value, headers, timestamp, future = out
+            milliseconds = round(timestamp * 1000)
+            if future is None:
+                done = plain
+            else:
+                done = functools.partial(self._stored if out is not last else chunk.last, out, milliseconds)
+            try:
+                name = names.get(topic.name) or self.find(topic)
+                where = -1 if partition is None else partition
+                while True:
+                    try:
+                        produce(name, value, key, where, done, done, milliseconds, headers or None)
+                        break
+                    except BufferError:
+                        self._wait_for_room(producer, 1, full=True)
+            except BufferFull:
+                raise
+            except KafkaException as error:  # what the driver refuses becomes the outcome, as if the broker had refused it
+                done(error.args[0], _Refused(topic.name))
+            except (SendError, DeclarationError) as error:
+                done(error, _Refused(topic.name))
 
     def _stored(self, out: Outgoing, milliseconds: int, error: Any, message: Any) -> None:
         """The delivery report of a message with a future."""
@@ -252,7 +246,7 @@ class KafkaBackend(KafkaDoors):
         else:
             out[6].fail(self.refusal(error, message.topic()))
 
-    def _unseen(self, out: Outgoing, milliseconds: int, error: Any, message: Any) -> None:
+    def _unseen(self, error: Any, message: Any) -> None:
         """The delivery report of a message without a future."""
         if error is not None:
             log.error("a message could not be stored: %s", self.refusal(error, message.topic()))
