@@ -170,6 +170,8 @@ class Worker:
         runner.begins = getattr(instance, "set_up", None)
         ordered = consumer.order == "partition"
         source = events.log(consumer.group, consumer.subscriptions, start=consumer.start, ordered=ordered, listener=runner)
+        if handler.bare and ordered and (bare := getattr(source, "bare", None)) is not None:
+            handler.whole = bare()
         runner.attach(source, source.atomic is None)
 
     def _jobs(self) -> None:

@@ -1,13 +1,16 @@
 """What is kept beside a committed offset, options, errors: without a broker."""
 
 import random
+from typing import Any
 
 import pytest
 
 pytest.importorskip("confluent_kafka")
 
+from confluent_kafka import Message
+
 from barnabas import App
-from barnabas.backends.kafka_words import MARK, MOST, pack, unpack
+from barnabas.backends.kafka_words import MARK, MOST, as_bare_rows, as_row, as_rows, pack, unpack, whole
 from barnabas.engine.ledger import Ledger, Straight
 from barnabas.errors import BackendError, DeclarationError, SettingError
 from barnabas.inspect import check
@@ -136,3 +139,18 @@ def test_check_says_that_tables_are_refused() -> None:
 
 def print_it(order: dict) -> None:
     print(order)
+
+
+PLAIN = {"key": b"k", "value": b"v", "headers": None}
+
+
+@pytest.mark.parametrize("odd", [{}, {"key": None}, {"key": b"\xff"}, {"headers": [("a", None), ("b", b"1")]}, {"value": None}])
+def test_rows_are_the_same_however_many_are_made_at_once(odd: dict[str, Any]) -> None:
+    kinds = [PLAIN, PLAIN | odd, PLAIN]
+    messages = [Message(topic="t", partition=0, offset=n, timestamp=(1, 1500 + n), **k) for n, k in enumerate(kinds)]
+    rows = as_rows(messages)
+    assert rows == [as_row(message) for message in messages] == [whole(row) for row in as_bare_rows(messages)]
+    assert [row[0] for row in rows] == [0, 1, 2] and [whole(row) for row in rows] == rows
+    key, value, headers = (odd.get(name, PLAIN[name]) for name in PLAIN)
+    wanted = {None: None, b"k": "k"}.get(key, key), value, headers and [("a", b""), ("b", b"1")]
+    assert rows[1][1:4] == wanted and rows[1][4] == 1.501

@@ -2,16 +2,17 @@
 
 import logging
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import OffsetSpec
 
 from barnabas.backends.kafka_group import BUSY, CAREFUL, Claim, KafkaMember
-from barnabas.backends.kafka_words import MOST, as_row, explain
+from barnabas.backends.kafka_words import MOST, as_bare_rows, as_rows, explain, whole
 from barnabas.errors import PositionLost
 from barnabas.message import Row
 from barnabas.ports import Part
@@ -30,6 +31,7 @@ class KafkaLog(KafkaMember):
 
     _limit = 1
     _looked = _kept_at = 0.0
+    _rows: Callable[[Sequence[Any]], list[Row]] = staticmethod(as_rows)
 
     # Fetching.
 
@@ -94,27 +96,28 @@ class KafkaLog(KafkaMember):
 
     def _take(self, messages: list[Any]) -> None:
         """Sort messages by partition."""
-        claims, bad = self._claims, []
         if not messages:
             return
-        size = 1 + sum(map(len, messages)) / len(messages)  # (of the values: none, if all are null or empty)
-        at, last, add = None, None, None
-        for message in messages:
-            at = (message.topic(), message.partition())
-            if at != last:
-                claim = claims.get(at)
-                last = at
-                if claim is not None:
-                    claim.weight = size
-                    add = claim.behind.append
-                else:
-                    add = None
-            if message.error() is not None:
-                bad.append(message)
-            elif add is not None:
-                add(as_row(message))
+        count = len(messages)
+        weight = 1 + sum(map(len, messages)) / count  # tombstones have no length
+        bad = [message for message in messages if message.error() is not None] if any(map(Message.error, messages)) else ()
+        names, numbers = list(map(Message.topic, messages)), list(map(Message.partition, messages))
+        runs: Iterable[tuple[Any, list[Any]]] = [((names[0], numbers[0]), messages)]
+        if bad or names.count(names[0]) < count or numbers.count(numbers[0]) < count:
+            good = [message for message in messages if message.error() is None]
+            runs = ((at, list(run)) for at, run in groupby(good, lambda message: (message.topic(), message.partition())))
+        for at, run in runs:
+            claim = self._claims.get(at)
+            if claim is not None:
+                claim.weight = weight
+                claim.behind += (as_rows if claim.part.retries else self._rows)(run)
         for message in bad:
             self._problem(message)
+
+    def bare(self) -> Callable[[Any], Row]:
+        """Rows are to have no more than offset and value, from now on; returns what makes whole ones of them."""
+        self._rows = as_bare_rows
+        return whole
 
     def _hand_out(self, now: float) -> list[tuple[Part, Sequence[Row]]]:
         found: list[tuple[Part, Sequence[Row]]] = []

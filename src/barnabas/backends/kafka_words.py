@@ -4,7 +4,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from confluent_kafka import KafkaError
+from confluent_kafka import KafkaError, Message
 
 from barnabas.engine.ledger import Intervals
 from barnabas.errors import BackendError, NotAuthenticated, NotAuthorised, SendError, UnknownTopic, ValueTooLarge
@@ -62,6 +62,29 @@ def as_key(key: bytes | None) -> str | bytes | None:
         return key.decode()
     except UnicodeDecodeError:
         return key
+
+
+def as_rows(messages: Sequence[Any]) -> list[Row]:
+    """Messages of the driver as rows. By columns: a call from C costs half of one from Python."""
+    headers: Sequence[Any]
+    try:
+        keys, headers = list(map(bytes.decode, map(Message.key, messages))), list(map(Message.headers, messages))
+    except (TypeError, UnicodeDecodeError):  # no key, or not text
+        return list(map(as_row, messages))
+    if any(headers):
+        return list(map(as_row, messages))
+    stamps = [stamp / 1000 for _, stamp in map(Message.timestamp, messages)]
+    return list(zip(map(Message.offset, messages), keys, map(Message.value, messages), headers, stamps, strict=True))
+
+
+def as_bare_rows(messages: Sequence[Any]) -> list[Any]:
+    """The same with what most handlers ask for, offset and value; `whole` makes the rest of it."""
+    return list(zip(map(Message.offset, messages), messages, map(Message.value, messages), strict=True))
+
+
+def whole(row: Any) -> Row:
+    """A row of all that belongs to it, from a bare one."""
+    return row if len(row) == 5 else as_row(row[1])
 
 
 def as_row(message: Any) -> Row:

@@ -139,6 +139,9 @@ class Handler:
         same = len(routes) == 1 or (len({r.function for r in routes}) == 1 and len({id(r.decode) for r in routes}) == 1)
         plain = same and first.params.kinds == ["value"] and not hooks and not self.optional and not self.batch
         self.decode = first.decode if plain else None
+        # Of a row, offset and value are enough for it.
+        self.bare = (plain or (self.batch is not None and not hooks and not self._deliveries)) and not consumer.tables
+        self.whole: Callable[[Any], Row] = as_it_is  # a row with all that belongs to it, where the source left that out
         function: Callable[..., Any] = first.function if same else (_call_async if self.awaited else _call)
         self._dispatch = not same
         kinds = first.params.kinds
@@ -200,10 +203,11 @@ class Handler:
 
     def _bind_plain(self, run: Run, row: Row) -> tuple[Any, ...]:
         part = run.part
-        if part.attempts or row[3]:
+        offset, key, data, headers, timestamp = row
+        if part.attempts or headers:
             return Handler.bind(self, run, row)
-        value = self._decode(row[2])  # type: ignore[arg-type]
-        delivery = Delivery(part.topic, part.partition, row[0], row[1], value, [], row[4], 1, self.group)
+        value = self._decode(data)  # type: ignore[arg-type]
+        delivery = Delivery(part.topic, part.partition, offset, key, value, [], timestamp, 1, self.group)
         return (delivery, value) if self._hooked else (value, delivery)
 
     def _respond(self) -> Respond:
@@ -233,7 +237,7 @@ class Handler:
 
         Raises Stop if it is dead and the consumer says on_dead="stop".
         """
-        consumer, part = self.consumer, run.part
+        consumer, part, row = self.consumer, run.part, self.whole(row)
         offset, data = row[0], row[2]
         attempt = self.delivery(part, row, None).attempt
         reason = None
@@ -270,7 +274,7 @@ class Handler:
     def bury(self, run: Run, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> None:
         """A row is dead: to the dead-letter topic, skipped and counted, or a stop of the process."""
         on_dead = "topic" if reason.startswith("undecodable") and self.consumer.on_dead == "skip" else self.consumer.on_dead
-        part = run.part
+        part, row = run.part, self.whole(row)
         if error is None:  # it was not run: what came through a retry topic has earlier attempts
             attempt = self.delivery(part, row, None).attempt
         if on_dead == "stop":
@@ -335,6 +339,11 @@ def origin(headers: Headers) -> tuple[dict[str, bytes], list[tuple[str, bytes]]]
 def retry_at(row: Row) -> float:
     """When a message of a retry topic is due (epoch seconds)."""
     return float(origin(row[3] or ())[0].get("at", b"0"))
+
+
+def as_it_is(row: Row) -> Row:
+    """A row that has all that belongs to it."""
+    return row
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

@@ -186,8 +186,10 @@ class Runner:
     def _hold(self, batches: Sequence[tuple[Part, Sequence[Row]]]) -> list[tuple[Part, Sequence[Row]]]:
         """What may be handed over now. Rows of paused keys are held back, in partition order with all that is behind them;
         they count as in flight, and are not settled, so a revocation or an end gives them to who comes next."""
-        keys, whole, free = self._pauses.keys, self.crews[0].lanes.order == "partition", []
-        for part, rows in batches:
+        keys, whole = self._pauses.keys, self.crews[0].lanes.order == "partition"
+        free: list[tuple[Part, Sequence[Row]]] = []
+        for part, some in batches:
+            rows = [self.crews[0].handler.whole(row) for row in some]
             if whole and not part.retries:
                 first = next((n for n, row in enumerate(rows) if row[1] in keys), len(rows)) if part not in self._held else 0
                 go, stay = rows[:first], rows[first:]

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from barnabas.engine.hand import CURRENT, Hand
-from barnabas.engine.handler import Stop
+from barnabas.engine.handler import Stop, as_it_is
 from barnabas.engine.hooks import wrap
 from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
@@ -97,6 +97,7 @@ class JobHandler:
     tables = None
     batch = None
     group = ""
+    whole = staticmethod(as_it_is)
     hurry: Callable[[], None]  # the crew's
 
     def __init__(
