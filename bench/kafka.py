@@ -173,8 +173,8 @@ KINDS = ("one", "with_delivery", "batch", "one_async")
 
 
 @bench(
-    400_000,
-    4_000,
+    300_000,
+    3_000,
     Row("Kafka, 200 bytes: sync handler", 0.75, "x", "/s", note="raw, here and below: confluent-kafka's `consume(1000)`"),
     Row("Kafka: sync handler that asks for its `Delivery`", 0.65, "x", "/s"),
     Row("Kafka: batch handler", 0.9, "x", "/s", note="raw: one call a list"),
@@ -263,7 +263,7 @@ def sending(place: Shop, n: int, send: Callable[[Any], int]) -> float:
 
 
 @bench(
-    200_000,
+    150_000,
     2_000,
     Row("Kafka: sends, futures collected", 0.55, "x", "/s", note="raw: produce with a callback and a poll each"),
     Row("Kafka: `send_many`", 1.0, "x", "/s"),
@@ -308,7 +308,7 @@ def kafka_wake_up(n: int, turn: int) -> list[Figure]:
 
 
 @bench(
-    3_000,
+    2_000,
     60,
     Row("Kafka: handlers of 1 ms of computing: 2 processes", 1.6, "x", "/s", note="raw: 1 process; two free cores"),
     server=bench_kafka,
