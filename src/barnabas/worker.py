@@ -185,7 +185,8 @@ class Worker:
                 crews[-1].handler.hurry = crews[-1].hurry
         route = router(entries) if len(crews) == 2 else None
         ahead, guard = None if self.inline else 0.05, crews[0].handler.guard or None
-        runner = self._runner("jobs", crews, route=route, limit=1000, ahead=ahead, widths=app.settings.concurrency)
+        limit = 1000 + sum(crew.size for crew in crews)  # what is done and not settled is to keep no coroutine waiting
+        runner = self._runner("jobs", crews, route=route, limit=limit, ahead=ahead, widths=app.settings.concurrency)
         runner.attach(jobs.queues(self.queues, runner, guard), app.settings.events != app.settings.jobs)
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:

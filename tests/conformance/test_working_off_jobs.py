@@ -253,8 +253,9 @@ def test_a_limit_for_a_queue_that_nobody_has_is_refused(place):
         Worker(app)
 
 
-def test_async_jobs_run_beside_each_other_and_beside_sync_ones(place):
-    app = place.app(threads=1, coroutines=20)
+@pytest.mark.parametrize("many", [20, 1200])
+def test_async_jobs_run_beside_each_other_and_beside_sync_ones(place, many):
+    app = place.app(threads=1, coroutines=many)
     both, inside, everybody = threading.Barrier(2, timeout=10), [], asyncio.Event()
 
     @app.job(retry=False)
@@ -264,15 +265,15 @@ def test_async_jobs_run_beside_each_other_and_beside_sync_ones(place):
     @app.job(retry=False)
     async def meet(n: int):
         inside.append(n)
-        if len(inside) == 20:
+        if len(inside) == many:
             await asyncio.to_thread(both.wait)
             everybody.set()
         await everybody.wait()
 
-    meet.enqueue_many((n,) for n in range(20))
+    meet.enqueue_many((n,) for n in range(many))
     sync.enqueue(1).result(5)
     place.drain(app)
-    assert sorted(inside) == list(range(20)) and not failures(app)
+    assert sorted(inside) == list(range(many)) and not failures(app)
 
 
 def test_a_job_enqueued_for_later_waits_for_its_time(place, app):

@@ -109,7 +109,7 @@ class JobHandler:
         self.observers = observers
         self._entries = entries
         self.timed = any(e.job.timeout for e in entries.values())
-        self.function: Callable[..., Any] = _call_async if awaited else _call
+        self.function: Callable[..., Any] = _call  # (an async job's coroutine is awaited by who calls)
         self.guard = Guard({name: entry.job for name, entry in entries.items()})
         self._guarded = bool(self.guard)
 
@@ -273,7 +273,3 @@ async def _then_async(hurry: Callable[[], None], function: Callable[..., Any], *
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
-
-
-async def _call_async(function: Callable[..., Any], *args: Any) -> Any:
-    return await function(*args)
