@@ -59,6 +59,6 @@ def _flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> None:
         if error is not None and not isinstance(error, Conflict):  # that is an answer: another job holds its lock
             raise SendError(f"an output to {getattr(output[0], 'name', output[0])!r} could not be stored: {error}") from error
     for _, asked, future in tries:
-        clash = future.exception(0)
         if asked is not None:
+            clash = future.exception(0)
             asked.fail(clash) if clash is not None else asked.resolve(future.result(0))
