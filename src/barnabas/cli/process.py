@@ -20,7 +20,7 @@ from barnabas.worker import RECYCLE, Worker, memory
 
 log = logging.getLogger("barnabas")
 Tell = Callable[[dict[str, float]], None]  # gets the counts, about once a second
-TICK = 0.05  # seconds between looks at the worker
+DRAINING, TICK = 0.05, 0.25  # seconds between looks at the worker: looking is most of what an idle process costs
 ANEW = -1  # not an exit status: another file was put in the place of ours
 SELDOM = 10.0  # seconds between log lines that say how a run is getting on
 HURRY = 2.0  # seconds a process that hangs gives to what does not
@@ -101,7 +101,7 @@ def _wait(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
     """Why the worker is to end: "stop", "failed", "hangs", "large" (it uses too much memory) or "drained"."""
     told, said = time.monotonic(), not drain
     most, large = worker.app.settings.max_memory, False
-    while not stopper.event.wait(TICK):
+    while not stopper.event.wait(DRAINING if drain else TICK):
         if worker.failed() is not None:
             return "failed"
         if (large or worker.recycling is not None) and (lifeline is None or lifeline.may_recycle()):
