@@ -5,11 +5,8 @@ A new backend joins by being listed in BACKENDS: its name, and the URLs of topic
 rather than hangs: every wait has a deadline, and says what all threads were doing when it passes.
 """
 
-import faulthandler
 import inspect
 import secrets
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +16,10 @@ from zlib import crc32
 
 import pytest
 from servers import murmur2, shared_kafka, shared_redis
+from watching import wait_for
 
 from barnabas import App, Message
 from barnabas.clock import Clock
-from barnabas.engine.observe import Failed, Settled
 from barnabas.topic import Topic
 from barnabas.worker import Worker
 
@@ -34,7 +31,6 @@ BACKENDS: dict[str, Callable[[Path], tuple[str, str]]] = {
 }
 JOBS_ONLY = {"redis"}  # their topics are another backend's, whose tests need no repetition
 EVENTS_ONLY = {"kafka"}  # their jobs are
-DEADLINE = 20.0  # seconds any wait of a test may take; it usually takes milliseconds
 
 
 class ShiftedClock(Clock):
@@ -46,18 +42,6 @@ class ShiftedClock(Clock):
 
     def advance(self, seconds: float) -> None:
         self.shift += seconds
-
-
-def wait_for(condition: Callable[[], Any], what: str = "", worker: Worker | None = None) -> None:
-    """Wait until `condition()`; fail at the deadline, or when a runner of the worker has failed."""
-    pause, end = threading.Event(), time.monotonic() + DEADLINE
-    while not condition():
-        if worker is not None and worker.failed() is not None:
-            raise worker.failed()  # type: ignore[misc]
-        if time.monotonic() > end:
-            faulthandler.dump_traceback(file=sys.__stderr__)
-            pytest.fail(f"waited {DEADLINE} s for {what or condition}")
-        pause.wait(0.002)
 
 
 class Place:
@@ -150,22 +134,6 @@ class Place:
     def dead(self, topic: Topic[Any]) -> list[Message[Any]]:
         """The dead letters of a topic."""
         return self.stored(topic.dead_topic)
-
-
-def failures(app: App, outcome: str | None = None) -> list[Failed]:
-    """The failures that observers were told of."""
-    records = [r for r in app.records if isinstance(r, Failed)]  # type: ignore[attr-defined]
-    return [r for r in records if outcome in (None, r.outcome)]
-
-
-def waiting(app: App, queue: str = "default") -> dict[str, int]:
-    """How many jobs of a queue wait for a time to come, or are dead."""
-    return {kind: sum(1 for _ in app.jobs.find_jobs(kind, queue)) for kind in ("scheduled", "retry", "dead")}
-
-
-def settled(app: App, name: str) -> int:
-    """How many deliveries of this consumer observers saw settled."""
-    return sum(r.count for r in app.records if isinstance(r, Settled) and r.name == name)  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import msgspec
 import pytest
-from conftest import failures, settled, wait_for
+from watching import failures, settled, wait_for
 
 from barnabas import Batch, Delivery, Message, Reject, Respond, Retry
 

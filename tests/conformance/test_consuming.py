@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import msgspec
 import pytest
-from conftest import settled, wait_for
+from watching import settled, wait_for
 
 from barnabas import Delivery, Retry
 

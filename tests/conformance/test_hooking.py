@@ -4,7 +4,7 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from conftest import failures, waiting
+from watching import failures, waiting
 
 from barnabas import Batch, Delivery, Done, Reject, Respond, Retry
 

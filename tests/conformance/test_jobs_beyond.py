@@ -12,7 +12,7 @@ from datetime import datetime
 
 import msgspec
 import pytest
-from conftest import failures, wait_for, waiting
+from watching import failures, wait_for, waiting
 
 from barnabas import Reject, progress
 from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
-from conftest import wait_for
+from watching import wait_for
 
 from barnabas.clock import FakeClock
 from barnabas.errors import DeclarationError

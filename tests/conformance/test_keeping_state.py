@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
-from conftest import wait_for
+from watching import wait_for
 
 from barnabas import Retry
 from barnabas.errors import TableError

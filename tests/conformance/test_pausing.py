@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from conftest import settled, wait_for
+from watching import settled, wait_for
 
 from barnabas import Message, Retry
 

@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
-from conftest import failures
+from watching import failures
 
 from barnabas import Delivery, Message, Respond, Retry, respond_to
 from barnabas.engine.hand import ID

@@ -1,7 +1,7 @@
 """Retention: what goes, and what stays because a group still needs it."""
 
 import pytest
-from conftest import wait_for
+from watching import wait_for
 
 from barnabas import Delivery, Retention
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import msgspec
 import pytest
-from conftest import failures, settled, wait_for
+from watching import failures, settled, wait_for
 
 from barnabas import Batch, Delivery, Message, Reject, Retry, RetryAfter
 from barnabas.engine.handler import Stop, to_retry

@@ -5,7 +5,7 @@ import threading
 from datetime import UTC, datetime
 
 import pytest
-from conftest import settled, wait_for
+from watching import settled, wait_for
 
 from barnabas import Message, Reject, Retry, inspect
 from barnabas.errors import Refused, UnknownTopic

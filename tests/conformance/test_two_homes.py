@@ -1,7 +1,7 @@
 """Topics in one home, queues in another: what leaves for elsewhere is durable before its cause is settled."""
 
 import pytest
-from conftest import failures, wait_for
+from watching import failures, wait_for
 
 from barnabas import App, Retry
 from barnabas.errors import BackendError

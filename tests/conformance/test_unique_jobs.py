@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 
 import pytest
-from conftest import failures, wait_for, waiting
+from watching import failures, wait_for, waiting
 
 from barnabas import (
     Reject,

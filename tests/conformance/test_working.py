@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import msgspec
 import pytest
-from conftest import failures, settled, wait_for, waiting
+from watching import failures, settled, wait_for, waiting
 
 from barnabas import Batch, Delivery, Done, Message, Retry
 from barnabas.engine.observe import Failed, Settled

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
-from conftest import failures, settled, wait_for, waiting
+from watching import failures, settled, wait_for, waiting
 
 from barnabas import Reject, RetryAfter
 from barnabas.backends.shares import QueueOrder
