@@ -10,10 +10,14 @@ pytest.importorskip("confluent_kafka")
 from confluent_kafka import Message
 
 from barnabas import App
+from barnabas.backends.kafka_group import Claim
+from barnabas.backends.kafka_log import KafkaLog
 from barnabas.backends.kafka_words import MARK, MOST, as_bare_rows, as_row, as_rows, pack, unpack, whole
+from barnabas.backends.shares import open_account
 from barnabas.engine.ledger import Ledger, Straight
 from barnabas.errors import BackendError, DeclarationError, SettingError
 from barnabas.inspect import check
+from barnabas.ports import Part
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -154,3 +158,18 @@ def test_rows_are_the_same_however_many_are_made_at_once(odd: dict[str, Any]) ->
     key, value, headers = (odd.get(name, PLAIN[name]) for name in PLAIN)
     wanted = {None: None, b"k": "k"}.get(key, key), value, headers and [("a", b""), ("b", b"1")]
     assert rows[1][1:4] == wanted and rows[1][4] == 1.501
+
+
+def test_what_is_finished_out_of_order_leaves_room_before_the_next_commit() -> None:
+    claim = Claim(Part("t", 0, 1, "g"), ("t", 0), ("t", 0), "")
+    open_account(claim.part, False, 0, [], {})
+    log = KafkaLog.__new__(KafkaLog)
+    log._claims, log._limit = {claim.at: claim}, 2
+    claim.behind = [(offset, str(offset), b"", None, 0.0) for offset in range(4)]
+    [(_, first)] = log._hand_out(0.0)
+    assert [row[0] for row in first] == [0, 1] and log._hand_out(0.0) == []
+    claim.part.held.finish(first[1:])
+    assert log._hand_out(0.0) == []  # the older one is still open: both count
+    claim.part.held.finish(first[:1])
+    [(_, second)] = log._hand_out(0.0)
+    assert [row[0] for row in second] == [2, 3]

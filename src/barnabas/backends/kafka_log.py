@@ -125,7 +125,10 @@ class KafkaLog(KafkaMember):
             rows, account = claim.behind, claim.part.held
             if not rows and claim.full is None:
                 continue
-            room = min(self._limit, int(FLIGHT_BYTES / claim.weight) + 1) - len(account)
+            most = min(self._limit, int(FLIGHT_BYTES / claim.weight) + 1)
+            if len(account) >= most:
+                account.position()  # else what was finished out of order counts until the next commit
+            room = most - len(account)
             if claim.kept is not None and len(claim.kept[1]) > MOST * 3 // 4:
                 room = 0  # the account is about to outgrow what can be committed
             if claim.ends and rows and room > 0:
