@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from barnabas import backends
 from barnabas.clock import Clock
@@ -15,11 +15,13 @@ from barnabas.engine.observe import Observer, Observers
 from barnabas.errors import DeclarationError
 from barnabas.job import OPTIONS as JOB_OPTIONS
 from barnabas.job import STORED, Job
-from barnabas.jobs.cron import Schedule
 from barnabas.ports import Backend
 from barnabas.settings import Settings
 from barnabas.state.table import Table
 from barnabas.topic import Retention, Topic
+
+if TYPE_CHECKING:
+    from barnabas.jobs.cron import Schedule
 
 F = TypeVar("F", bound=Callable[..., Any])
 TOPIC_OPTIONS = ("key", "partitions", "codec", "retention", "limit", "rekeyed")
@@ -200,6 +202,8 @@ class App:
         they follow each other. name: where a job has several. A function with a parameter gets the time of the tick, a
         datetime. Each tick is enqueued once over all processes, whichever run the job's queue.
         """
+        from barnabas.jobs.cron import Schedule  # most apps have none
+
         def declare(target: Any) -> Job:
             job: Job = target if isinstance(target, Job) else self.job(target)
             schedule = Schedule(job, line, every, tz, on_missed, overlap, name)
