@@ -244,3 +244,36 @@ def test_a_broker_that_goes_away_and_comes_back_loses_nothing(make, tmp_path, ca
         app.close()
     finally:
         subprocess.run([*DEV, "stop", *folder], check=True)
+
+
+FORKING = """
+import os, sys
+from barnabas import App
+from barnabas.worker import Worker
+
+app = App("forking", events=sys.argv[1], jobs="memory:", create_topics=True)
+numbers = app.topic("numbers", int, key=str, partitions=2)
+seen = []
+app.consumer(numbers, name="read")(seen.append)
+worker = Worker(app)
+worker.start()  # the parent's producer and consumer are open, and in use
+numbers.send_many(range(100)).result(20)
+child = os.fork()
+if child == 0:
+    numbers.send_many(range(100, 200)).result(20)
+    sys.exit(0)  # ends as any program does: what is open is closed
+assert os.waitpid(child, 0)[1] == 0, "the child"
+numbers.send_many(range(200, 300)).result(20)
+while not worker.drained():
+    assert worker.failed() is None
+held = worker.stop(10.0)
+app.close()
+print(sorted(seen) == [*range(300)], held)
+"""
+
+
+def test_a_forked_child_opens_clients_of_its_own_and_its_parent_goes_on(make) -> None:
+    url = make().settings.events
+    done = subprocess.run([sys.executable, "-c", FORKING, url], capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout) == (0, "True []\n"), done.stderr
+    assert "Traceback" not in done.stderr
