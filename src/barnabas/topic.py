@@ -258,6 +258,9 @@ class _Counted:
     def fail(self, error: BaseException, told: bool = False) -> None:
         self.future.fail(error, told)
 
+    def settle(self, value: Any) -> None:
+        self.fail(value) if isinstance(value, Exception) else self.resolve(value)
+
 
 def _message_id(cause: str, index: int) -> str:
     return f"{cause}/{index}"

@@ -500,7 +500,7 @@ def index(n: int) -> None:
     indirect=["place"],
 )
 def test_chains_results_and_debounced_calls_through_kills(place, kills, tmp_path, monkeypatch):
-    monkeypatch.setattr("conftest.DEADLINE", 90.0)  # processes begin slowly on a busy machine
+    monkeypatch.setattr("watching.DEADLINE", 90.0)  # processes begin slowly on a busy machine
     (tmp_path / "shop.py").write_text(SHOP.format(jobs=place.jobs))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])}
     sys.path.insert(0, str(tmp_path))

@@ -290,7 +290,7 @@ def tick(at: datetime):
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["sqlite", "redis"], indirect=True)
 def test_twenty_real_ticks_with_kills(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("conftest.DEADLINE", 90.0)  # processes begin slowly on a busy machine
+    monkeypatch.setattr("watching.DEADLINE", 90.0)  # processes begin slowly on a busy machine
     (tmp_path / "shop.py").write_text(SHOP.format(jobs=place.jobs))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])}
 
