@@ -63,7 +63,7 @@ def _topics(group: groups.GroupLag) -> str:
 @click.option("--forget", is_flag=True, help="Forget its positions: a group that is no more, or is to begin as a new one.")
 @click.option("--topic", metavar="T", help="Only this topic. [default: all but those of retries]")
 @click.option("--partition", type=click.IntRange(0), metavar="N", help="Only this partition.")
-@click.option("--clear-tables", is_flag=True, help="Empty the consumer's tables, too.")
+@click.option("--clear-tables", is_flag=True, help="Empty the consumer's tables, too: all of them, also with --partition.")
 @click.option("--dry-run", is_flag=True, help="Only show what would change.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def reset(app: App, group: str, dry_run: bool, yes: bool, clear_tables: bool, as_json: bool, **where: Any) -> None:
