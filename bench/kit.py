@@ -69,6 +69,7 @@ def bench(n: int, tiny: int, *rows: Row, server: Any = None) -> Callable[[Any], 
     """Register a function as a bench of `n` messages (`tiny` in a quick look)."""
 
     def register(run: Any) -> Any:
+        assert run.__name__ not in BENCHES, run.__name__
         BENCHES[run.__name__] = Bench(run.__name__, run, n, tiny, rows, server)
         return run
 

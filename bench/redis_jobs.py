@@ -389,7 +389,7 @@ def peer(name: str) -> Callable[[int, int], list[Figure]]:
             raw, (rate, *_) = in_turn(turn, lambda: run_peer(client, name, n), lambda: run_ours(client, min(100_000, 200 * n)))
         return [Figure(rate / raw, raw, rate)]
 
-    run.__name__ = name
+    run.__name__ = f"redis_{name}"  # (SQLite has a huey, too)
     return run
 
 

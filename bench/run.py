@@ -90,7 +90,8 @@ def summary(bench: Any, index: int, rounds: list[Any]) -> dict[str, Any]:
         every = [each for value in values for each in value]
         figure = ours = statistics.quantiles(every, n=100, method="inclusive")[row.percent - 1]
     ok = None if row.target is None else figure <= row.target if row.at_most else figure >= row.target
-    found = {"figure": figure, "ok": ok, "raw": raw, "ours": ours, "rounds": values}
+    each = [statistics.median(value) if isinstance(value, list) else value for value in values]
+    found = {"figure": figure, "ok": ok, "raw": raw, "ours": ours, "rounds": each}
     return {"bench": bench.name, "n": bench.n, **row._asdict(), **found}
 
 
