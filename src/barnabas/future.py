@@ -128,6 +128,11 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
         """Set the outcome, or the error that it is."""
         self.fail(value) if isinstance(value, Exception) else self.resolve(value)
 
+    def hand_on(self, other: "Future[Any]") -> None:
+        """Give another this one's outcome as it was set: nobody has asked for a Message yet."""
+        value = self._value
+        other.fail(value.error) if type(value) is _Failure else other.resolve(value)
+
     def _wake(self) -> None:
         with _LOCK:
             waiters, self._waiters = self._waiters, None

@@ -164,7 +164,7 @@ class Topic(Generic[T]):
             future = hand.future(_message_id)
             if count:
                 last = hand.outputs.pop()  # type: ignore[attr-defined]
-                hand.add((*last[:6], _Counted(future, count)))
+                hand.add((*last[:6], _Counted(_many=future, _count=count)))
             else:
                 future.resolve(0)
             return future
@@ -243,23 +243,17 @@ class _Total:
                 self.future.resolve(self.count)
 
 
-class _Counted:
-    """Stands for the future of the last message of a send_many inside a handler: resolves with their number."""
+class _Counted(Future[Any], eq=False, gc=False):
+    """Stands for the future of the last message of a send_many inside a handler: that resolves with their number."""
 
-    __slots__ = ("count", "future")
-
-    def __init__(self, future: Future[int], count: int) -> None:
-        self.future = future
-        self.count = count
+    _many: Any = None
+    _count: int = 0
 
     def resolve(self, value: Any) -> None:
-        self.future.resolve(None if value is None else self.count)
+        self._many.resolve(None if value is None else self._count)
 
     def fail(self, error: BaseException, told: bool = False) -> None:
-        self.future.fail(error, told)
-
-    def settle(self, value: Any) -> None:
-        self.fail(value) if isinstance(value, Exception) else self.resolve(value)
+        self._many.fail(error, told)
 
 
 def _message_id(cause: str, index: int) -> str:

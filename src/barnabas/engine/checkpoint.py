@@ -60,5 +60,4 @@ def _flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> None:
             raise SendError(f"an output to {getattr(output[0], 'name', output[0])!r} could not be stored: {error}") from error
     for _, asked, future in tries:
         if asked is not None:
-            clash = future.exception(0)
-            asked.fail(clash) if clash is not None else asked.resolve(future.result(0))
+            future.hand_on(asked)
