@@ -10,11 +10,11 @@ import confluent_kafka as driver
 import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import NewTopic
-from test_broker import drain, running, wait_for
+from test_broker import drain, make_anew, running, sent, wait_for
 
 from barnabas import App, Delivery
 from barnabas.backends.kafka_options import COMMON
-from barnabas.errors import PositionLost, SendError
+from barnabas.errors import PositionLost
 from barnabas.worker import Worker
 
 MARKS = "reason exception traceback attempts group topic partition offset timestamp time"
@@ -142,15 +142,21 @@ def cut(app: App, topic: str, offset: int) -> None:
         future.result(10)
 
 
-@pytest.mark.parametrize("policy", [None, "earliest", "latest"])
-def test_a_position_no_longer_stored_goes_on_by_policy_and_says_so(make, caplog, policy) -> None:
-    app, seen = make(kafka={"auto.offset.reset": policy} if policy else {}), []
-    topic = app.topic("orders", int, partitions=1)
+def left_behind(app: App) -> tuple:
+    """A topic with 15 to 19 in it, and what a consumer saw of it whose position is 10."""
+    topic, seen = app.topic("orders", int, partitions=1), []
     app.consumer(topic, name="read")(seen.append)
     topic.send_many(range(10)).result(10)
     drain(app)
     topic.send_many(range(10, 20)).result(10)
     cut(app, "orders", 15)
+    return topic, seen
+
+
+@pytest.mark.parametrize("policy", [None, "earliest", "latest"])
+def test_a_position_no_longer_stored_goes_on_by_policy_and_says_so(make, caplog, policy) -> None:
+    app = make(kafka={"auto.offset.reset": policy} if policy else {})
+    topic, seen = left_behind(app)
     with running(app) as worker:
         wait_for(lambda: "is no longer stored" in caplog.text, "said")
         wait_for(worker.drained, "drained")
@@ -165,13 +171,8 @@ def test_a_position_no_longer_stored_goes_on_by_policy_and_says_so(make, caplog,
 
 
 def test_a_position_no_longer_stored_stops_the_process_if_the_policy_says_so(make) -> None:
-    app, seen = make(kafka={"auto.offset.reset": "error"}), []
-    topic = app.topic("orders", int, partitions=1)
-    app.consumer(topic, name="read")(seen.append)
-    topic.send_many(range(10)).result(10)
-    drain(app)
-    topic.send_many(range(10, 20)).result(10)
-    cut(app, "orders", 15)
+    app = make(kafka={"auto.offset.reset": "error"})
+    _, seen = left_behind(app)
     for _ in range(2):  # it does not go away by itself
         worker = Worker(app)
         worker.start()
@@ -206,13 +207,9 @@ def test_what_is_deleted_in_front_of_a_running_worker_is_passed_over(make, caplo
     assert seen == [*range(len(seen) - 5), *range(195, 200)] and "is no longer stored" in caplog.text
 
 
-def make_anew(app: App, topic: str, pause: float) -> None:
-    """Delete the topic, make it again, and put more into it than it had."""
-    name = f"{app.events.prefix}{topic}"
-    app.events.admin.delete_topics([name])[name].result(10)
-    wait_for(lambda: topic not in app.events.metadata(), "deleted")
-    time.sleep(pause)
-    app.events.admin.create_topics([NewTopic(name, 1, 1)])[name].result(10)
+def make_larger(app: App, topic: str, pause: float) -> None:
+    """Make the topic anew, and put more into it than it had."""
+    make_anew(app, topic, pause)
     produce(app, topic, [("k", str(n).encode(), None) for n in range(100, 200)])
 
 
@@ -222,7 +219,7 @@ def test_a_topic_made_anew_while_nobody_ran_is_read_from_its_beginning(make) -> 
     app.consumer(topic, name="read")(seen.append)
     topic.send_many(range(20)).result(10)
     drain(app)
-    make_anew(app, "orders", 0)
+    make_larger(app, "orders", 0)
     drain(app)
     assert seen == [*range(20), *range(100, 200)]
 
@@ -235,17 +232,9 @@ def test_a_topic_made_anew_is_read_from_its_beginning_even_if_it_is_longer_than_
     topic.send_many(range(20)).result(10)
     with running(app) as worker:
         wait_for(lambda: len(seen) == 20 and worker.drained(), "drained")
-        make_anew(app, "orders", pause)
+        make_larger(app, "orders", pause)
         wait_for(lambda: {*range(100, 200)} <= {*seen}, "read again", 60)
-        wait_for(lambda: _sent(topic, 200), "sent again")
+        wait_for(lambda: sent(topic, 200), "sent again")
         wait_for(lambda: 200 in seen, "goes on", 60)
     assert sorted(set(seen)) == [*range(20), *range(100, 201)] and len(seen) < 300
     assert "topic 'orders' was deleted and made anew; it is read from its beginning" in caplog.text
-
-
-def _sent(topic, value: int) -> bool:
-    try:
-        topic.send(value).result(10)
-    except SendError:
-        return False
-    return True

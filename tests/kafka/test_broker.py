@@ -171,17 +171,21 @@ def test_a_topic_that_is_made_anew_is_read_from_its_beginning(make, caplog) -> N
     topic.send_many(range(20)).result(10)
     with running(app) as worker:
         wait_for(lambda: len(seen) == 20 and worker.drained(), "drained")
-        events = app.events
-        name = f"{events.prefix}orders"
-        events.admin.delete_topics([name])[name].result(10)
-        wait_for(lambda: "orders" not in events.metadata(), "deleted")
-        time.sleep(0.5)
-        events.admin.create_topics([NewTopic(name, 1, 1)])[name].result(10)
-        wait_for(lambda: _sent(topic, 100), "sent again")
+        make_anew(app, "orders", 0.5)
+        wait_for(lambda: sent(topic, 100), "sent again")
         wait_for(lambda: 100 in seen, f"read again: {seen}", 60)
 
 
-def _sent(topic, value: int) -> bool:
+def make_anew(app: App, topic: str, pause: float) -> None:
+    """Delete the topic and make it again."""
+    name = f"{app.events.prefix}{topic}"
+    app.events.admin.delete_topics([name])[name].result(10)
+    wait_for(lambda: topic not in app.events.metadata(), "deleted")
+    time.sleep(pause)
+    app.events.admin.create_topics([NewTopic(name, 1, 1)])[name].result(10)
+
+
+def sent(topic, value: int) -> bool:
     try:
         topic.send(value).result(10)
     except SendError:
