@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -191,6 +192,24 @@ def sent(topic, value: int) -> bool:
     except SendError:
         return False
     return True
+
+
+@pytest.mark.parametrize("strategy", ["cooperative-sticky", "range"])
+def test_what_was_paused_for_want_of_room_goes_on_after_a_doubt_about_its_claim(make, monkeypatch, strategy) -> None:
+    """The driver keeps the pause of a partition that is taken away and given back."""
+    monkeypatch.setattr(kafka_log, "PATIENCE", 0.1)
+    app, seen, go = make(kafka={"partition.assignment.strategy": strategy}), [], threading.Event()
+    topic = app.topic("orders", int, partitions=1)
+    app.consumer(topic, name="read")(lambda n: (go.wait(30), seen.append(n)))
+    topic.send_many(range(6000)).result(10)
+    with running(app) as worker:
+        source = worker.runners[0].source
+        wait_for(lambda: any(claim.paused for claim in source._claims.values()), "paused")
+        source._until = 0.0
+        wait_for(lambda: source._until, "claimed anew")
+        go.set()
+        wait_for(worker.drained, "drained")
+    assert sorted(set(seen)) == list(range(6000))
 
 
 def test_statistics_of_the_clients_reach_observers_if_asked_for(make) -> None:

@@ -249,6 +249,7 @@ class KafkaMember:
         if self._commit_now(came) is not None:  # before anything is in work: from now on a crash leaves its mark
             self._dirty.update(dict.fromkeys(came))
         (consumer.assign if self._eager else consumer.incremental_assign)(where)
+        consumer.resume(where)  # the driver keeps a pause that was made before they went
         if came:
             self._until = self.home.clock.monotonic() + self._session / 2
             for claim in came:
@@ -392,12 +393,13 @@ class KafkaMember:
 
     def go_to(self, where: TopicPartition) -> None:
         """Fetch from there. (The driver's `seek` fails on a partition that it does not fetch at the time.)"""
-        if not self._eager:
+        if self._eager:
+            others = [TopicPartition(*at) for at in self._claims if at != (where.topic, where.partition)]
+            self._consumer.assign([where, *self._consumer.position(others)])
+        else:
             self._consumer.incremental_unassign([where])
             self._consumer.incremental_assign([where])
-            return
-        others = [TopicPartition(*at) for at in self._claims if at != (where.topic, where.partition)]
-        self._consumer.assign([where, *self._consumer.position(others)])
+        self._consumer.resume([where])
 
     # Leaving.
 
