@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from barnabas.backends import shares
+from barnabas.backends.memory import MemoryBackend, MemoryQueues
+from barnabas.backends.memory_admin import MemoryAdmin
 from barnabas.engine import checkpoint, crew, handler, hooks, runner, work
 from barnabas.engine.alone import Alone
 from barnabas.engine.crew import Crew
@@ -114,6 +116,24 @@ BUGS = [
     Bug("what waits behind a suspect is lost", Alone, "_next", "self._behind.pop(part)[1:]", "self._behind.pop(part)[2:]"),
     Bug("what waits behind a suspect goes first", Alone, "sift", "self._behind[part] += rows", "self._behind[part][1:1] = rows"),
     Bug("a revoked suspect keeps the gate closed", Alone, "forget", "if self._running is None:", "if False:"),
+]  # fmt: skip
+
+
+JOB_BUGS = [
+    # Locks.
+    Bug("the lock of a run is not taken", MemoryQueues, "_admit", "home.locks[ask.run] = (job.jid, None)", "pass"),
+    Bug("who waits for a lock runs", MemoryQueues, "_admit", "return True, None", "return False, None"),
+    Bug("the lock of a run is kept", MemoryQueues, "settle", "home.ended(row[0])", "pass"),
+    Bug("a process that ends keeps its locks", MemoryQueues, "close", "self.home.ended(number, wake=False)", "pass"),
+    Bug("a lock ends with the first run", MemoryQueues, "settle", "if not isinstance(verdict, Again):", "if True:"),
+    Bug("a lock outlives its job", MemoryQueues, "settle", "home.free(row[0])", "pass"),
+    Bug("a lock outlives its job's beginning", MemoryQueues, "_admit", "home.free(number)", "pass"),
+    Bug("a lock outlives a job that an operator removes", MemoryAdmin, "move_jobs", "if to in (None, \"dead\"):", "if False:"),
+    Bug("a dead job comes back without its lock", MemoryAdmin, "move_jobs", "or self._locked_again(n)", "or True"),
+    Bug("a second one is taken", MemoryBackend, "_lock", "self.holder(job.lock.key)", "None"),
+    Bug("a lock is not noted with its job", MemoryBackend, "_lock", "self.held[self._number] = claim.key", "pass"),
+    Bug("a refused job is stored", MemoryBackend, "_push", "not self._lock(job)", "self._lock(job) is None"),
+    Bug("the last who waits is next", MemoryAdmin, "ended", "first = min(", "first = max("),
 ]  # fmt: skip
 
 
