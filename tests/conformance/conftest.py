@@ -5,6 +5,7 @@ A new backend joins by being listed in BACKENDS: its name, and the URLs of topic
 rather than hangs: every wait has a deadline, and says what all threads were doing when it passes.
 """
 
+import asyncio
 import inspect
 import secrets
 import time
@@ -158,3 +159,33 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     place = Place(request.param, tmp_path)
     yield place
     place.leave()
+
+
+@pytest.fixture
+def app(place: Place) -> App:
+    return place.app()
+
+
+@pytest.fixture
+def numbers(app: App) -> Topic[int]:
+    return app.topic("numbers", int, partitions=1)
+
+
+@pytest.fixture(params=["sync", "async"])
+def consume(request: pytest.FixtureRequest, app: App) -> Callable[..., None]:
+    """Declare a consumer with this body, as a sync or an async handler."""
+
+    def declare(topic: Topic[int], body: Callable[[int], Any], **options: Any) -> None:
+        if request.param == "sync":
+
+            @app.consumer(topic, **options)
+            def read(n: int) -> Any:
+                return body(n)
+        else:
+
+            @app.consumer(topic, **options)
+            async def read(n: int) -> Any:
+                await asyncio.sleep(0)
+                return body(n)
+
+    return declare

@@ -11,38 +11,8 @@ from barnabas.errors import WaitInHandler
 
 
 @pytest.fixture
-def app(place):
-    return place.app()
-
-
-@pytest.fixture
-def numbers(app):
-    return app.topic("numbers", int, partitions=1)
-
-
-@pytest.fixture
 def out(app):
     return app.topic("out", int, partitions=1)
-
-
-@pytest.fixture(params=["sync", "async"])
-def consume(request, app):
-    """Declare a consumer with this body, as a sync or an async handler."""
-
-    def declare(topic, body, **options):
-        if request.param == "sync":
-
-            @app.consumer(topic, **options)
-            def read(n: int):
-                body(n)
-        else:
-
-            @app.consumer(topic, **options)
-            async def read(n: int):
-                await asyncio.sleep(0)
-                body(n)
-
-    return declare
 
 
 def test_sends_leave_when_the_handler_has_returned(place, app, numbers, out, consume):

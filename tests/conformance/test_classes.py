@@ -9,11 +9,6 @@ from watching import wait_for
 from barnabas import Delivery, Retry
 
 
-@pytest.fixture
-def app(place):
-    return place.app()
-
-
 def test_a_class_has_one_instance_a_worker_and_process_is_its_handler(place, app):
     topic = app.topic("numbers", int, partitions=3)
     instances, seen = [], []

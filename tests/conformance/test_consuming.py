@@ -4,16 +4,10 @@ import asyncio
 import threading
 from collections import defaultdict
 
-import msgspec
 import pytest
-from watching import settled, wait_for
+from watching import Step, settled, wait_for
 
 from barnabas import Delivery, Retry
-
-
-class Step(msgspec.Struct):
-    key: str
-    n: int
 
 
 def steps(keys: int, each: int) -> list[Step]:
@@ -44,11 +38,6 @@ class Order:
     def holds(self, keys: int, each: int) -> None:
         assert not self.overlaps
         assert dict(self.seen) == {f"k{k}": list(range(each)) for k in range(keys)}
-
-
-@pytest.fixture
-def app(place):
-    return place.app()
 
 
 @pytest.fixture

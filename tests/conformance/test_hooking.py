@@ -9,36 +9,6 @@ from watching import failures, waiting
 from barnabas import Batch, Delivery, Done, Reject, Respond, Retry
 
 
-@pytest.fixture
-def app(place):
-    return place.app()
-
-
-@pytest.fixture
-def numbers(app):
-    return app.topic("numbers", int, partitions=1)
-
-
-@pytest.fixture(params=["sync", "async"])
-def consume(request, app):
-    """Declare a consumer with this body, as a sync or an async handler."""
-
-    def declare(topic, body, **options):
-        if request.param == "sync":
-
-            @app.consumer(topic, **options)
-            def read(n: int):
-                return body(n)
-        else:
-
-            @app.consumer(topic, **options)
-            async def read(n: int):
-                await asyncio.sleep(0)
-                return body(n)
-
-    return declare
-
-
 def around(name, log):
     def hook(delivery):
         log.append(f"{name} before")

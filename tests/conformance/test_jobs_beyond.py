@@ -20,11 +20,6 @@ from barnabas.jobs.beyond import how_far
 from barnabas.queues import jobs
 
 
-@pytest.fixture
-def app(place):
-    return place.app()
-
-
 def payloads(app, **which):
     return [msgspec.json.decode(entry.job.payload) for entry in jobs(app, **which)]
 

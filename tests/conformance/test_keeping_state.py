@@ -21,11 +21,6 @@ class Total(msgspec.Struct):
 
 
 @pytest.fixture
-def app(place):
-    return place.app()
-
-
-@pytest.fixture
 def orders(app):
     return app.topic("orders", Order, key="customer", partitions=3)
 

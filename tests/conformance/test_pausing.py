@@ -11,11 +11,6 @@ from barnabas import Message, Retry
 
 
 @pytest.fixture
-def app(place):
-    return place.app()
-
-
-@pytest.fixture
 def topic(app):
     return app.topic("steps", int, partitions=1)
 

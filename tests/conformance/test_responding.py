@@ -20,11 +20,6 @@ class Receipt(msgspec.Struct):
 
 
 @pytest.fixture
-def app(place):
-    return place.app()
-
-
-@pytest.fixture
 def orders(app):
     return app.topic("orders", Order, key="customer", partitions=1)
 

@@ -1,14 +1,8 @@
 """Retention: what goes, and what stays because a group still needs it."""
 
-import pytest
 from watching import wait_for
 
 from barnabas import Delivery, Retention
-
-
-@pytest.fixture
-def app(place):
-    return place.app()
 
 
 def send(topic, values) -> None:

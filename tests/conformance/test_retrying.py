@@ -7,22 +7,12 @@ from itertools import pairwise
 
 import msgspec
 import pytest
-from watching import failures, settled, wait_for
+from watching import Step, failures, settled, wait_for
 
 from barnabas import Batch, Delivery, Message, Reject, Retry, RetryAfter
 from barnabas.engine.handler import Stop, to_retry
 
 QUICK = 0.01  # seconds
-
-
-class Step(msgspec.Struct):
-    key: str
-    n: int = 0
-
-
-@pytest.fixture
-def app(place):
-    return place.app()
 
 
 @pytest.fixture

@@ -12,11 +12,6 @@ from barnabas.errors import Refused, UnknownTopic
 from barnabas.ports import Position
 
 
-@pytest.fixture
-def app(place):
-    return place.app()
-
-
 def at(topic, group, partition, offset, done=(), **more):
     return Position(group, topic.name, partition, 0, 0, offset, list(done), {}, {}, None)._replace(**more)
 

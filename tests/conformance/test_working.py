@@ -7,24 +7,13 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 
-import msgspec
 import pytest
-from watching import failures, settled, wait_for, waiting
+from watching import Step, failures, settled, wait_for, waiting
 
 from barnabas import Batch, Delivery, Done, Message, Retry
 from barnabas.engine.observe import Failed, Settled
 from barnabas.errors import DeclarationError, TimedOut
 from barnabas.worker import Worker
-
-
-class Step(msgspec.Struct):
-    key: str
-    n: int = 0
-
-
-@pytest.fixture
-def app(place):
-    return place.app()
 
 
 @pytest.fixture

@@ -23,11 +23,6 @@ class Order(msgspec.Struct):
     customer: str = "ann"
 
 
-@pytest.fixture
-def app(place):
-    return place.app()
-
-
 def test_a_job_runs_once_with_its_arguments(place, app):
     seen = []
 

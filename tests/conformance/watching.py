@@ -1,4 +1,4 @@
-"""What a test of the suite waits for, and what observers were told."""
+"""What tests of the suite send and wait for, and what observers were told."""
 
 import faulthandler
 import sys
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from barnabas import App
@@ -14,6 +15,13 @@ from barnabas.engine.observe import Failed, Settled
 from barnabas.worker import Worker
 
 DEADLINE = 20.0  # seconds any wait of a test may take; it usually takes milliseconds
+
+
+class Step(msgspec.Struct):
+    """The n-th message of a key."""
+
+    key: str
+    n: int = 0
 
 
 def wait_for(condition: Callable[[], Any], what: str = "", worker: Worker | None = None) -> None:
