@@ -283,7 +283,8 @@ class App:
     @property
     def jobs(self) -> Backend:
         """The backend of queues."""
-        return self._backend("jobs")
+        found = self.__dict__.get("_jobs")
+        return self._backend("jobs") if found is None or found.closed else found
 
     def _backend(self, kind: str) -> Backend:
         found: Any = self.__dict__.get(f"_{kind}")

@@ -5,6 +5,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from barnabas.engine.hooks import check_hooks, refuse_async
 from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError
 from barnabas.future import Future, gathered, resolved
 from barnabas.jobs.beyond import KEPT, read_outcome
-from barnabas.jobs.payload import PayloadError, build, derived_jid, failed, hooked, new_jid
+from barnabas.jobs.payload import PayloadError, build, build_many, derived_jid, failed, hooked, new_jid, new_jids
 from barnabas.jobs.unique import Claim, Lock
 from barnabas.message import LockedJob, OutgoingJob, note
 from barnabas.ports import FOREVER
@@ -203,6 +204,18 @@ class Job:
             out.lock = claim
             return out
         return _new(OutgoingJob, (target, payload, at, jid, future))  # type: ignore[no-any-return]
+
+    def _alike(self, calls: list[tuple[Any, ...]], call: Mapping[str, Any], jids: list[str]) -> list[OutgoingJob]:
+        """The same for many calls at once, which begin now."""
+        if self.app.enqueue_hooks:
+            all_made = (self._outgoing(args, None, call, jid, None) for args, jid in zip(calls, jids, strict=True))
+            return [job for job in all_made if job is not None]
+        target, retry, extra = self._called(call, None) if call or self._more else (self.queue, self.retry, self._extra)
+        try:
+            made = build_many(self.name, calls, jids, queue=target, retry=retry, now=self.app.clock.now(), extra=extra)
+        except PayloadError as error:
+            raise SendError(f"{self.owner} cannot be enqueued: {error}") from error
+        return [_new(OutgoingJob, (target, payload, None, jid, None)) for payload, jid in zip(made, jids, strict=True)]
 
     def _called(self, call: Mapping[str, Any], at: float | None) -> tuple[str, Any, dict[str, Any]]:
         """Queue, retry and further fields of a job with what a call of it says."""
@@ -416,13 +429,13 @@ class Options:
             return gathered([job._enqueue(tuple(args), _NONE, None, call) for args in arguments])
         hand = CURRENT.get()
         held = hand is not None and hand.open and "now" not in call
-        out, jids = [], []
-        for args in arguments:
-            jid = job._new_id(False)[0] if held else new_jid()
-            made = job._outgoing(job._positions(tuple(args), _NONE), None, call, jid, None)
-            if made is not None:
-                out.append(made)
-                jids.append(jid)
+        out, calls, least, most = list[OutgoingJob](), iter(arguments), job._least, job._most
+        while chunk := [
+            args if least <= len(args := tuple(each)) <= most else job._positions(args, _NONE) for each in islice(calls, 1000)
+        ]:
+            ids = [job._new_id(False)[0] for _ in chunk] if held else new_jids(len(chunk))
+            out += job._alike(chunk, call, ids)
+        jids = [made[3] for made in out]
         if not out:
             return resolved(jids)
         last: Future[str] = Future()

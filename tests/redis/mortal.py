@@ -19,7 +19,7 @@ from barnabas.worker import Worker
 HASTE = {"LEASE": 2, "RENEW": 0.3, "SCAN": 0.05, "CALM": 0.0, "TICK": 0.05}
 JOBS = {*range(10), 100}
 LINES: dict[str, list[tuple[type, str]]] = {  # whatever sends, whatever reads an answer
-    "send_packed_command": [(AbstractConnection, "send_packed_command")],
+    "send_packed_command": [(AbstractConnection, "send_packed_command"), (Wire, "write")],
     "read_response": [(AbstractConnection, "read_response"), (Wire, "refused")],
 }
 

@@ -2,15 +2,20 @@
 the time that handing it to another thread takes; a thread of its own sends what nobody waits for, many at a time."""
 
 import logging
+import os
+import socket
+import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import hiredis
+import msgspec
 from redis.exceptions import ConnectionError, ResponseError
 
 from barnabas.backends.shares import Room
@@ -26,24 +31,27 @@ log = logging.getLogger("barnabas")
 GROUP_COUNT, GROUP_BYTES = 1000, 1 << 20  # jobs that leave in one go
 PAUSES = (0.02, 1.0)  # seconds between tries while Redis is away: the first, and the longest
 LINGER = 0.001  # seconds that sends gather while they come thick
+NEAR = 0.0001  # seconds in which a server may answer that is worth looking out for
+DOZE = 0.005  # seconds between its looks while whoever sends waits for it, and so stores it himself
 AWAKE = 0.05  # seconds without a send after which the thread has to be woken
 _pack: Callable[[tuple[str | bytes, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
+_queue_at = itemgetter(0, 2)
 # Refusals that pass: the same command is good a little later, or on another connection.
 PASSING = ("READONLY", "LOADING", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED", "TRYAGAIN", "BUSY")
 
 
-class Command:
+class Command(msgspec.Struct, gc=False):
     """One command that stores jobs: its bytes, the number of its answers, and when the first of the jobs is due."""
 
-    __slots__ = ("answers", "data", "due", "jobs")
-
-    def __init__(self, data: bytes, answers: int, jobs: Sequence[OutgoingJob], due: float | None = None) -> None:
-        self.data, self.answers, self.jobs, self.due = data, answers, jobs, due
+    data: bytes
+    answers: int
+    jobs: Sequence[OutgoingJob]
+    due: float | None = None
 
 
 class Wire:
     """A connection that redis-py makes and checks (TLS, Sentinel, user, database), and its bare socket for the answers: to
-    read them by redis-py takes longer than the server does. A lost one is made anew with the next `send`."""
+    use it by redis-py takes longer than the server does. A lost one is made anew with the next `send`."""
 
     def __init__(self, link: Any) -> None:
         self.link = link
@@ -52,12 +60,24 @@ class Wire:
 
     def send(self, data: bytes) -> None:
         """Send packed commands."""
-        link = self.link
-        if link._sock is None:
-            link.connect()  # (a Sentinel's connection finds its master here only)
-        if link._sock is not self._sock:
-            self._sock, self._reader = link._sock, hiredis.Reader()
-        link.send_packed_command([data])
+        if self._sock is None:
+            self.link.connect()  # (a Sentinel's connection finds its master here only)
+            self._sock, self._reader = self.link._sock, hiredis.Reader()
+            self._plain, self._misses = type(self._sock) is socket.socket, 0  # no TLS
+            self._skip = int(not self._plain)
+            if self._plain and (within := self._sock.gettimeout()):
+                # The system keeps the time then: Python would look with a call of its own before each one.
+                for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                    self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(within), int(within % 1 * 1e6)))
+                self._sock.settimeout(None)
+        self.write(data)
+
+    def write(self, data: bytes) -> None:
+        """Send packed commands on the connection there is."""
+        try:
+            self._sock.sendall(data)
+        except BlockingIOError:
+            raise TimeoutError("timeout writing to socket") from None
 
     def refused(self, count: int) -> ResponseError | None:
         """Read so many answers; why the last of those was refused that were."""
@@ -65,7 +85,7 @@ class Wire:
         while count:
             answer = reader.gets()
             if answer is False:
-                data = self._sock.recv(65536)
+                data = self._receive()
                 if not data:
                     raise ConnectionError("the server closed the connection")
                 reader.feed(data)
@@ -75,6 +95,29 @@ class Wire:
                 if type(answer) is hiredis.ReplyError:
                     error = ResponseError(str(answer))
         return error
+
+    def _receive(self) -> bytes:
+        """Something of an answer. A server that is near gives one sooner than a thread falls asleep and is woken again (on a
+        virtual machine that takes 100 us): look for it, and let others go first meanwhile. Where that was in vain, look ever
+        less often: over a network, or where other threads keep the interpreter busy."""
+        sock, now = self._sock, time.monotonic
+        if not self._skip:
+            end = now() + NEAR
+            while now() < end:
+                try:
+                    data: bytes = sock.recv(65536, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    os.sched_yield()
+                else:
+                    self._misses = 0
+                    return data
+            self._misses = self._skip = min(2 * self._misses + 1, 255)
+        elif self._plain:
+            self._skip -= 1
+        try:
+            return sock.recv(65536)  # type: ignore[no-any-return]
+        except BlockingIOError:
+            raise TimeoutError("timeout reading from socket") from None
 
     def drop(self) -> None:
         """Let go of it; it may be in the middle of something."""
@@ -93,7 +136,7 @@ class Outbox:
         self._last = 0.0  # when somebody sent last
         self._pending: deque[tuple[float, Sequence[OutgoingJob]]] = deque()  # until when they may take, jobs
         self._gone = 0  # so many of the first of those have left
-        self._asleep = self._hurry = False  # the thread; and what it is told
+        self._asleep = self._hurry = self._dozes = self._helped = False  # the thread; and what it is told
         self._closed = False
         self._thread: threading.Thread | None = None
         self._end = threading.Event()
@@ -118,7 +161,8 @@ class Outbox:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="barnabas-send", daemon=True)
                 self._thread.start()
-            elif self._asleep:
+            elif self._asleep or (self._dozes and now - self._pending[0][0] + self._room.timeout >= LINGER):
+                self._dozes = False
                 self._bell.notify()
 
     def awaited(self, future: Any, blocking: bool) -> None:
@@ -129,6 +173,7 @@ class Outbox:
                     pass
             finally:
                 self._line.release()
+            self._helped = True
         if not future.done():
             self._wake()
 
@@ -150,8 +195,10 @@ class Outbox:
                     if (self._asleep and self._pending) or age >= LINGER:
                         break
                     self._asleep = not self._pending and now > self._last + AWAKE
-                    self._bell.wait(None if self._asleep else LINGER - age)
-                self._asleep = self._hurry = False
+                    # Where each sends what he waits for, to look every millisecond is in their way.
+                    self._dozes, self._helped = self._helped and not self._pending, False
+                    self._bell.wait(None if self._asleep else DOZE if self._dozes else LINGER - age)
+                self._asleep = self._hurry = self._dozes = False
                 if self._closed and not self._pending and not self._batch[0]:
                     break
             with self._line:
@@ -215,7 +262,7 @@ class Outbox:
         deadline, jobs = pending[0]
         size = 0
         if len(jobs) == 1 == len(pending):
-            pending.clear()
+            pending.popleft()
             return jobs, deadline, len(jobs[0][1])
         taken: list[OutgoingJob] = []
         while pending and len(taken) < GROUP_COUNT and size < GROUP_BYTES:
@@ -232,9 +279,12 @@ class Outbox:
 
     def _commands(self, jobs: Sequence[OutgoingJob]) -> list[Command]:
         """The commands that store these."""
+        first = jobs[0]
+        if len(jobs) == 1 and first[2] is None and type(first) is OutgoingJob:
+            return [Command(_push_command(self._home.prefix, first[0], [first[1]]), 2, jobs)]
+        if set(map(_queue_at, jobs)) == {(first[0], None)} and set(map(type, jobs)) == {OutgoingJob}:
+            return [Command(_push_command(self._home.prefix, first[0], [job[1] for job in jobs]), 2, jobs)]
         now, key = self._home.clock.now(), self._home.key
-        if len(jobs) == 1 and jobs[0][2] is None and type(jobs[0]) is not LockedJob:
-            return [Command(_push_command(self._home.prefix, jobs[0][0], [jobs[0][1]]), 2, jobs)]
         queues: dict[str, tuple[list[bytes], list[OutgoingJob]]] = {}
         later: list[OutgoingJob] = []
         notes: list[Command] = []
@@ -294,8 +344,12 @@ class Outbox:
             for job in command.jobs:
                 if error is not None:
                     self._lose(job, SendError(f"the job was not stored: {self._home.explain(error)}"))
-                elif job[4] is not None:
-                    job[4].settle(answer(job, wire.said.decode()) if type(job) is LockedJob and wire.said else job[3])
+                elif job[4] is None:
+                    continue
+                elif type(job) is LockedJob and wire.said:
+                    job[4].settle(answer(job, wire.said.decode()))
+                else:
+                    job[4].resolve(job[3])
             if command.due is not None:
                 self._home.due(command.due)
         return last
@@ -336,6 +390,8 @@ def _push_command(prefix: str, queue: str, payloads: list[bytes]) -> bytes:
     """LPUSH, in half the time that hiredis.pack_command takes, and SADD before it: a queue that somebody deleted is to be
     seen again."""
     seen, push = _heads(prefix, queue)
+    if len(payloads) == 1:
+        return b"%b*3%b$%d\r\n%b\r\n" % (seen, push, len(payloads[0]), payloads[0])
     return b"".join([seen, b"*%d" % (2 + len(payloads)), push, *[b"$%d\r\n%b\r\n" % (len(job), job) for job in payloads]])
 
 

@@ -53,9 +53,15 @@ def new_jid() -> str:
     try:
         return _jids.pop()  # as atomic as `extend`: any thread may call
     except IndexError:
-        block = os.urandom(12 * 256).hex()
-        _jids.extend([block[at : at + 24] for at in range(24, len(block), 24)])
-        return block[:24]
+        jid, *more = new_jids(256)
+        _jids.extend(more)
+        return jid
+
+
+def new_jids(count: int) -> list[str]:
+    """So many of them."""
+    block = os.urandom(12 * count).hex()
+    return [block[at : at + 24] for at in range(0, 24 * count, 24)]
 
 
 def derived_jid(cause: str, index: int) -> str:
@@ -113,6 +119,17 @@ def build(
     if data.find(b"null") >= 0 or (len(data) > 2 * MAX_DEPTH and data.count(b"[") + data.count(b"{") > MAX_DEPTH):
         _check(name, args)
     return data
+
+
+def build_many(name: str, calls: Sequence[Sequence[Any]], jids: Sequence[str], **fields: Any) -> list[bytes]:
+    """The same for many calls of a job at once, in a third of the time."""
+    queue, retry, now = fields["queue"], fields["retry"], float(fields["now"])
+    if not fields["extra"]:
+        with suppress(TypeError, ValueError, OverflowError, RecursionError):  # else `build` says which it is
+            made = [_encode(_Job(retry, queue, name, args, jid, now, now)) for args, jid in zip(calls, jids, strict=True)]
+            if b"".join(made).find(b"null") < 0 and len(max(made, key=len, default=b"")) <= 2 * MAX_DEPTH:
+                return made
+    return [build(name, args, jid=jid, **fields) for args, jid in zip(calls, jids, strict=True)]
 
 
 def dumps(name: str, value: Any) -> bytes:
