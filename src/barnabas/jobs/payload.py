@@ -122,14 +122,16 @@ def build(
 
 
 def build_many(name: str, calls: Sequence[Sequence[Any]], jids: Sequence[str], **fields: Any) -> list[bytes]:
-    """The same for many calls of a job at once, in a third of the time."""
-    queue, retry, now = fields["queue"], fields["retry"], float(fields["now"])
-    if not fields["extra"]:
+    """The same for many calls of a job at once, in a third of the time. They are a microsecond apart: who waits for a lock
+    gets it in the order of these times."""
+    queue, retry, now, extra = fields["queue"], fields["retry"], float(fields["now"]), fields["extra"]
+    each = [(args, jid, now + n * 1e-6) for n, (args, jid) in enumerate(zip(calls, jids, strict=True))]
+    if not extra:
         with suppress(TypeError, ValueError, OverflowError, RecursionError):  # else `build` says which it is
-            made = [_encode(_Job(retry, queue, name, args, jid, now, now)) for args, jid in zip(calls, jids, strict=True)]
+            made = [_encode(_Job(retry, queue, name, args, jid, at, at)) for args, jid, at in each]
             if b"".join(made).find(b"null") < 0 and len(max(made, key=len, default=b"")) <= 2 * MAX_DEPTH:
                 return made
-    return [build(name, args, jid=jid, **fields) for args, jid in zip(calls, jids, strict=True)]
+    return [build(name, args, queue=queue, retry=retry, jid=jid, now=at, extra=extra) for args, jid, at in each]
 
 
 def dumps(name: str, value: Any) -> bytes:
