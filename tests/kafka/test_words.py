@@ -10,6 +10,7 @@ pytest.importorskip("confluent_kafka")
 from confluent_kafka import Message
 
 from barnabas import App
+from barnabas.backends.kafka_admin import KafkaAdmin
 from barnabas.backends.kafka_group import Claim
 from barnabas.backends.kafka_log import KafkaLog
 from barnabas.backends.kafka_words import MARK, MOST, as_bare_rows, as_row, as_rows, pack, unpack, whole
@@ -128,7 +129,7 @@ def test_what_kafka_cannot_do_is_refused_in_a_sentence() -> None:
 
 @pytest.mark.parametrize("door", ["positions", "topics", "processes", "control"])
 def test_a_cluster_out_of_reach_is_a_backend_error_in_time(door: str, monkeypatch) -> None:
-    monkeypatch.setattr("barnabas.backends.kafka_admin.PATIENCE", 0.2)
+    monkeypatch.setattr(KafkaAdmin.metadata, "__defaults__", (0.2,))
     with pytest.raises(BackendError, match=r"did not answer in time.*; see that it runs"):
         getattr(events(), door)()
 
