@@ -23,8 +23,9 @@ from barnabas.backends.kafka_words import unpack
 
 HERE = Path(__file__).parent
 SESSION = 3.0
-STUCK = SESSION + 3.0  # seconds after the last blow in which every partition moves again,
-BUSY = 4 * (os.cpu_count() or 1)  # unless the machine has so much to do (its load) that seconds say nothing
+STUCK = SESSION + 3.0  # seconds after the last blow in which every partition moves again, four times in five:
+AT_MOST = 30.0  # a machine that has other things to do may take so long
+BUSY = 4 * (os.cpu_count() or 1)  # where its load is above this, seconds say nothing
 RATE, KEYS, PARTITIONS = 100, 40, 6  # messages a second
 NAMES = ("straight", "lanes")
 GROUPS = {f"herd-{name}": ["items"] for name in NAMES}
@@ -44,7 +45,7 @@ class Herd:
         self.hit: dict[int, list[float]] = defaultdict(list)  # when each process was killed or frozen
         self.ever_frozen: set[int] = set()
         self.done = Counter[str]()
-        self.calm = [0.0]  # seconds that the slowest partition took to move after a volley
+        self.calm: list[float] = []  # seconds that the slowest partition took to move after a volley
         self.where: dict[tuple[int, int], tuple[str, int, float]] = {}  # what is stored: key, its number, when
         self.sent = self.rebalances = 0
         self.end_sending = threading.Event()
@@ -124,7 +125,7 @@ class Herd:
                 if at > blow and place in self.where and self.where[place][2] > blow:
                     still.discard((what, place[0]))
             waited = time.monotonic() - blow
-            limit = STUCK if os.getloadavg()[0] < BUSY else 60.0
+            limit = AT_MOST if os.getloadavg()[0] < BUSY else 60.0
             assert waited < limit, f"stuck for {waited:.1f} s: {sorted(still)} (seed {self.seed})"
             time.sleep(0.1)
         self.calm.append(waited)
@@ -241,7 +242,9 @@ def check(herd: Herd) -> int:
     """All that is to hold at the end; the number of repeats."""
     herd.settle()
     rebalances = herd.witness()
-    told = f"{dict(herd.done)}, {rebalances} rebalances, partitions moved within {max(herd.calm):.1f} s of the last blow"
+    late = [waited for waited in herd.calm if waited > STUCK]
+    told = f"{dict(herd.done)}, {rebalances} rebalances, partitions moved {max(herd.calm, default=0):.1f} s after a last blow"
+    assert len(late) <= len(herd.calm) / 5 or os.getloadavg()[0] > BUSY, f"slow to move: {late} (seed {herd.seed})"
     print(f"\n{herd.room.app.settings.kafka['group.protocol']}: {told}")
     herd.rebalances = rebalances
     dead = [part for state in herd.room.app.events.topics() for part in state.partitions if state.name == "items.dead"]
