@@ -21,6 +21,7 @@ from barnabas.state.table import Table
 from barnabas.topic import Retention, Topic
 
 if TYPE_CHECKING:
+    from barnabas.jobs.batch import JobBatch, Status
     from barnabas.jobs.cron import Schedule
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,6 +51,7 @@ class App:
         self.start_hooks: list[Callable[[], Any]] = []
         self.stop_hooks: list[Callable[[], Any]] = []
         self.observers = Observers()
+        self.batches_met: dict[str, tuple[float, str]] = {}  # see jobs.batch.standing
         self._declared: dict[str, dict[str, Any]] = {}  # each topic's options as the code gives them
         self._lock = threading.RLock()
 
@@ -213,6 +215,40 @@ class App:
             return job
 
         return declare
+
+    # Batches of jobs.
+
+    def batch(
+        self, *, on_success: Any = None, on_complete: Any = None, on_death: Any = None, description: str = ""
+    ) -> "JobBatch":
+        """Jobs that end in something: `with app.batch(on_success=report) as batch: batch.enqueue(resize, 7)`.
+
+        The callbacks are jobs (or `job.options(...)`) with one parameter, the batch's id, or none. on_complete: all have ended,
+        done or dead; on_success: all are done; on_death: the first is dead. A batch made inside another, in its block or in one
+        of its jobs, ends before that. In a handler all of it leaves when the handler has returned.
+        """
+        from barnabas.jobs.batch import new  # most apps have none
+
+        return new(self, description, on_success=on_success, on_complete=on_complete, on_death=on_death)
+
+    def current_batch(self) -> "JobBatch | None":
+        """The batch whose block this is, or whose job this is in, to add jobs to; None outside of any."""
+        from barnabas.jobs.batch import current
+
+        return current(self)
+
+    def batch_status(self, id: str) -> "Status":
+        """How far a batch is, from any process. Raises UnknownBatch."""
+        from barnabas.jobs.batch import status
+
+        return status(self, id)
+
+    def cancel_batch(self, id: str) -> None:
+        """Skip what has not begun of a batch and those inside it, from a second later on; no callback runs. Raises UnknownBatch,
+        and Refused where it has ended."""
+        from barnabas.jobs.batch import cancel
+
+        cancel(self, id)
 
     def table(self, name: str, type: Any = None) -> Table[Any]:
         """Declare a table: keyed values of `type`, settled together with the position of the consumer that owns it."""

@@ -64,6 +64,10 @@ class JobFailed(BarnabasError):
     """The job whose outcome was asked for will not return anything: it is dead, was dropped or came too late."""
 
 
+class UnknownBatch(BarnabasError):
+    """There is no batch with that id, or not any more."""
+
+
 class Conflict(SendError):
     """A unique job's lock is held by another job: `holder`, its id."""
 

@@ -203,7 +203,8 @@ class Job:
                 claim = claim._replace(buried=failed(payload, claim.refusal("?"), self.app.clock.now(), final=True).payload)
             out.lock = claim
             return out
-        return _new(OutgoingJob, (target, payload, at, jid, future))  # type: ignore[no-any-return]
+        plain: OutgoingJob = _new(OutgoingJob, (target, payload, at, jid, future))
+        return call["batch"].take(plain) if "batch" in call else plain
 
     def _alike(self, calls: list[tuple[Any, ...]], call: Mapping[str, Any], jids: list[str]) -> list[OutgoingJob]:
         """The same for many calls at once, which begin now."""
@@ -347,8 +348,10 @@ class Job:
         tags: list[str] | None = None,
         expires_in: float | None = None,
         now: bool = False,
+        batch: Any = None,
     ) -> "Options":
-        """The same job with other options for the next call: `job.options(queue="slow").enqueue(...)`."""
+        """The same job with other options for the next call: `job.options(queue="slow").enqueue(...)`. batch: an app.batch()
+        that it is to be of."""
         if queue is not None:
             check_queue(self.owner, queue)
         if retry is not None and (not isinstance(retry, int) or retry < 0):
@@ -356,7 +359,8 @@ class Job:
         check_call(self.owner, tags=tags or [], expires_in=expires_in)
         more = None if expires_in is None else {"expires_in": expires_in}
         said = {"queue": queue, "retry": retry, "tags": tags, "now": now or None, "more": more}
-        return Options(self, {name: value for name, value in said.items() if value is not None})
+        found = Options(self, {name: value for name, value in said.items() if value is not None})
+        return found if batch is None else found.options(batch=batch)
 
 
 class Enqueued(Future[str], eq=False, gc=False):
@@ -382,6 +386,16 @@ class Options:
         self._job = job
         self._call = call
 
+    def options(self, *, batch: Any) -> "Options":
+        """The same as one of a batch. Raises DeclarationError for what cannot be of one."""
+        job = self._job
+        if job.queued or job.app.job_handlers.get(job.name) is not job:
+            raise DeclarationError(
+                f"{job.owner} cannot be of a batch: it is run by another program, which tells nobody of its end, or unique from "
+                "its enqueueing on, so that it may not be stored at all"
+            )
+        return Options(job, {**self._call, "batch": batch, "more": {**self._call.get("more", {}), "batch": batch.id}})
+
     def then(self, *jobs: "Job | Options") -> "Options":
         """As Job.then."""
         links = [each if isinstance(each, Options) else Options(each, _NONE) for each in jobs]
@@ -405,8 +419,8 @@ class Options:
             )
         if job.queued:
             raise DeclarationError(f"{job.owner} is unique from its enqueueing on: in a chain it can only be the first job")
-        if "then" in call.get("more", {}) or "now" in call:
-            raise DeclarationError(f"{job.owner}: a chain is made of jobs, not of chains; now=True belongs to its first job")
+        if {"then", "batch"} & call.get("more", {}).keys() or "now" in call:
+            raise DeclarationError(f"{job.owner}: a chain is made of jobs, not of chains; now= and batch= are its first job's")
         queue, retry, extra = job._called(call, LINK)
         return {"class": job.name, "queue": queue, "retry": retry, **extra}
 

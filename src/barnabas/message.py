@@ -70,7 +70,20 @@ class LockedJob(OutgoingJob):
 
     lock: Any = None
 
-    def _replace(self, /, **changes: Any) -> "LockedJob":
-        new: LockedJob = super()._replace(**changes)
-        new.lock = self.lock
+    def _replace(self, /, **changes: Any) -> Any:
+        new: Any = super()._replace(**changes)
+        new.__dict__.update(self.__dict__)
         return new
+
+
+class Member(LockedJob):
+    """One that joins a batch as it is stored; without a queue its id alone does."""
+
+    batch = ""
+
+
+def member(batch: str, job: OutgoingJob) -> Member:
+    """A job as a member of that batch."""
+    out = Member(*job)
+    out.batch = batch
+    return out

@@ -230,6 +230,23 @@ class Backend(Sink, Protocol):
     def swap(self, name: str, old: bytes | None, new: bytes, until: float, jobs: Sequence[OutgoingJob]) -> bool:
         """Store a note and jobs that are due in one step, if the note still is `old`; whether it was."""
 
+    # Batches: see `jobs.batch`. A member joins with `message.Member`, and leaves "open" as its job is settled, told by
+    # `Result.cells`; each is a member once, whatever is repeated.
+
+    ripe: Callable[[str], None]  # told of batches without an open member, or with a new dead one, after the commit
+
+    def batch(self, id: str) -> tuple[int, int, int]:
+        """How many members of a batch are open, done and dead."""
+
+    def batch_members(self, id: str, state: str) -> Iterator[str]:
+        """The ids of the members in this state; streamed."""
+
+    def end(self, id: str, members: Sequence[str], how: str) -> None:
+        """These are "done", or if they were open "dead", whatever they wait for."""
+
+    def forget(self, id: str, state: str | None = None) -> None:
+        """Forget the members in this state, or all, and that there ever was such a batch."""
+
     def holder(self, key: str) -> str | None:
         """The id of the job that holds this lock of unique jobs."""
 

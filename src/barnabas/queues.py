@@ -9,6 +9,7 @@ import msgspec
 
 from barnabas.app import App
 from barnabas.inspect import chunks
+from barnabas.jobs.batch import bury
 from barnabas.jobs.payload import seconds
 from barnabas.jobs.unique import WAIT, Guard, held
 from barnabas.ports import QueueState, StoredJob
@@ -135,10 +136,12 @@ def move(app: App, found: Iterable[Entry], to: str | None, *, dry_run: bool = Fa
             elif to in (each.job.state, f"queue:{each.job.queue}"):
                 counts["there"] += 1
             else:
-                yield each.job.ref
+                yield each.job
 
-    for refs in chunks(movable(), CHUNK):
-        moved = len(refs) if dry_run else app.jobs.move_jobs(refs, to)
+    for jobs in chunks(movable(), CHUNK):
+        moved = len(jobs) if dry_run else app.jobs.move_jobs([job.ref for job in jobs], to)
         counts["moved"] += moved
-        counts["gone"] += len(refs) - moved
+        counts["gone"] += len(jobs) - moved
+        if to in (None, "dead") and moved == len(jobs) and not dry_run:  # else a look at all batches tells who is still there
+            bury(app, [job.payload for job in jobs if job.state != "dead"])
     return counts

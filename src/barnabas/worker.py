@@ -96,6 +96,7 @@ class Worker:
         if not self.consumers and not self.queues:
             raise DeclarationError("there is nothing to run: the app has no consumer and no job (or --only left none)")
         self.cron = Cron(app, [s for s in app.crons.values() if s.job.queue in self.queues])
+        self.batches: Any = None  # jobs.batch.Keeper
         self.inline = inline
         self.drive: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run  # for inline crews
         self.gate = Gate()
@@ -176,6 +177,10 @@ class Worker:
 
     def _jobs(self) -> None:
         app, jobs = self.app, self.app.jobs
+        from barnabas.jobs.batch import Keeper  # an app without jobs has none
+
+        self.batches = Keeper(app)
+        jobs.ripe = self.batches.ripe
         entries = {name: Entry(job, [*app.hooks, *job.hooks]) for name, job in app.job_handlers.items()}
         kinds = {entry.awaited for entry in entries.values()} or {False}
         crews, patience = [], app.settings.unknown_timeout if app.settings.unknown == "wait" else 0.0
@@ -240,6 +245,9 @@ class Worker:
             thread = threading.Thread(target=self._tick, name="barnabas-cron", daemon=True)
             thread.start()
             self._threads.append(thread)
+        if self.batches is not None:
+            self._threads.append(threading.Thread(target=self.batches.run, args=(self._stopping,), daemon=True))
+            self._threads[-1].start()
         if any(c.handler.timed for r in self.runners for c in r.crews):
             threading.Thread(target=self._watch, name="barnabas-watchdog", daemon=True).start()
 
@@ -267,7 +275,9 @@ class Worker:
         crews = (crew for runner in self.runners if not runner.finished.is_set() for crew in runner.crews)
         if any(crew.busy() or crew.results or crew.lanes.ready for crew in crews):
             return False
-        for _ in range(2 if app.events is not app.jobs else 1):
+        for _ in range(2 if app.events is not app.jobs or self.queues else 1):  # what ended meanwhile may have led to more
+            if any(runner.unsettled() for runner in self.runners) or not (self.batches is None or self.batches.idle()):
+                return False
             if app.events.flush(0) or app.jobs.flush(0):
                 return False
             groups = {c.group: [t.name for t in c.subscriptions] for c in self.consumers}
@@ -373,6 +383,8 @@ class Worker:
         """
         timeout = self.app.settings.stop_timeout if timeout is None else timeout
         self._stopping.set()
+        if self.batches is not None:
+            self.batches.ripe("")  # it is to see that
         deadline = time.monotonic() + timeout
         for runner in self.runners:
             runner.stop()
@@ -389,6 +401,8 @@ class Worker:
                 self._end(f"{runner.name}: its tear_down()", runner.crews[0].call, runner.ends)
             for crew in runner.crews:
                 crew.leave()
+        if self.batches is not None and self.queues:
+            self.batches.step()
         hangs = bool(held) or self.recycling is not None  # maybe on the loop
         for hook in self.app.stop_hooks:
             self._end(f"the on_stop hook {hook!r}", partial(self._hook, timeout=5.0 if hangs else 60.0), hook)

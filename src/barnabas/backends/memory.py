@@ -13,8 +13,9 @@ from zlib import crc32
 from barnabas.backends.memory_admin import MemoryAdmin
 from barnabas.backends.shares import NOTES, Notes, QueueOrder, close_books, noted, open_account, over, spread
 from barnabas.errors import DeclarationError, UnknownTopic
+from barnabas.jobs.beyond import BATCHES
 from barnabas.jobs.unique import WAIT, answer, marked
-from barnabas.message import LockedJob, Outgoing, OutgoingJob, Row, note
+from barnabas.message import LockedJob, Member, Outgoing, OutgoingJob, Row, note
 from barnabas.ports import Listener, Part, Result, TopicState
 from barnabas.verdict import Again, Dead
 
@@ -98,13 +99,15 @@ class MemoryBackend(Notes, MemoryAdmin):
 
     def _push(self, job: OutgoingJob) -> None:
         self._number += 1
-        if not job.queue:
+        if type(job) is Member:
+            self.enter(job)
+        if not job.queue and type(job) is not Member:
             self._keep(dict([noted(job.jid, job.payload, job.at or 0.0)]))
         elif type(job) is LockedJob and not self._lock(job):
             return
         elif job.at is not None and job.at > self.clock.now():
             heapq.heappush(self.later, (job.at, self._number, "scheduled", job))
-        else:
+        elif job.queue:
             self.ready.setdefault(job.queue, deque()).append((self._number, job))
         if job.future is not None:
             job.future.resolve(job.jid)
@@ -456,7 +459,7 @@ class MemoryQueues:
         return False, marked(ask)
 
     def settle(self, results: Sequence[Result]) -> None:
-        home = self.home
+        home, ripe = self.home, list[str]()
         with home.lock:
             for result in results:
                 for row in result.rows:
@@ -465,6 +468,8 @@ class MemoryQueues:
                         continue
                     verdict = result.others.get(row[0])
                     home.ended(row[0])
+                    if said := result.cells.pop((BATCHES, row[0]), None):
+                        ripe += home.leave(*said.decode().split())
                     if not isinstance(verdict, Again):
                         home.free(row[0])
                     if isinstance(verdict, Again):
@@ -475,6 +480,8 @@ class MemoryQueues:
                         home.buried[row[0]] = job._replace(payload=verdict.payload, at=home.clock.now(), future=None)
             home.settle(results)
         home.ring()
+        for id in ripe:
+            home.ripe(id)
 
     def close(self) -> None:
         self._unwatch()

@@ -10,9 +10,10 @@ from typing import Any
 
 from barnabas.backends.shares import HOST, STATES, by_partition, check_offset, finished
 from barnabas.errors import Refused, UnknownTopic
+from barnabas.jobs.beyond import ALL
 from barnabas.jobs.payload import enqueued_at, recalled, requeued
 from barnabas.jobs.unique import held
-from barnabas.message import Outgoing, OutgoingJob
+from barnabas.message import Member, Outgoing, OutgoingJob
 from barnabas.ports import Position, Process, QueueState, StoredJob
 
 
@@ -37,6 +38,7 @@ class MemoryAdmin:
         self.locks: dict[str, tuple[str, float | None]] = {}  # of unique jobs: who has it, until when (None: until he is done)
         self.held: dict[int, str] = {}  # the lock that a stored job took as it was enqueued
         self.runs: dict[int, str] = {}  # the lock of its run that a job has, or waits for
+        self.batches: dict[str, dict[str, set[str]]] = {}  # the members of each by how they stand
         self._asked: dict[str, str] = {}
         self._info: dict[str, Any] = {}
         self._started = self._beat = 0.0
@@ -188,6 +190,53 @@ class MemoryAdmin:
         if key:
             self.held[number] = key
         return True
+
+    # Batches.
+
+    ripe: Callable[[str], None] = staticmethod(lambda id: None)
+
+    def enter(self, job: Member) -> None:
+        """It becomes a member, if it never was one. Hold the lock."""
+        sets = self.batches.setdefault(job.batch, {"open": set(), "done": set(), "dead": set()})
+        if not any(job.jid in ids for ids in sets.values()):
+            sets["open"].add(job.jid)
+
+    def leave(self, how: str, id: str, *members: str) -> list[str]:
+        """These have ended; the batch, if that is worth a look. Hold the lock."""
+        sets, died = self.batches.get(id), False
+        if sets is None:
+            return []
+        for each in members:
+            before = "open" if each in sets["open"] else "dead" if how == "done" and each in sets["dead"] else ""
+            if before:
+                sets[before].remove(each)
+                sets[how].add(each)
+                died = died or how == "dead"
+        return [id] if died or not sets["open"] else []
+
+    def batch(self, id: str) -> tuple[int, int, int]:
+        with self.lock:
+            sets = self.batches.get(id, {})
+            return len(sets.get("open", ())), len(sets.get("done", ())), len(sets.get("dead", ()))
+
+    def batch_members(self, id: str, state: str) -> Iterator[str]:
+        with self.lock:
+            return iter(sorted(self.batches.get(id, {}).get(state, ())))
+
+    def end(self, id: str, members: Sequence[str], how: str) -> None:
+        with self.lock:
+            ripe = self.leave(how, id, *members)
+        for each in ripe:
+            self.ripe(each)
+
+    def forget(self, id: str, state: str | None = None) -> None:
+        with self.lock:
+            if state is not None:
+                self.batches.get(id, {}).get(state, set()).clear()
+                return
+            self.batches.pop(id, None)
+            for ids in self.batches.get(ALL, {}).values():
+                ids.discard(id)
 
     def processes(self) -> list[Process]:
         if not self._works():

@@ -88,16 +88,26 @@ local function ended(id, sequence, back)
   redis.call('SET', key('barnabas:turn:' .. lock), jid, 'EX', 10)
 end
 
+-- Batches: three sets of members' ids, `barnabas:batch:<id>:open`, `:done` and `:dead`. One that has ended; whether somebody is
+-- to look at the batch.
+local function leave(id, jid, how)
+  local sets = 'barnabas:batch:' .. id .. ':'
+  local was = redis.call('SMOVE', key(sets .. 'open'), key(sets .. how), jid) == 1
+  if how == 'done' and not was then redis.call('SMOVE', key(sets .. 'dead'), key(sets .. 'done'), jid) end
+  return (was and how == 'dead') or redis.call('EXISTS', key(sets .. 'open')) == 0
+end
+
 --- turn
 -- Settle what is finished and claim the next, in one step. Each settlement counts only if the job is still in this
 -- process's hands. Returns whether the process is still among the living, the paused queues, the claimed payloads queue by
 -- queue, and of those that had crashes: number and count.
 local id, now, day = arg(), arg(), arg()
-local work, processed, failed = key('barnabas:work:' .. id), 0, 0
+local work, processed, failed, ripe = key('barnabas:work:' .. id), 0, 0, {}
 
-for _ = 1, number() do -- what they held that end ("end"), are to run again ("again") or did not begin ("back")
+for _ = 1, number() do -- what they held that end ("end"), are to run again ("again") or did not begin ("back"); or their batch
   local sequence, name, lock, jid, how = arg(), arg(), arg(), arg(), arg()
   if redis.call('HEXISTS', work, sequence .. ':' .. name) == 1 then
+    if (how == 'done' or how == 'dead') and leave(lock, jid, how) then ripe[#ripe + 1] = lock end
     if how == 'end' and lock ~= '' then free(lock, jid) end
     ended(id, sequence, how == 'back')
   end
@@ -149,7 +159,7 @@ if failed > 0 then count('failed', day, failed) end
 
 local room, sequence, landed = number(), number(), number()
 local settled = processed + failed
-if redis.call('HEXISTS', key('barnabas:workers'), id) == 0 then return {0, settled, {}, {}, {}} end
+if redis.call('HEXISTS', key('barnabas:workers'), id) == 0 then return {0, settled, {}, {}, {}, ripe} end
 local shut, paused, found, crashed = redis.call('SMEMBERS', key('paused')), {}, {}, {}
 for _, name in ipairs(shut) do paused[name] = true end
 local counted = redis.call('EXISTS', key('barnabas:crashes')) == 1
@@ -188,7 +198,7 @@ for i = 1, number() do
   packed('HSET', work, entries)
   found[i] = jobs
 end
-return {1, settled, shut, found, crashed}
+return {1, settled, shut, found, crashed, ripe}
 
 --- admit
 -- Of each claimed job that needs a lock: 1 if it may begin; 0 if it waits, or is not in this process's hands any more; else
@@ -271,6 +281,32 @@ else
   redis.call('LPUSH', key('queue:' .. name), payload)
 end
 return ''
+
+--- join
+-- Store jobs that become members of a batch, where they never were; without a queue their ids alone do.
+local sets, ids = key('barnabas:batch:' .. arg() .. ':'), {}
+local fresh = redis.call('EXISTS', sets .. 'done', sets .. 'dead') == 0
+for _ = 1, number() do
+  local name, jid, payload, due = arg(), arg(), arg(), arg()
+  if fresh or (redis.call('SISMEMBER', sets .. 'done', jid) == 0 and redis.call('SISMEMBER', sets .. 'dead', jid) == 0) then
+    redis.call('SADD', sets .. 'open', jid)
+  end
+  if due ~= '' then
+    redis.call('ZADD', key('schedule'), due, payload)
+  elseif name ~= '' then
+    if name ~= ids[1] then redis.call('SADD', key('queues'), name) end
+    redis.call('LPUSH', key('queue:' .. name), payload)
+    ids[1] = name
+  end
+end
+
+--- leave
+-- Members of a batch have ended, whatever they wait for. Returns whether somebody is to look at it.
+local id, how, ripe = arg(), arg(), 0
+for _ = 1, number() do
+  if leave(id, arg(), how) then ripe = 1 end
+end
+return ripe
 
 --- free
 -- A lock whose job is stored nowhere.

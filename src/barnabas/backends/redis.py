@@ -3,7 +3,8 @@
 What Sidekiq has no word for stands under `barnabas:`: `work:<process>` (a hash of what the process has in hand, number and
 queue -> payload), `landing:<process>:<queue>` (where its blocking moves go), `workers` (process -> its queues),
 `alive:<process>` (its sign of life), `alone:<process>` (the number of a job that runs alone), `crashes` (a digest of the
-payload -> how often its process died), `note:<name>` (what all are to know for a time), `control`. A job is in a queue, in a
+payload -> how often its process died), `note:<name>` (what all are to know for a time), `batch:<id>:<state>` (its members),
+`control`. A job is in a queue, in a
 set, or in exactly one process's hands.
 """
 

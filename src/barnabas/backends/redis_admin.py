@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from barnabas.errors import Refused
+from barnabas.jobs.beyond import ALL
 from barnabas.jobs.payload import PayloadError, enqueued_at, parse, recalled, requeued
 from barnabas.jobs.unique import held
 from barnabas.message import Outgoing, Row
@@ -20,6 +21,7 @@ PAGE = 500  # jobs read or moved in one step
 QUIET = 10.0  # seconds between two heartbeats of a Sidekiq process: so long nobody is silent
 REPORTS = 2.0  # seconds between two reports that are stored
 SETS = {"scheduled": "schedule", "retry": "retry", "dead": "dead"}
+MEMBERS = ("open", "done", "dead")  # of batches
 SIGNALS = {"quiet": "TSTP", "stop": "TERM"}  # what Sidekiq's web page sends
 
 
@@ -190,6 +192,34 @@ class RedisAdmin:
         with self.edge():
             found = self.client.hkeys(self.key(f"{key}:LOCKED"))
         return text(found[0]) if found else None
+
+    # Batches.
+
+    ripe: Callable[[str], None] = staticmethod(lambda id: None)
+
+    def batch(self, id: str) -> tuple[int, int, int]:
+        with self.edge():
+            pipe = self.client.pipeline(transaction=True)
+            for state in MEMBERS:
+                pipe.scard(self.key(f"barnabas:batch:{id}:{state}"))
+            is_open, done, dead = pipe.execute()
+        return is_open, done, dead
+
+    def batch_members(self, id: str, state: str) -> Iterator[str]:
+        with self.edge():
+            yield from map(text, self.client.sscan_iter(self.key(f"barnabas:batch:{id}:{state}"), count=PAGE))
+
+    def end(self, id: str, members: Sequence[str], how: str) -> None:
+        for start in range(0, len(members), PAGE):
+            page = members[start : start + PAGE]
+            if self.script("leave", id, how, len(page), *page):
+                self.ripe(id)
+
+    def forget(self, id: str, state: str | None = None) -> None:
+        with self.edge():
+            self.client.unlink(*[self.key(f"barnabas:batch:{id}:{each}") for each in ([state] if state else MEMBERS)])
+            for each in MEMBERS if state is None else ():
+                self.client.srem(self.key(f"barnabas:batch:{ALL}:{each}"), id)
 
     # Processes.
 

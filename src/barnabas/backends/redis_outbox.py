@@ -22,7 +22,7 @@ from barnabas.backends.shares import Room
 from barnabas.errors import SendError
 from barnabas.jobs.payload import PayloadError, enqueued
 from barnabas.jobs.unique import answer
-from barnabas.message import LockedJob, OutgoingJob
+from barnabas.message import LockedJob, Member, OutgoingJob
 
 if TYPE_CHECKING:
     from barnabas.backends.redis import RedisBackend
@@ -289,12 +289,16 @@ class Outbox:
         later: list[OutgoingJob] = []
         notes: list[Command] = []
         commands: list[Command] = []
+        joining: dict[str, list[OutgoingJob]] = {}
 
         def pushing(queue: str, payloads: list[bytes], stored: list[OutgoingJob]) -> Command:
             return Command(_push_command(self._home.prefix, queue, payloads), 2, stored)
 
         for job in jobs:
             queue, payload, at, name, _ = job
+            if type(job) is Member:
+                joining.setdefault(job.batch, []).append(job)
+                continue
             if at is not None:
                 if not queue:
                     notes.append(Command(self._home.noting(name, payload, at), 2, [job]))
@@ -315,11 +319,23 @@ class Outbox:
             found[0].append(payload)
             found[1].append(job)
         commands += [pushing(queue, payloads, stored) for queue, (payloads, stored) in queues.items()]
+        commands += [self._joining(batch, members, now) for batch, members in joining.items()]
         if later:
             pairs = [part for job in later for part in (repr(float(job[2] or 0)), job[1])]
             data = _pack(("ZADD", key("schedule"), *pairs))
             commands.append(Command(data, 1, later, min(job[2] or 0 for job in later)))
         return commands + notes
+
+    def _joining(self, batch: str, jobs: list[OutgoingJob], now: float) -> Command:
+        """The command that stores the jobs of a batch."""
+        args: list[Any] = []
+        dues = [job[2] if job[2] is not None and job[2] > now else None for job in jobs]
+        for (queue, payload, at, jid, _), due in zip(jobs, dues, strict=True):
+            if at is not None and due is None:
+                payload = enqueued(payload, now)
+            args += (queue, jid, payload, "" if due is None else repr(float(due)))
+        soonest = min([due for due in dues if due is not None], default=None)
+        return Command(_pack(self._home.eval("join", batch, len(jobs), *args)), 1, jobs, soonest)
 
     def _locking(self, job: LockedJob, payload: bytes, now: float) -> Command:
         """The command that stores a job and takes its lock, if that is free."""

@@ -226,7 +226,7 @@ class RedisQueues:
         today, first = time.strftime("%Y-%m-%d", time.gmtime(now)), home.reserve(room)
         wanted = [arg for name in names for arg in (name, max(0, min(room, self.parts[name].room)))]
         sure, self._sure = self._sure, False
-        alive, count, shut, jobs, crashes = home.script(
+        alive, count, shut, jobs, crashes, ripe = home.script(
             "turn", self.name, now, today, *settled, room, first, int(landed), len(names), *wanted
         )
         self._sure = sure
@@ -235,6 +235,8 @@ class RedisQueues:
             self._crashes.pop(number, None)
         if self._locked and finished:
             self._unlock(finished)
+        for batch in ripe:
+            home.ripe(text(batch))
         if count < len(finished) - back:
             log.warning("%d jobs were no longer ours when they had ended, and run again", len(finished) - back - count)
         if not alive:
@@ -361,9 +363,13 @@ class RedisQueues:
         back: list[int] = []
         finished: list[int] = []
         ends: list[tuple[int, str]] = []
+        left: list[Any] = []  # what a script is to know of those that are of batches
         soonest = None
         for result in results:
             others, tail = result.others, f":{result.part.topic}"
+            for (_, row_number), said in result.cells.items() if result.cells else ():
+                how, batch, jid = (said or b"").decode().split()
+                left += (row_number, result.part.topic, batch, jid, how)
             for row in result.rows:
                 number = row[0]
                 finished.append(number)
@@ -381,7 +387,9 @@ class RedisQueues:
                     done.append(f"{number}{tail}")
         counted = [sha1(self.work[n][1]).hexdigest() for n in finished if n in self._crashes and n in self.work and n not in back]
         oldest, fields = self.home.clock.now() - DEAD_AGE, self._fields(back)
-        settled = [*self._locks(ends), len(done), *done, len(later) // 3, *later, oldest, DEAD_MOST, len(dead) // 2, *dead]
+        locks = self._locks(ends)
+        settled = [locks[0] + len(left) // 5, *left, *locks[1:], len(done), *done, len(later) // 3, *later]
+        settled += (oldest, DEAD_MOST, len(dead) // 2, *dead)
         settled += (len(fields) // 2, *fields, len(counted), *counted)
         room = 0 if self._room() == 0 else min(MOST, max(0, self._limit - len(self.work) + len(finished)))
         with self.home.edge():

@@ -7,12 +7,14 @@ from functools import partial
 from typing import Any
 
 import apsw
+import msgspec
 
 from barnabas.backends.host import look
 from barnabas.backends.shares import CONTROL, HOST, STATES, by_partition, check_offset, finished, told
 from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_store import SqliteStore
 from barnabas.errors import Refused, UnknownTopic
+from barnabas.jobs.beyond import ALL, BATCHES
 from barnabas.jobs.payload import enqueued_at, recalled, requeued
 from barnabas.jobs.unique import held
 from barnabas.message import Outgoing
@@ -193,6 +195,40 @@ class SqliteAdmin(SqliteStore):
         if moved:
             self.stir(db, "partition = -1")
         return moved
+
+    # Batches.
+
+    ripe: Callable[[str], None] = staticmethod(lambda id: None)
+
+    def batch(self, id: str) -> tuple[int, int, int]:
+        said = self.cell(BATCHES, id)
+        return (0, 0, 0) if said is None else msgspec.json.decode(said, type=tuple[int, int, int])
+
+    def batch_members(self, id: str, state: str) -> Iterator[str]:
+        last, tbl = f"{id}/", self._find("table", BATCHES)
+        sql = "SELECT key FROM cells WHERE tbl = ? AND key > ? AND key < ? AND value = ? ORDER BY key LIMIT 1000"
+        while rows := self.query(sql, (tbl, last, f"{id}0", state)):  # ("0" comes after "/")
+            last = rows[-1][0]
+            yield from (key.partition("/")[2] for (key,) in rows)
+
+    def end(self, id: str, members: Sequence[str], how: str) -> None:
+        for each in self.write(lambda db: self.leave(db, how, id, [(jid, 0) for jid in members])):
+            self.ripe(each)
+
+    def forget(self, id: str, state: str | None = None) -> None:
+        tbl, some = self._find("table", BATCHES), "" if state is None else "AND value = :state"
+        sql = f"SELECT key FROM cells WHERE tbl = :tbl AND key > :id || '/' AND key < :id || '0' {some} LIMIT {MOVED}"
+        args = {"tbl": tbl, "id": id, "state": state}
+
+        def some_of(db: apsw.Connection) -> int:
+            db.execute(f"DELETE FROM cells WHERE tbl = :tbl AND key IN ({sql})", args)
+            return db.changes()
+
+        while self.write(some_of) == MOVED:  # others have their turns in between
+            continue
+        if state is None:
+            keys = [(tbl, id), (tbl, f"{ALL}/{id}")]
+            self.write(lambda db: db.executemany("DELETE FROM cells WHERE tbl = ? AND key = ?", keys))
 
     def holder(self, key: str) -> str | None:
         sql = (

@@ -220,7 +220,15 @@ class SqliteQueues(Fetcher):
                     done.append((id_, process))
             result.part.crashes and [result.part.crashes.pop(row[0], None) for row in result.rows]
 
+        ended: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        for (_, number), said in cells.items():
+            how, batch, jid = (said or b"").decode().split()
+            ended.setdefault((how, batch), []).append((jid, int(number)))
+        ripe: list[str] = []
+
         def act(db: apsw.Connection) -> list[tuple[Any, Any]]:
+            for (how, batch), members in ended.items():
+                ripe.extend(self.home.leave(db, how, batch, members, process))
             if done:
                 db.executemany("DELETE FROM jobs WHERE id = ? AND owner = ?", done)
             if later:
@@ -239,7 +247,7 @@ class SqliteQueues(Fetcher):
                 self._ended(db, key)
             if self._limit > len(self._work) - len(finished) and self._may_claim() and not self._closing:
                 claimed.extend(self._claim(db, len(finished)))
-            return self.home.store(db, outputs, cells)
+            return self.home.store(db, outputs, {})
 
         try:
             stored = self.home.write(act, whole=bool(outputs))
@@ -252,6 +260,8 @@ class SqliteQueues(Fetcher):
         self._own(claimed)
         self._claimed += claimed
         self.home.settled(stored)
+        for batch in ripe:
+            self.home.ripe(batch)
 
     _closing = False
 

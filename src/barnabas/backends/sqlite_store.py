@@ -1,6 +1,6 @@
 """The writing half of a SQLite file: how messages, jobs and cells become rows, inside a transaction."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -10,8 +10,9 @@ import msgspec
 from barnabas.backends.shares import by_target, noted
 from barnabas.backends.sqlite_read import SHIFT, SqliteReader, one
 from barnabas.errors import UnknownTopic
+from barnabas.jobs.beyond import BATCHES
 from barnabas.jobs.unique import answer
-from barnabas.message import LockedJob, Outgoing, OutgoingJob
+from barnabas.message import LockedJob, Member, Outgoing, OutgoingJob
 
 DEFAULT_PARTITIONS = 6
 BATCH_COUNT, BATCH_BYTES = 1000, 256 * 1024  # the most a record holds
@@ -92,10 +93,15 @@ class SqliteStore(SqliteReader):
         now = self.clock.now()
         rows: list[tuple[Any, ...]] = []
         counts: dict[int, int] = {}
+        joining: dict[str, list[str]] = {}
         notes: dict[tuple[str, Any], bytes | None] = {}
         insert = "INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)"
         for job in jobs:
             queue, payload, at, jid, future = job
+            if type(job) is Member:
+                joining.setdefault(job.batch, []).append(jid)
+            if not queue and type(job) is Member:
+                continue
             if not queue:
                 notes.update([noted(jid, payload, at or 0.0)])
                 if future is not None:
@@ -123,8 +129,42 @@ class SqliteStore(SqliteReader):
         db.executemany(insert, rows)
         for qid, n in counts.items():
             self._moved[qid] = one(db, "UPDATE heads SET next = next + ? WHERE gid = ? RETURNING next", (n, qid))[0]
+        for batch, jids in joining.items():
+            self._join_batch(db, batch, jids)
         if notes:
             self._keep(db, notes)
+
+    # Batches: a cell for each member that says how it stands, and one with the three counts.
+
+    def _join_batch(self, db: apsw.Connection, id: str, jids: list[str]) -> None:
+        tbl, before = self.name_id(db, "table", BATCHES), db.total_changes()
+        db.executemany("INSERT OR IGNORE INTO cells VALUES (?, ?, 'open')", [(tbl, f"{id}/{jid}") for jid in jids])
+        self._recount(db, tbl, id, db.total_changes() - before, 0, 0)
+
+    def _recount(self, db: apsw.Connection, tbl: int, id: str, *more: int) -> tuple[int, ...]:
+        row = one(db, "SELECT value FROM cells WHERE tbl = ? AND key = ?", (tbl, id))
+        counts = tuple(map(sum, zip(msgspec.json.decode(row[0]) if row else (0, 0, 0), more, strict=True)))
+        if any(more):
+            db.execute("INSERT OR REPLACE INTO cells VALUES (?, ?, ?)", (tbl, id, msgspec.json.encode(counts)))
+        return counts
+
+    def leave(self, db: apsw.Connection, how: str, id: str, ended: Sequence[tuple[str, int]], process: int = -1) -> list[str]:
+        """Members of a batch have ended (with the jobs of these numbers, if `process` still has them); the batch, if that is
+        worth a look."""
+        tbl, counts = self.name_id(db, "table", BATCHES), {"open": 0, "done": 0, "dead": 0}
+        sql = "UPDATE cells SET value = ? WHERE tbl = ? AND key = ? AND value = ?"
+        for state in ("open", "dead") if how == "done" else ("open",):
+            if state == "open" or self._recount(db, tbl, id, 0, 0, 0)[2]:
+                before = db.total_changes()
+                if process < 0:
+                    db.executemany(sql, [(how, tbl, f"{id}/{jid}", state) for jid, _ in ended])
+                else:
+                    rows = [(how, tbl, f"{id}/{jid}", state, number, process) for jid, number in ended]
+                    db.executemany(f"{sql} AND EXISTS (SELECT 1 FROM jobs WHERE id = ? AND owner = ?)", rows)
+                counts[state] -= db.total_changes() - before
+                counts[how] += db.total_changes() - before
+        left = self._recount(db, tbl, id, *counts.values())
+        return [id] if not left[0] or counts["dead"] > 0 else []
 
     def _unlocked(self, db: apsw.Connection, job: LockedJob, now: float, qid: int, stored: list[tuple[Any, Any]]) -> bool:
         """Whether another job has its lock; what becomes of this one is done then."""

@@ -17,12 +17,13 @@ class Settled(msgspec.Struct, frozen=True):
     seconds: float
 
 
-_LEVELS = {"again": 30, "retry topic": 30, "expired": 30, "waits": 10, "superseded": 10}  # of logging; else an error, 40
+# Levels of logging; else it is an error, 40.
+_LEVELS = {"again": 30, "retry topic": 30, "expired": 30, "waits": 10, "superseded": 10, "cancelled": 10}
 
 
 class Failed(msgspec.Struct, frozen=True):
     """One failed run, and what became of it: "again", "retry topic", "dead", "skipped", "stop"; or a job that was not to run:
-    "expired", "superseded", "waits" (for a worker that knows it)."""
+    "expired", "superseded", "cancelled" (its batch was), "waits" (for a worker that knows it)."""
 
     name: str
     topic: str

@@ -252,6 +252,10 @@ class Runner:
                 self._count += len(result.rows)
                 result.part.room += len(result.rows)
 
+    def unsettled(self) -> bool:
+        """Whether something has ended and is not settled yet."""
+        return bool(self._unsettled)
+
     def settle(self) -> None:
         """Settle all results there are: outputs, then state, then positions."""
         self._collect()

@@ -10,14 +10,16 @@ import msgspec
 from barnabas.engine.hand import CURRENT
 from barnabas.errors import BarnabasError
 from barnabas.jobs.payload import More, Payload, PayloadError, build, derived_jid, dumps, hooked, with_more
-from barnabas.message import OutgoingJob, note
+from barnabas.message import OutgoingJob, member, note
 from barnabas.verdict import Again, Done
 
+BATCHES = "barnabas.batches"  # the table of batches and their members, and of what has ended
+ALL = "all"  # the batch whose members are the batches: "open" until they have ended, then "done"
 KEPT = 30 * 86400.0  # seconds that notes are kept which only tell late-comers something
 
 
 class Unneeded(BarnabasError):
-    """A job that is not to run any more; `outcome` says why: "expired" or "superseded"."""
+    """A job that is not to run any more; `outcome` says why: "expired", "superseded" or "cancelled"."""
 
     def __init__(self, outcome: str, why: str) -> None:
         super().__init__(why)
@@ -64,7 +66,7 @@ def progress(done: float, total: float | None = None, note: str = "") -> None:
     """Inside a job with a `result_ttl`: say how far it is, for `barnabas jobs show` and `top`; told at most five times a
     second. Anywhere else it does nothing, so that the function can be called as it is."""
     end = _IN_HAND.get()
-    if end is not None:
+    if end is not None and end.tells:
         end.say(Progress(done, total, note))
 
 
@@ -80,6 +82,11 @@ class Progress(msgspec.Struct, omit_defaults=True):
         return f"{self.done:,}{share} {self.note}".rstrip()
 
 
+def in_hand() -> Optional["End"]:
+    """The job that is running here, if it asks for more."""
+    return _IN_HAND.get()
+
+
 def how_far(jobs: Any, jid: str) -> str:
     """What a job said last of its progress; "" for nothing."""
     said = jobs.note(f"progress:{jid}")
@@ -89,21 +96,21 @@ def how_far(jobs: Any, jid: str) -> str:
 class End:
     """A job in hand that asks for more: whether it is to run, and what follows its end."""
 
-    __slots__ = ("_entry", "_more", "_payload", "_said", "_token", "function")
+    __slots__ = ("_entry", "_more", "_payload", "_said", "_token", "batch", "function", "tells")
 
     def __init__(self, entry: Any, payload: Payload) -> None:
         self._entry, self._payload = entry, payload
         self._more: More = payload.more  # type: ignore[assignment]
+        self.batch, self.tells = self._more.batch, self._more.result_ttl is not None
         self.function = entry and entry.function
         self._said = 0.0
 
     def __enter__(self) -> None:
-        if self._more.result_ttl is not None:
-            self._token = _IN_HAND.set(self)
+        self._token = _IN_HAND.set(self)
 
     def __exit__(self, *error: Any) -> None:
-        if self._more.result_ttl is not None:
-            _IN_HAND.reset(self._token)
+        _IN_HAND.reset(self._token)
+        if self.tells:
             SAID.pop(self._payload.jid, None)
 
     def say(self, how_far: Progress) -> None:
@@ -125,6 +132,12 @@ class End:
             if newest is not None and newest != self._payload.jid.encode():
                 raise Unneeded("superseded", f"it was asked for again, by job {newest.decode(errors='replace')}")
 
+        if more.batch is not None:
+            from barnabas.jobs.batch import standing  # most apps have none
+
+            if standing(app, more.batch) == "cancelled":
+                raise Unneeded("cancelled", f"its batch {more.batch} was cancelled")
+
     def done(self, out: Any) -> None:
         """It returned: what follows leaves as it is settled. Raises BadResult."""
         app, more = self._entry.job.app, self._more
@@ -144,6 +157,12 @@ class End:
             raise BadResult(f"what it returned cannot be kept or handed on: {error}") from error
         for ended in self._ended(now):
             hand.add(ended)
+        if more.batch is not None:
+            hand.cells, hand.used = self.mark(hand.row[0], "done"), True
+
+    def mark(self, number: int, how: str) -> dict[tuple[str, Any], bytes | None]:
+        """What a settlement is to know of the end of a job that is of a batch, in the place of a table's cells."""
+        return {(BATCHES, number): f"{how} {self.batch} {self._payload.jid}".encode()} if self.batch else {}
 
     def lost(self, now: float, reason: str) -> Iterator[OutgoingJob]:
         """It will not return: tell who waits for it, or for the end of its chain."""
@@ -162,15 +181,21 @@ class End:
     def _next(self, app: Any, out: Any, now: float) -> OutgoingJob | None:
         """The next job of the chain; None if a before_enqueue hook refuses it."""
         first, *rest = self._more.then
-        said: dict[str, Any] = msgspec.json.decode(first)
-        own = said.pop("barnabas", {})
-        if "expires_in" in own:
-            own["expires_at"] = now + own.pop("expires_in")
-        own |= {"step": self._more.step + 1} | ({"then": rest} if rest else {})
-        name, queue, retry, jid = said.pop("class"), said.pop("queue"), said.pop("retry"), derived_jid(self._payload.jid, 0)
-        data = build(name, [out], queue=queue, retry=retry, jid=jid, now=now, extra=said | {"barnabas": own})
-        made = hooked(app.enqueue_hooks, data, queue)
-        return None if made is None else OutgoingJob(made[1], made[0], None, jid, None)
+        own: dict[str, Any] = {"step": self._more.step + 1} | ({"then": rest} if rest else {})
+        own |= {"batch": self.batch} if self.batch else {}
+        made = linked(app, msgspec.json.decode(first), [out], derived_jid(self._payload.jid, 0), now, own)
+        return made if made is None or not self.batch else member(self.batch, made)
+
+
+def linked(app: Any, said: dict[str, Any], args: list[Any], jid: str, now: float, more: dict[str, Any]) -> OutgoingJob | None:
+    """A job of which a chain or a batch has stored what it needs; None if a before_enqueue hook refuses it."""
+    own = {**said.pop("barnabas", {})}
+    if "expires_in" in own:
+        own["expires_at"] = now + own.pop("expires_in")
+    name, queue, retry, more = said.pop("class"), said.pop("queue"), said.pop("retry"), own | more
+    data = build(name, args, queue=queue, retry=retry, jid=jid, now=now, extra=said | ({"barnabas": more} if more else {}))
+    made = hooked(app.enqueue_hooks, data, queue)
+    return None if made is None else OutgoingJob(made[1], made[0], None, jid, None)
 
 
 def _result(jid: str, outcome: Outcome, until: float) -> OutgoingJob:

@@ -194,6 +194,7 @@ class More(msgspec.Struct, frozen=True, gc=False):
     cron: the schedule whose run it is, and which is to know when it has ended. debounce: the note that names the only one of
     several to run. expires_at: epoch seconds after which it does not begin. then: what follows it in its chain, of which it is
     number `step`. result_ttl: seconds that what it returns is kept. unknown_since: when somebody met it who did not know it.
+    batch: the id of the batch that it is of.
     """
 
     cron: str | None = None
@@ -203,6 +204,7 @@ class More(msgspec.Struct, frozen=True, gc=False):
     step: int = 1
     result_ttl: float | None = None
     unknown_since: float | None = None
+    batch: str | None = None
 
 
 class Payload(

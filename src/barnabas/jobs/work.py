@@ -161,7 +161,7 @@ class JobHandler:
         entry = self._entries.get(payload.name)
         if isinstance(error, Unneeded):
             self._note(run, row, payload.name, payload.attempt, Dead(str(error), None), error, error.outcome)
-            self._lost(run, entry, payload, now, str(error))
+            self._lost(run, row, entry, payload, now, str(error))
             return
         if entry is None and self._patience and (left := leave(data, payload, now, self._patience)) is not None:
             if payload.name not in self._met:
@@ -186,7 +186,7 @@ class JobHandler:
                 outcome = outcome._replace(kind="drop", reason=f"discarded by on_exhausted, {outcome.reason}")
             entry.tell("on_death", run, row, outcome.payload, error)
         if outcome.kind != "again":
-            self._lost(run, entry, payload, now, outcome.reason)
+            self._lost(run, row, entry, payload, now, outcome.reason)
         if outcome.kind == "again":
             verdict = Again(outcome.at, outcome.payload, outcome.queue if outcome.queue != run.part.topic else None)
         elif outcome.kind == "drop" and entry is not None:
@@ -201,15 +201,17 @@ class JobHandler:
         with suppress(PayloadError):
             payload = parse(data)
             entry, why = self._entries.get(payload.name), error or BarnabasError(reason)
-            self._lost(run, entry, payload, now, reason)
+            self._lost(run, row, entry, payload, now, reason)
             data = failed(data, why, now, final=True).payload
             if entry is not None:
                 entry.tell("on_death", run, row, data, why)
         self._note(run, row, run.part.topic, attempt, Dead(reason, data), error)
 
-    def _lost(self, run: Run, entry: Entry | None, payload: Payload, now: float, reason: str) -> None:
+    def _lost(self, run: Run, row: Row, entry: Entry | None, payload: Payload, now: float, reason: str) -> None:
         if payload.more is not None:
-            run.outputs += End(entry, payload).lost(now, reason)
+            end = End(entry, payload)
+            run.outputs += end.lost(now, reason)
+            run.cells |= end.mark(row[0], "dead")
 
     def _note(
         self, run: Run, row: Row, name: str, attempt: int, verdict: Again | Dead, error: BaseException | None, outcome: str = ""
