@@ -216,7 +216,8 @@ class Job:
             made = build_many(self.name, calls, jids, queue=target, retry=retry, now=self.app.clock.now(), extra=extra)
         except PayloadError as error:
             raise SendError(f"{self.owner} cannot be enqueued: {error}") from error
-        return [_new(OutgoingJob, (target, payload, None, jid, None)) for payload, jid in zip(made, jids, strict=True)]
+        out = [_new(OutgoingJob, (target, payload, None, jid, None)) for payload, jid in zip(made, jids, strict=True)]
+        return [*map(call["batch"].take, out)] if "batch" in call else out
 
     def _called(self, call: Mapping[str, Any], at: float | None) -> tuple[str, Any, dict[str, Any]]:
         """Queue, retry and further fields of a job with what a call of it says."""
