@@ -200,6 +200,7 @@ class SqliteQueues(Fetcher):
         outputs: list[Any] = []
         cells: dict[Any, bytes | None] = {}
         finished: set[int] = set()
+        ripe: list[str] = []
         claimed: list[tuple[Part, Sequence[Row]]] = []
         now, process = self.home.clock.now(), self.home.neighbours.number
         for result in results:
@@ -220,15 +221,9 @@ class SqliteQueues(Fetcher):
                     done.append((id_, process))
             result.part.crashes and [result.part.crashes.pop(row[0], None) for row in result.rows]
 
-        ended: dict[tuple[str, str], list[tuple[str, int]]] = {}
-        for (_, number), said in cells.items():
-            how, batch, jid = (said or b"").decode().split()
-            ended.setdefault((how, batch), []).append((jid, int(number)))
-        ripe: list[str] = []
 
         def act(db: apsw.Connection) -> list[tuple[Any, Any]]:
-            for (how, batch), members in ended.items():
-                ripe.extend(self.home.leave(db, how, batch, members, process))
+            ripe[:] = self.home.settle_batches(db, cells, process) if cells else ()
             if done:
                 db.executemany("DELETE FROM jobs WHERE id = ? AND owner = ?", done)
             if later:

@@ -1,6 +1,6 @@
 """The writing half of a SQLite file: how messages, jobs and cells become rows, inside a transaction."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -147,6 +147,14 @@ class SqliteStore(SqliteReader):
         if any(more):
             db.execute("INSERT OR REPLACE INTO cells VALUES (?, ?, ?)", (tbl, id, msgspec.json.encode(counts)))
         return counts
+
+    def settle_batches(self, db: apsw.Connection, cells: Mapping[Any, bytes | None], process: int) -> list[str]:
+        """Jobs that are of batches have ended, as their results' cells say; the batches that are worth a look."""
+        ended: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        for (_, number), said in cells.items():
+            how, batch, jid = (said or b"").decode().split()
+            ended.setdefault((how, batch), []).append((jid, number))
+        return [each for (how, id), members in ended.items() for each in self.leave(db, how, id, members, process)]
 
     def leave(self, db: apsw.Connection, how: str, id: str, ended: Sequence[tuple[str, int]], process: int = -1) -> list[str]:
         """Members of a batch have ended (with the jobs of these numbers, if `process` still has them); the batch, if that is
