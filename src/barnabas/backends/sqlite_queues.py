@@ -200,7 +200,7 @@ class SqliteQueues(Fetcher):
         outputs: list[Any] = []
         cells: dict[Any, bytes | None] = {}
         finished: set[int] = set()
-        ripe: list[str] = []
+        ripe, mine = list[str](), "WHERE id = ? AND owner = ?"
         claimed: list[tuple[Part, Sequence[Row]]] = []
         now, process = self.home.clock.now(), self.home.neighbours.number
         for result in results:
@@ -221,23 +221,18 @@ class SqliteQueues(Fetcher):
                     done.append((id_, process))
             result.part.crashes and [result.part.crashes.pop(row[0], None) for row in result.rows]
 
-
         def act(db: apsw.Connection) -> list[tuple[Any, Any]]:
             ripe[:] = self.home.settle_batches(db, cells, process) if cells else ()
             if done:
-                db.executemany("DELETE FROM jobs WHERE id = ? AND owner = ?", done)
+                db.executemany(f"DELETE FROM jobs {mine}", done)
             if later:
                 self.home.requeue(db, results, process)
-                db.executemany(
-                    "UPDATE jobs SET state = 3, owner = NULL, crashes = 0, at = ?, payload = ? "
-                    "WHERE id = ? AND owner = ?",
-                    later,
-                )
+                db.executemany(f"UPDATE jobs SET state = 3, owner = NULL, crashes = 0, at = ?, payload = ? {mine}", later)
                 self._due = min(self._due, min(at for at, _, _, _ in later))
             self._give_back(db, back)
             if dead:
-                sql = "UPDATE jobs SET state = 4, owner = NULL, lock = NULL, died = ?, note = ?, payload = ? "
-                db.executemany(f"{sql} WHERE id = ? AND owner = ?", dead)
+                sql = "UPDATE jobs SET state = 4, owner = NULL, lock = NULL, died = ?, note = ?, payload = ?"
+                db.executemany(f"{sql} {mine}", dead)
             for key in {self._runs[id_] for id_ in finished if id_ in self._runs} if self._runs else ():
                 self._ended(db, key)
             if self._limit > len(self._work) - len(finished) and self._may_claim() and not self._closing:
