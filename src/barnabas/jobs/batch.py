@@ -8,7 +8,6 @@ that was made inside. Whoever settles the last open member looks what follows; a
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -95,7 +94,7 @@ def _change(app: Any, id: str, change: Callable[[Record], None]) -> None:
 
 def standing(app: Any, id: str, fresh: bool = False) -> str:
     """"cancelled" (it, or one around it), "complete" or ""; as it was within the last second, unless asked for `fresh`."""
-    met, now = app.batches_met, time.monotonic()
+    met, now = app.batches_met, app.clock.monotonic()
     until, said = met.get(id, (0.0, ""))
     if fresh or now >= until:
         found = _find(app, id)
@@ -376,13 +375,13 @@ class Keeper:
                     look(self._app, self._ripe[0])
                     self._ripe.popleft()
                     moved = True
-                if time.monotonic() >= self._next:
-                    began = time.monotonic()
+                if self._app.clock.monotonic() >= self._next:
+                    began = self._app.clock.monotonic()
                     self._reconcile()
-                    self._next = time.monotonic() + max(LOOK, 20 * (time.monotonic() - began))
+                    self._next = self._app.clock.monotonic() + max(LOOK, 20 * (self._app.clock.monotonic() - began))
             except Exception as error:
                 log.error("batches: trying again: %s", error, exc_info=None if isinstance(error, BackendError) else error)
-                self._next = time.monotonic() + LOOK
+                self._next = self._app.clock.monotonic() + LOOK
                 self._stop_turning()
         return moved
 
