@@ -154,7 +154,8 @@ class App:
         retries it goes to the dead set), hooks=[...], retry_for (seconds since the first failure, instead of the number),
         retry_queue (where retries wait to run), backtrace (True, or how many lines of it are stored with a failure), tags
         ([...]: labels, also on Sidekiq's page), expires_in (seconds after it was due in which it is to begin; else it is dropped,
-        counted as "expired"), result_ttl (seconds that what it returns is kept, for `outcome`).
+        counted as "expired"), result_ttl (seconds that what it returns is kept, for `outcome`), max_runtime (seconds after
+        which a job in `steps` lets others go first).
 
         unique: until_executed(...), while_executing(...) and the like: at most one of a kind in the queues, or at work.
 

@@ -25,7 +25,7 @@ from barnabas.ports import FOREVER
 
 STORED = ("retry_for", "retry_queue", "backtrace", "dead", "tags")  # options that travel with a job, for whoever runs it
 CALLED = ("retry_delay", "on_exhausted", "on_death")
-OPTIONS = ("queue", "retry", "name", "timeout", "hooks", "expires_in", "result_ttl", "unique", *STORED, *CALLED)
+OPTIONS = ("queue", "retry", "name", "timeout", "hooks", "expires_in", "result_ttl", "max_runtime", "unique", *STORED, *CALLED)
 LINK = -1.0  # in place of the time of a job that begins when the one before it in its chain has ended
 CHAIN = 1000  # jobs in a chain: each carries those behind it
 _NONE: dict[str, Any] = {}
@@ -56,6 +56,7 @@ class Job:
         self.tags: list[str] = options.get("tags", [])
         self.expires_in: float | None = options.get("expires_in")
         self.result_ttl: float | None = options.get("result_ttl")
+        self.max_runtime: float | None = options.get("max_runtime")
         self.hooks = check_hooks(self.owner, options.get("hooks", []))
         self._check()
         self._check_failing()
@@ -98,7 +99,7 @@ class Job:
             check_queue(self.owner, self.retry_queue, "retry_queue")
         if not isinstance(self.backtrace, int) or self.backtrace < 0:
             self._refuse("backtrace", self.backtrace, "give the number of lines to store, True for all, or False")
-        check_call(self.owner, tags=self.tags, expires_in=self.expires_in, result_ttl=self.result_ttl)
+        check_call(self.owner, self.tags, expires_in=self.expires_in, result_ttl=self.result_ttl, max_runtime=self.max_runtime)
         for option in CALLED:
             function = getattr(self, option)
             if function is not None and (not callable(function) or inspect.iscoroutinefunction(function)):
@@ -357,7 +358,7 @@ class Job:
             check_queue(self.owner, queue)
         if retry is not None and (not isinstance(retry, int) or retry < 0):
             self._refuse("retry", retry, "give the number of retries (0: none), True for 25, or False")
-        check_call(self.owner, tags=tags or [], expires_in=expires_in)
+        check_call(self.owner, tags or [], expires_in=expires_in)
         more = None if expires_in is None else {"expires_in": expires_in}
         said = {"queue": queue, "retry": retry, "tags": tags, "now": now or None, "more": more}
         found = Options(self, {name: value for name, value in said.items() if value is not None})
@@ -474,7 +475,7 @@ def _speak(last: Future[Any], future: Future[Any], value: Any) -> None:
     last.add_done_callback(done)
 
 
-def check_call(owner: str, *, tags: Any, **seconds: Any) -> None:
+def check_call(owner: str, tags: Any, **seconds: Any) -> None:
     """Refuse tags that are no texts, and what is no number of seconds."""
     if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) and tag for tag in tags):
         raise DeclarationError(f"{owner}: tags={tags!r}: give a list of texts")

@@ -15,12 +15,12 @@ class Part:
     `until` (monotonic seconds) is when the claim on it ends unless renewed: no delivery starts after it. `attempts`
     and `crashes` count failed runs and lost processes of offsets that are still open. `paused`: nothing is to be claimed
     from this queue; `room`: how many may be claimed of it at most. `marked`: what is sent for it carries its id, as it is not
-    settled together with it. `done`: how many of it this process has finished.
+    settled together with it. `done`: how many of it this process has finished. `runner`: who has it in hand.
     """
 
     __slots__ = (
         "alone", "attempts", "cells", "closed", "crashes", "done", "group", "held", "id", "lanes", "marked", "partition",
-        "paused", "retries", "room", "topic", "until",
+        "paused", "retries", "room", "runner", "topic", "until",
     )  # fmt: skip
 
     def __init__(self, topic: str, partition: int, id: int, group: str = "") -> None:
@@ -34,6 +34,7 @@ class Part:
         self.paused = False
         self.room: float = FOREVER  # whoever claims takes off, whoever finishes puts back
         self.marked = False
+        self.runner: Any = None
         self.done = 0
         self.attempts: dict[int, int] = {}
         self.crashes: dict[int, int] = {}

@@ -10,8 +10,8 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Again(msgspec.Struct, frozen=True):
-    """It failed; run it again at `at` (epoch seconds). `payload` is the job's new JSON, None for topics. `queue`: which queue
-    it goes to by then, None for its own."""
+    """It failed; run it again at `at` (epoch seconds; 0: a job that has not failed goes behind all others). `payload` is the
+    job's new JSON, None for topics. `queue`: which queue it goes to by then, None for its own."""
 
     at: float
     payload: bytes | None = None

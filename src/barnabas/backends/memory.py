@@ -472,7 +472,12 @@ class MemoryQueues:
                         ripe += home.leave(*said.decode().split())
                     if not isinstance(verdict, Again):
                         home.free(row[0])
-                    if isinstance(verdict, Again):
+                    if isinstance(verdict, Again) and verdict.payload is None:
+                        home.ready.setdefault(job.queue, deque()).appendleft((row[0], job))
+                    elif isinstance(verdict, Again) and not verdict.at:
+                        last = job._replace(payload=verdict.payload or job.payload, future=None)
+                        home.ready.setdefault(job.queue, deque()).append((row[0], last))
+                    elif isinstance(verdict, Again):
                         again = job._replace(payload=verdict.payload or job.payload, at=verdict.at, future=None)
                         again = again._replace(queue=verdict.queue or job.queue)
                         heapq.heappush(home.later, (verdict.at, row[0], "retry", again))

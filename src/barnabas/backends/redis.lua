@@ -141,11 +141,11 @@ if buried > 0 then
 end
 failed = failed + buried
 
-for _ = 1, number() do -- given back: the youngest first, so that the oldest ends up in front
-  local field, name = arg(), arg()
+for _ = 1, number() do -- given back: the youngest first, so that the oldest ends up in front; or put at the end, as `last`
+  local field, name, last = arg(), arg(), arg()
   local payload = redis.call('HGET', work, field)
   if payload then
-    redis.call('RPUSH', key('queue:' .. name), payload)
+    redis.call(last == '' and 'RPUSH' or 'LPUSH', key('queue:' .. name), last == '' and payload or last)
     redis.call('HDEL', work, field)
   end
 end

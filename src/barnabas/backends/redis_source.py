@@ -361,6 +361,7 @@ class RedisQueues:
         later: list[Any] = []
         dead: list[Any] = []
         back: list[int] = []
+        last: dict[int, bytes | None] = {}  # goes behind all others, as this
         finished: list[int] = []
         ends: list[tuple[int, str]] = []
         left: list[Any] = []  # what a script is to know of those that are of batches
@@ -378,6 +379,8 @@ class RedisQueues:
                     ends.append((number, "end" if not isinstance(verdict, Again) else "again" if verdict.payload else "back"))
                 if isinstance(verdict, Again) and verdict.payload is None:  # not begun: the process is to be quiet
                     back.append(number)
+                elif isinstance(verdict, Again) and not verdict.at:
+                    last[number] = verdict.payload
                 elif isinstance(verdict, Again):
                     later += (f"{number}{tail}", repr(float(verdict.at)), verdict.payload)
                     soonest = verdict.at if soonest is None else min(soonest, verdict.at)
@@ -386,14 +389,14 @@ class RedisQueues:
                 else:
                     done.append(f"{number}{tail}")
         counted = [sha1(self.work[n][1]).hexdigest() for n in finished if n in self._crashes and n in self.work and n not in back]
-        oldest, fields = self.home.clock.now() - DEAD_AGE, self._fields(back)
+        oldest, fields = self.home.clock.now() - DEAD_AGE, self._fields([*back, *last], last)
         locks = self._locks(ends)
         settled = [locks[0] + len(left) // 5, *left, *locks[1:], len(done), *done, len(later) // 3, *later]
         settled += (oldest, DEAD_MOST, len(dead) // 2, *dead)
-        settled += (len(fields) // 2, *fields, len(counted), *counted)
+        settled += (len(fields) // 3, *fields, len(counted), *counted)
         room = 0 if self._room() == 0 else min(MOST, max(0, self._limit - len(self.work) + len(finished)))
         with self.home.edge():
-            self._claimed += self._claim(room, False, settled, finished, len(back))
+            self._claimed += self._claim(room, False, settled, finished, len(back) + len(last))
         if self._alone in finished:
             self._alone = None
         if soonest is not None:
@@ -415,10 +418,11 @@ class RedisQueues:
         finally:
             self.landing.close()
 
-    def _fields(self, numbers: Iterable[int]) -> list[str]:
-        """Where these stand in Redis's account of what we have, and their queues: the youngest first."""
+    def _fields(self, numbers: Iterable[int], last: Mapping[int, bytes | None] = {}) -> list[Any]:
+        """Where these stand in Redis's account of what we have, their queues, and as what those go to the end that do: the
+        youngest first."""
         mine = sorted((n for n in numbers if n in self.work), reverse=True)
-        return [part for n in mine for part in (f"{n}:{self.work[n][0]}", self.work[n][0])]
+        return [part for n in mine for part in (f"{n}:{self.work[n][0]}", self.work[n][0], last.get(n, b""))]
 
     def leave(self) -> None:
         """Be no longer a process that has anything."""

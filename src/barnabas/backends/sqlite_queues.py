@@ -194,10 +194,7 @@ class SqliteQueues(Fetcher):
 
     def settle(self, results: Sequence[Result]) -> None:
         """Remove what is done, park or bury what failed, claim what there is room for: one transaction."""
-        done, back = list[tuple[int, int]](), list[tuple[int, int]]()
-        later: list[tuple[float, bytes | None, int, int]] = []
-        dead: list[tuple[float, str, bytes, int, int]] = []
-        outputs: list[Any] = []
+        done, back, later, last, dead, outputs = (list[Any]() for _ in range(6))
         cells: dict[Any, bytes | None] = {}
         finished: set[int] = set()
         ripe, mine = list[str](), "WHERE id = ? AND owner = ?"
@@ -213,6 +210,8 @@ class SqliteQueues(Fetcher):
                 verdict = others.get(id_) if others else None
                 if isinstance(verdict, Again) and verdict.payload is None:  # not begun: the process is to be quiet
                     back.append((id_, process))
+                elif isinstance(verdict, Again) and not verdict.at:
+                    last.append((verdict.payload, id_, process))
                 elif isinstance(verdict, Again):
                     later.append((verdict.at, verdict.payload, id_, process))
                 elif isinstance(verdict, Dead) and verdict.payload is not None:
@@ -230,6 +229,7 @@ class SqliteQueues(Fetcher):
                 db.executemany(f"UPDATE jobs SET state = 3, owner = NULL, crashes = 0, at = ?, payload = ? {mine}", later)
                 self._due = min(self._due, min(at for at, _, _, _ in later))
             self._give_back(db, back)
+            self._put_last(db, last)
             if dead:
                 sql = "UPDATE jobs SET state = 4, owner = NULL, lock = NULL, died = ?, note = ?, payload = ?"
                 db.executemany(f"{sql} {mine}", dead)
@@ -265,6 +265,13 @@ class SqliteQueues(Fetcher):
             self.home.sources.remove(self)
         self._work.clear()
         self._claimed = []
+
+    def _put_last(self, db: apsw.Connection, jobs: Sequence[tuple[bytes | None, int, int]]) -> None:
+        sql = "UPDATE jobs SET id = (SELECT max(id) + 1 FROM jobs), state = 0, owner = NULL, crashes = 0, run = NULL, payload = ?"
+        if jobs:
+            db.executemany(f"{sql} WHERE id = ? AND owner = ?", jobs)
+            self.home.stir(db, "partition = -1")
+            self._more = True
 
     def _give_back(self, db: apsw.Connection, ids: Sequence[tuple[int, int]]) -> None:
         if ids:

@@ -104,7 +104,7 @@ def show(app: App, jid: tuple[str, ...], as_json: bool) -> int:
     """Show jobs by their ids, with all that is stored of them."""
     found = list(stored.jobs(app, jid))
     for entry in found:
-        progress = how_far(app.jobs, entry.job.jid) if entry.job.state == "work" else ""
+        progress = how_far(app.jobs, entry.job.jid)
         if as_json:
             draw.json_line(fields(entry) | ({"progress": progress} if progress else {}) | stored.locks(app, entry))
         else:

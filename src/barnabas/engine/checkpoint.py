@@ -38,12 +38,12 @@ def checkpoint(source: Source, sinks: Callable[[Any], Any] | None, results: Sequ
                 result = result._replace(outputs=own)
         settled.append(result)
     for sink, outputs in away.items():
-        _flush(sink, outputs)
+        flush(sink, outputs)
     source.settle(settled)
     return count
 
 
-def _flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> None:
+def flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> None:
     """Make these durable. Each gets a future of its own for this try: the caller's resolves with the last one."""
     tries = []
     for output in outputs:

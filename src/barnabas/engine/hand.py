@@ -35,6 +35,7 @@ class Hand:
     run: Any = None
     row: Any = None
     respond: Any = None
+    steps: Any = None  # the loop of the job in hand (jobs.steps); it knows whose it is
     keys: set[Key] | None = set()  # noqa: RUF012 - never changed; None where one call has a whole batch in hand
     outputs: Sequence[Outgoing | OutgoingJob] = ()  # a list from the first send on
     cells: Cells = {}  # noqa: RUF012 - with tables each hand has its own
@@ -77,7 +78,7 @@ class Hand:
         """The handler succeeded: what it sent and wrote becomes part of its run's result."""
         run = self.run
         if self.outputs:
-            run.outputs += self._marked() if run.part.marked else self.outputs
+            run.outputs += self.marked() if run.part.marked else self.outputs
             self.outputs = ()
         cells = self.cells
         if cells:
@@ -88,7 +89,7 @@ class Hand:
         self.used = False
         self.sent = 0
 
-    def _marked(self) -> list[Outgoing | OutgoingJob]:
+    def marked(self) -> list[Outgoing | OutgoingJob]:
         """The outputs, each message with its id as a header: where outputs and position are not stored in one step, a
         repeat is told by it."""
         cause = cause_of(self.run.part, self.row)

@@ -284,7 +284,7 @@ class Runner:
         for part in parts if self._widths else ():
             part.room = self._widths.get(part.topic, FOREVER)
         for part in parts:
-            part.marked = self._marks
+            part.marked, part.runner = self._marks, self
         if self._on_parts is not None:
             self._on_parts("assigned", parts)
 

@@ -62,6 +62,27 @@ def leave(data: bytes, payload: Payload, now: float, patience: float) -> Again |
     return Again(at, with_more(data, unknown_since=float(since)))
 
 
+def steps(source: Any, *, cursor: Any = None, total: int | None = None) -> Any:
+    """Inside a job: `for item in steps(source)` (or `async for`), a loop that is gone on with after a stop, a crash, a failure or
+    the end of a slice (the job's `max_runtime`), in any process. Anywhere else it is a plain loop.
+
+    source: anything to iterate over, which is made anew in each run and skipped as far as it is done (the cursor is a number of
+    items); or a function `fetch(cursor)` that gives (cursor, item) pairs beyond the cursor, a page or all, and is called until
+    it gives none. cursor: where the first run begins (None). total: items in all, for `barnabas jobs show` and `top`.
+
+    The cursor is saved about once a second, and as the run ends: an item may come again, none is left out. What an item sends
+    leaves with the cursor. Raises BadSteps for cursors that are no JSON or over 1 MiB, and for a second loop: the job is dead.
+    """
+    from barnabas.jobs.steps import Steps  # most jobs have none
+
+    return Steps[Any](source, cursor, total)
+
+
+def steps_note(jid: str) -> str:
+    """Where the cursor of a job is kept."""
+    return f"steps:{jid}"
+
+
 def progress(done: float, total: float | None = None, note: str = "") -> None:
     """Inside a job with a `result_ttl`: say how far it is, for `barnabas jobs show` and `top`; told at most five times a
     second. Anywhere else it does nothing, so that the function can be called as it is."""
@@ -89,7 +110,7 @@ def in_hand() -> Optional["End"]:
 
 def how_far(jobs: Any, jid: str) -> str:
     """What a job said last of its progress; "" for nothing."""
-    said = jobs.note(f"progress:{jid}")
+    said = jobs.note(f"progress:{jid}") or jobs.note(steps_note(jid))
     return str(msgspec.json.decode(said, type=Progress)) if said else ""
 
 
@@ -125,8 +146,9 @@ class End:
     def admit(self) -> None:
         """Raise Unneeded if it is too late, or if the same was asked for again since."""
         more, app = self._more, self._entry.job.app
-        if more.expires_at is not None and app.clock.now() > more.expires_at:
-            raise Unneeded("expired", f"it was to begin {app.clock.now() - more.expires_at:.1f} s ago (expires_in)")
+        late = more.expires_at is not None and app.clock.now() > more.expires_at
+        if late and app.jobs.note(steps_note(self._payload.jid)) is None:  # else it has begun
+            raise Unneeded("expired", f"it was to begin {app.clock.now() - (more.expires_at or 0.0):.1f} s ago (expires_in)")
         if more.debounce is not None:
             newest = app.jobs.note(more.debounce)
             if newest is not None and newest != self._payload.jid.encode():

@@ -17,7 +17,8 @@ from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
 from barnabas.errors import BarnabasError, Reject, RetryAfter, TimedOut
 from barnabas.jobs.beyond import BadResult, End, Unneeded, leave
-from barnabas.jobs.payload import Payload, PayloadError, Wait, failed, parse
+from barnabas.jobs.payload import Payload, PayloadError, Wait, enqueued, failed, parse
+from barnabas.jobs.steps import BadSteps, Interrupted, at_work
 from barnabas.jobs.unique import Busy, Guard, clash, refused
 from barnabas.message import Delivery, Row
 from barnabas.verdict import Again, Dead
@@ -33,7 +34,7 @@ class BadArguments(BarnabasError):
     """A stored job's arguments do not fit its function."""
 
 
-_OURS = (Stop, Busy, TimedOut, BadArguments, BadResult, UnknownJob, Unneeded, PayloadError)  # their text says it all
+_OURS = (Stop, Busy, TimedOut, BadArguments, BadResult, BadSteps, UnknownJob, Unneeded, PayloadError)  # their text says it all
 
 
 class _Name(msgspec.Struct):
@@ -113,6 +114,10 @@ class JobHandler:
         self.guard = Guard({name: entry.job for name, entry in entries.items()})
         self._guarded = bool(self.guard)
 
+    def job(self, row: Row) -> Any:
+        """The declared job of a row."""
+        return self._entries[name_of(row)].job  # type: ignore[index]
+
     def limit(self, run: Run) -> float | None:
         """Seconds the delivery in hand may take."""
         return run.limit
@@ -158,6 +163,12 @@ class JobHandler:
         except PayloadError as rubbish:
             self._note(run, row, "rubbish", 1, Dead(f"undecodable: {rubbish}", data), rubbish)
             return
+        steps = at_work(row)
+        if steps is not None:
+            run.outputs += steps.left()
+            if isinstance(error, Interrupted):
+                run.others[row[0]] = Again(0.0, enqueued(data, now)) if error.over else Again(now, None)
+                return self.observers.count(payload.name, "steps")
         entry = self._entries.get(payload.name)
         if isinstance(error, Unneeded):
             self._note(run, row, payload.name, payload.attempt, Dead(str(error), None), error, error.outcome)
@@ -168,7 +179,7 @@ class JobHandler:
                 self._met.add(payload.name)
                 log.warning("job %r is not declared here: jobs of it are left to workers that know it", payload.name)
             return self._note(run, row, payload.name, payload.attempt, left, error, "waits")
-        final = isinstance(error, Reject | BadArguments | BadResult)
+        final = isinstance(error, Reject | BadArguments | BadResult | BadSteps)
         locked = clash(entry.job.lock.on_conflict, data, error, now) if entry is not None and isinstance(error, Busy) else None
         outcome = locked or failed(
             data,
