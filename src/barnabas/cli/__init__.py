@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import barnabas
-from barnabas.errors import BackendError, BarnabasError, DeclarationError, Refused, UnknownTopic
+from barnabas.errors import BackendError, BarnabasError, DeclarationError, Refused, UnknownBatch, UnknownTopic
 
 # Name: its file, and its line in `barnabas --help`.
 COMMANDS = {
@@ -25,6 +25,7 @@ COMMANDS = {
     "reset": ("groups", "Let a consumer group go on elsewhere."),
     "queues": ("jobs", "Show the queues."),
     "jobs": ("jobs", "List, show, retry and drop stored jobs."),
+    "batches": ("batches", "List, show, watch and cancel batches of jobs."),
     "cron": ("cron", "List, run and pause what is enqueued by the clock."),
     "dead": ("dead", "List, show, retry, drop and export dead letters."),
     "replay": ("replay", "Run one stored message through a consumer, and keep nothing."),
@@ -49,7 +50,8 @@ Shell completion: eval "$(_BARNABAS_COMPLETE=bash_source barnabas)"
 
 
 HINTS: dict[Any, str] = {  # what to try next
-    DeclarationError | BackendError: "barnabas check", UnknownTopic: "barnabas topics", Refused: "barnabas processes",
+    DeclarationError | BackendError: "barnabas check", UnknownTopic: "barnabas topics", UnknownBatch: "barnabas batches list",
+    Refused: "barnabas processes",
 }  # fmt: skip
 
 

@@ -131,12 +131,17 @@ def look(app: Any, id: str) -> None:
         if not _swap(app, id, stored, record, [job for job in made if job is not None]):
             continue
         if ended and due:
-            if record.parent is not None:
-                home.end(record.parent, [id], "dead" if dead or stopped else "done")
-                look(app, record.parent)
-            home.end(ALL, [id], "done")
-            home.forget(id, "done")  # a number says as much
+            _ended(app, id, record)
         return
+
+
+def _ended(app: Any, id: str, record: Record) -> None:
+    """It has, for good or bad: tell the batch around it, and keep no more of it than that."""
+    if record.parent is not None:
+        app.jobs.end(record.parent, [id], "done" if record.success else "dead")
+        look(app, record.parent)
+    app.jobs.end(ALL, [id], "done")
+    app.jobs.forget(id, "done")  # a number says as much
 
 
 def bury(app: Any, payloads: Iterable[bytes]) -> None:
@@ -411,10 +416,13 @@ class Keeper:
             lost = [jid for jid in home.batch_members(id, "open") if self._lost(id, jid, stored, dead, before)]
             if lost:
                 home.end(id, lost, "dead")
-            if _find(app, id) is not None:
+            if (found := _find(app, id)) is None:
+                if self._misses(id, "", before):
+                    home.forget(id)
+            elif found[1].complete:
+                _ended(app, id, found[1])
+            else:
                 look(app, id)
-            elif self._misses(id, "", before):
-                home.forget(id)
 
     def _lost(self, id: str, jid: str, stored: set[str], dead: set[str], before: dict[tuple[str, str], int]) -> bool:
         if jid in stored:
@@ -423,8 +431,7 @@ class Keeper:
             return True
         if jid.startswith("b-") and (found := _find(self._app, jid)) is not None:
             if found[1].complete is not None:
-                how = "done" if found[1].success else "dead"
-                self._app.jobs.end(id, [jid], how)
+                _ended(self._app, jid, found[1])
             return False
         return self._misses(id, jid, before)
 
