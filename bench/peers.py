@@ -3,6 +3,7 @@ which, PEER_URL where, PEER_JOBS how many no-op jobs `enqueue_all` enqueues."""
 
 import asyncio
 import os
+from time import perf_counter
 from typing import Any, NamedTuple
 
 
@@ -33,6 +34,11 @@ PEERS = {
     "huey": Peer(("huey",), m("huey.bin.huey_consumer peers.huey -w 10 -q"), 4_000, "10 threads"),
 }
 
+BATCHES = {  # those that have something like a batch with a callback
+    "dramatiq_group": PEERS["dramatiq"]._replace(jobs=2_000, how="a group with a completion callback, 1 process, 10 threads"),
+    "celery_chord": PEERS["celery"]._replace(jobs=500, how="a chord, its solo pool"),
+}
+
 
 def declare(name: str, url: str, n: int) -> Any:
     """Make what the worker looks for in this module; a function that enqueues all jobs."""
@@ -40,12 +46,19 @@ def declare(name: str, url: str, n: int) -> Any:
 
     tally, own = Tally(n), globals()
 
+    def told(seconds: float) -> None:
+        import redis
+
+        redis.Redis.from_url(url).lpush("bench:seconds", seconds)
+
     def noop(number: int) -> None:
         tally.job(number)
-        if len(tally.marks) == 2:
-            import redis
+        if len(tally.marks) == 2 and name not in BATCHES:
+            told(tally.seconds)
 
-            redis.Redis.from_url(url).lpush("bench:seconds", tally.seconds)
+    def end(*_: Any) -> None:
+        assert tally.seconds
+        told(perf_counter() - tally.marks[0])
 
     async def noop_async(_: Any, number: int) -> None:
         noop(number)
@@ -58,6 +71,30 @@ def declare(name: str, url: str, n: int) -> Any:
         dramatiq.set_broker(RedisBroker(url=url))
         send = dramatiq.actor(noop).send
         return lambda: [send(number) for number in numbers]
+    if name == "dramatiq_group":
+        import dramatiq
+        from dramatiq.brokers.redis import RedisBroker
+        from dramatiq.middleware import GroupCallbacks
+        from dramatiq.rate_limits.backends import RedisBackend
+
+        broker = RedisBroker(url=url)
+        broker.add_middleware(GroupCallbacks(RedisBackend(url=url)))
+        dramatiq.set_broker(broker)
+        message, last = dramatiq.actor(noop).message, dramatiq.actor(end).message
+
+        def run_group() -> None:
+            group = dramatiq.group([message(number) for number in numbers])
+            group.add_completion_callback(last())
+            group.run()
+
+        return run_group
+    if name == "celery_chord":
+        from celery import Celery, chord
+
+        own["app"] = app = Celery("peers", broker=url, backend=url)
+        app.conf.update(worker_prefetch_multiplier=100)
+        task, last = app.task(name="noop")(noop), app.task(name="end")(end)
+        return lambda: chord([task.s(number) for number in numbers])(last.s())
     if name == "taskiq":
         from taskiq_redis import RedisStreamBroker
 

@@ -20,7 +20,7 @@ from time import perf_counter, process_time, sleep, time
 from typing import Any
 
 from kit import WAIT, Figure, Missing, Row, Tally, bench, expect, in_turn, other, tune, work_off
-from peers import PEERS
+from peers import BATCHES, PEERS
 
 from barnabas import App
 from barnabas.cli.process import Stopper
@@ -399,7 +399,7 @@ def run_peer(client: Any, name: str, n: int) -> float:
     env = os.environ | more | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])}
     subprocess.run([sys.executable, "-c", "import peers; peers.enqueue_all()"], env=env, check=True, timeout=WAIT)
     with TemporaryFile("w+") as log:
-        command = [sys.executable, *PEERS[name].command]
+        command = [sys.executable, *(PEERS | BATCHES)[name].command]
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         try:
             wait_until(lambda: process.poll() is not None or client.exists("bench:seconds"), 0.05)

@@ -14,6 +14,7 @@ import redis
 from servers import RedisServer, need
 
 from barnabas import App
+from barnabas.jobs import batch
 from barnabas.jobs.payload import backtrace
 from barnabas.worker import Worker
 
@@ -275,3 +276,35 @@ def test_what_sidekiq_has_no_word_for_survives_its_hands(app: App, server: Redis
     app.job_handlers["Count"].options(tags=["y"], expires_in=60).enqueue("python", 2).result(10)
     with sidekiq(server, tmp_path):
         wait_for(lambda: client.get("ran by ruby") == "2")
+
+
+def test_a_real_sidekiq_is_not_disturbed_by_batches_and_what_it_deletes_is_found(server, client, app, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "LOOK", 0.3)
+    told: list[str] = []
+
+    @app.job(queue="ours", retry=3)
+    def mine(n: int) -> None:
+        if n < 0:
+            raise ValueError("no")
+
+    for event in ("on_complete", "on_success", "on_death"):
+        app.job(lambda id, event=event: told.append(event), name=event, queue="ours")
+    callbacks = {event: app.job_handlers[event] for event in ("on_complete", "on_success", "on_death")}
+    app.settings = app.settings.override(queues=["shared", "ours"])
+    with app.batch(**callbacks) as both:  # Ruby may take them, too; it ends nothing, and what it ends is found
+        both.enqueue_many(app.job_handlers["Count"], [("python", n) for n in range(200)])
+    with app.batch(**callbacks) as deleted:
+        deleted.enqueue(mine, 1)
+        later = [mine.options(batch=deleted).enqueue_in(1000, n).result(10) for n in (2, 3)]
+        deleted.enqueue(mine, -1)
+    with sidekiq(server, tmp_path):
+        wait_for(lambda: client.hlen("ran:python") == 200)
+    assert int(client.get("ran by ruby")) == 200 and client.get("stat:failed") in (None, "0")
+    with python(app):
+        wait_for(lambda: client.zcard("retry") == 1)
+        code = f"Sidekiq::ScheduledSet.new.each {{ |job| job.delete if {later[:1]}.include?(job.jid) }}; "
+        ruby(server, code + "Sidekiq::ScheduledSet.new.each(&:kill); Sidekiq::RetrySet.new.each(&:kill)")
+        wait_for(lambda: both.status().complete and deleted.status().complete and len(told) == 4)
+    assert sorted(told) == ["on_complete", "on_complete", "on_death", "on_death"]
+    assert (deleted.status().done, deleted.status().dead, both.status().dead) == (1, 3, 200)
+    assert client.zcard("dead") == 2 and both.status().state == deleted.status().state == "complete"
