@@ -23,6 +23,7 @@ from barnabas.topic import Retention, Topic
 if TYPE_CHECKING:
     from barnabas.jobs.batch import JobBatch, Status
     from barnabas.jobs.cron import Schedule
+    from barnabas.jobs.limit import Concurrent, Limiter, Rate
 
 F = TypeVar("F", bound=Callable[..., Any])
 TOPIC_OPTIONS = ("key", "partitions", "codec", "retention", "limit", "rekeyed")
@@ -158,6 +159,7 @@ class App:
         which a job in `steps` lets others go first).
 
         unique: until_executed(...), while_executing(...) and the like: at most one of a kind in the queues, or at work.
+        limit: Rate(...), Concurrent(...) or a list of them: the others wait for their turn, first enqueued first.
 
         retry_delay(count, error, job): seconds before the retry (count: 0 for the first; Sidekiq's jitter comes on top),
         None for Sidekiq's own, "discard" to let the job go, "kill" for no further retry. on_exhausted(job, error): no retry
@@ -250,6 +252,16 @@ class App:
         from barnabas.jobs.batch import cancel
 
         cancel(self, id)
+
+    def limiter(self, name: str, limit: "Rate | Concurrent", *, timeout: float | None = None) -> "Limiter":
+        """A limit to take by hand, in any process: `with app.limiter("stripe", Rate(100, per=60)): ...` (or `async with`). All
+        of one name share it, jobs with limit=Rate(..., name="stripe") too.
+
+        timeout: seconds to wait for a slot, None for ever; raises NoSlot (a TimeoutError) when there was none.
+        """
+        from barnabas.jobs.limit import Limiter
+
+        return Limiter(self, name, limit, timeout)
 
     def table(self, name: str, type: Any = None) -> Table[Any]:
         """Declare a table: keyed values of `type`, settled together with the position of the consumer that owns it."""

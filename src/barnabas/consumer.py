@@ -50,6 +50,22 @@ def check_timeout(owner: str, timeout: Any) -> None:
         raise DeclarationError(f"{owner}: timeout={timeout!r}: give the seconds one run may take, above 0, or None")
 
 
+def check_call(owner: str, *, tags: Any, **seconds: Any) -> None:
+    """Refuse tags that are no texts, and what is no number of seconds."""
+    if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) and tag for tag in tags):
+        raise DeclarationError(f"{owner}: tags={tags!r}: give a list of texts")
+    for name, value in seconds.items():
+        wrong = isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 10**9
+        if value is not None and wrong:
+            raise DeclarationError(f"{owner}: {name}={value!r}: give seconds, above 0 and up to 1,000,000,000, or None")
+
+
+def check_queue(owner: str, queue: Any, option: str = "queue") -> None:
+    """Refuse a queue's name that Sidekiq's web page could not show."""
+    if not isinstance(queue, str) or not queue or not all(c.isascii() and (c.isalnum() or c in "_:.-") for c in queue):
+        raise DeclarationError(f"{owner}: {option}={queue!r}: a queue's name has letters, digits and _ : . - only")
+
+
 def _given(options: dict[str, Any], option: str, default: Any) -> Any:
     value = options.get(option)
     return default if value is None else value

@@ -68,6 +68,10 @@ class UnknownBatch(BarnabasError):
     """There is no batch with that id, or not any more."""
 
 
+class NoSlot(BarnabasError, TimeoutError):
+    """A limit had no free slot for as long as somebody wanted to wait for one."""
+
+
 class Conflict(SendError):
     """A unique job's lock is held by another job: `holder`, its id."""
 

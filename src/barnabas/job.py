@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 
 from barnabas.codec import known, make_codec
-from barnabas.consumer import check_timeout, refuse_unknown
+from barnabas.consumer import check_call, check_queue, check_timeout, refuse_unknown
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.handler import refuse_generator
 from barnabas.engine.hooks import check_hooks, refuse_async
 from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError
 from barnabas.future import Future, gathered, resolved
 from barnabas.jobs.beyond import KEPT, read_outcome
+from barnabas.jobs.limit import Concurrent, limits
 from barnabas.jobs.payload import PayloadError, build, build_many, derived_jid, failed, hooked, new_jid, new_jids
 from barnabas.jobs.unique import Claim, Lock
 from barnabas.message import LockedJob, OutgoingJob, note
@@ -25,7 +26,9 @@ from barnabas.ports import FOREVER
 
 STORED = ("retry_for", "retry_queue", "backtrace", "dead", "tags")  # options that travel with a job, for whoever runs it
 CALLED = ("retry_delay", "on_exhausted", "on_death")
-OPTIONS = ("queue", "retry", "name", "timeout", "hooks", "expires_in", "result_ttl", "max_runtime", "unique", *STORED, *CALLED)
+OPTIONS = (
+    "queue", "retry", "name", "timeout", "hooks", "expires_in", "result_ttl", "max_runtime", "unique", "limit", *STORED, *CALLED,
+)  # fmt: skip
 LINK = -1.0  # in place of the time of a job that begins when the one before it in its chain has ended
 CHAIN = 1000  # jobs in a chain: each carries those behind it
 _NONE: dict[str, Any] = {}
@@ -72,6 +75,10 @@ class Job:
         unique = options.get("unique")
         self.lock = None if unique is None else Lock(self.owner, self.name, self.queue, self._signature, unique)
         self.queued = self.lock is not None and self.lock.queued
+        self.limits = limits(self.owner, self.name, self._signature, options.get("limit", []))
+        runs = self.lock is not None and self.lock.runs
+        self.slots = runs or any(isinstance(each.limit, Concurrent) for each in self.limits)  # others may wait for its end
+        self.guarded = bool(self.limits) or (self.lock is not None and (runs or self.lock.starts))
         functools.update_wrapper(self, function)
 
     def _refuse(self, option: str, value: Any, way_out: str) -> None:
@@ -473,22 +480,6 @@ def _speak(last: Future[Any], future: Future[Any], value: Any) -> None:
             future.resolve(None if last.result() is None else value)
 
     last.add_done_callback(done)
-
-
-def check_call(owner: str, tags: Any, **seconds: Any) -> None:
-    """Refuse tags that are no texts, and what is no number of seconds."""
-    if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) and tag for tag in tags):
-        raise DeclarationError(f"{owner}: tags={tags!r}: give a list of texts")
-    for name, value in seconds.items():
-        wrong = isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 10**9
-        if value is not None and wrong:
-            raise DeclarationError(f"{owner}: {name}={value!r}: give seconds, above 0 and up to 1,000,000,000, or None")
-
-
-def check_queue(owner: str, queue: Any, option: str = "queue") -> None:
-    """Refuse a queue's name that Sidekiq's web page could not show."""
-    if not isinstance(queue, str) or not queue or not all(c.isascii() and (c.isalnum() or c in "_:.-") for c in queue):
-        raise DeclarationError(f"{owner}: {option}={queue!r}: a queue's name has letters, digits and _ : . - only")
 
 
 def _at(when: float | datetime) -> float:

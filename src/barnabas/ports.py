@@ -251,6 +251,13 @@ class Backend(Sink, Protocol):
     def holder(self, key: str) -> str | None:
         """The id of the job that holds this lock of unique jobs."""
 
+    def hold(self, token: str, need: Any) -> float:
+        """Take a slot of a limit by hand (a `jobs.limit.Need`): 0.0 if there was one, else seconds until it is to be asked for
+        again. What a process has it keeps as long as it lives; `let_go` gives it back."""
+
+    def let_go(self, token: str, need: Any, begun: bool = True) -> None:
+        """Give a slot taken by hand back, or the wish for one; begun: no start of a rate counts for it otherwise."""
+
     def processes(self) -> list[Process]:
         """The worker processes that live (or have not been buried yet)."""
 

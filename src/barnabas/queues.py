@@ -10,8 +10,9 @@ import msgspec
 from barnabas.app import App
 from barnabas.inspect import chunks
 from barnabas.jobs.batch import bury
+from barnabas.jobs.limit import WAIT
 from barnabas.jobs.payload import seconds
-from barnabas.jobs.unique import WAIT, Guard, held
+from barnabas.jobs.unique import RUN, Guard, held
 from barnabas.ports import QueueState, StoredJob
 
 CHUNK = 1000  # jobs moved at once
@@ -98,13 +99,16 @@ def locks(app: App, found: Entry) -> dict[str, str]:
     if (key := held(job.payload)) and home.holder(key) == job.jid:
         has.append(key)
     ask = Guard(app.job_handlers)(job.payload)
-    holder = home.holder(ask.run) if ask is not None and ask.run is not None else None
-    if holder is not None and job.state == "work" and holder == job.jid:
-        has.append(ask.run)  # type: ignore[union-attr, arg-type]
-    said = {"holds": ", ".join(has)} if has else {}
+    said: dict[str, str] = {}
+    if ask is not None and job.state == "scheduled" and b'"enqueued_at"' in job.payload:  # it was in its queue before
+        said = {"waits for": "its turn: " + ", ".join(repr(each.limit) for each in app.job_handlers[found.name].limits)}
+    run = next((need.key for need in ask.needs if need.key.endswith(RUN)), None) if ask is not None else None
+    holder = home.holder(run) if run is not None else None
+    if run is not None and job.state == "work" and holder == job.jid:
+        has.append(run)
     if holder is not None and job.state == "scheduled" and (job.at or 0.0) <= app.clock.now() + WAIT:
-        said["waits for"] = f"job {holder}, at work with the lock {ask.run}"  # type: ignore[union-attr]
-    return said
+        said["waits for"] = f"job {holder}, at work with the lock {run}"
+    return ({"holds": ", ".join(has)} if has else {}) | said
 
 
 def jobs(

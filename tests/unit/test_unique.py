@@ -13,7 +13,8 @@ from barnabas import (
     while_executing,
 )
 from barnabas.errors import DeclarationError, SendError
-from barnabas.jobs.unique import digest, held
+from barnabas.jobs.limit import digest
+from barnabas.jobs.unique import held
 
 
 async def later(n): ...
@@ -62,7 +63,8 @@ def test_uniqueness_from_enqueueing_on_goes_with_few_others():
 
 
 def test_a_key_is_that_of_the_gem():
-    assert digest("MyJob", [1, "a"], "default") == "uniquejobs:80d4ccd5ffe93c8b9644227f32ff5063"
+    fields = [["class", "MyJob"], ["lock_args", [1, "a"]], ["queue", "default"]]
+    assert digest("uniquejobs", fields) == "uniquejobs:80d4ccd5ffe93c8b9644227f32ff5063"
 
 
 def test_a_kind_is_what_by_says():

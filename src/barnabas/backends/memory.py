@@ -14,7 +14,7 @@ from barnabas.backends.memory_admin import MemoryAdmin
 from barnabas.backends.shares import NOTES, Notes, QueueOrder, close_books, noted, open_account, over, spread
 from barnabas.errors import DeclarationError, UnknownTopic
 from barnabas.jobs.beyond import BATCHES
-from barnabas.jobs.unique import WAIT, answer, marked
+from barnabas.jobs.unique import answer
 from barnabas.message import LockedJob, Member, Outgoing, OutgoingJob, Row, note
 from barnabas.ports import Listener, Part, Result, TopicState
 from barnabas.verdict import Again, Dead
@@ -260,10 +260,16 @@ class MemoryBackend(Notes, MemoryAdmin):
     def move_due(self, now: float) -> float | None:
         """Put jobs that are due into their queues; when the next one is due (epoch seconds)."""
         with self.lock:
+            turns: list[tuple[int, OutgoingJob]] = []
             while self.later and self.later[0][0] <= now:
                 _, number, _, job = heapq.heappop(self.later)
-                self.runs.pop(number, None)
-                self.ready.setdefault(job.queue, deque()).append((number, job))
+                if number in self.runs:  # it waited for a slot: those behind it in its queue are not to pass it
+                    self.unpark(number)
+                    turns.append((number, job))
+                else:
+                    self.ready.setdefault(job.queue, deque()).append((number, job))
+            for number, job in reversed(turns):
+                self.ready.setdefault(job.queue, deque()).appendleft((number, job))
             return self.later[0][0] if self.later else None
 
     def close(self) -> None:
@@ -429,7 +435,7 @@ class MemoryQueues:
                     number, job = ready.popleft()
                     mark = None
                     if self._guard is not None:
-                        waits, mark = self._admit(number, job)
+                        waits, mark = home.admit(self._guard(job.payload), number, job)
                         if waits:
                             continue
                     self.work[number] = job
@@ -440,24 +446,6 @@ class MemoryQueues:
                     found.append((part, rows))
         return found
 
-    def _admit(self, number: int, job: OutgoingJob) -> tuple[bool, Any]:
-        """Take the lock of its run; whether it has to wait for that, and what its row is to say."""
-        home, ask = self.home, self._guard(job.payload)
-        if ask is None:
-            return False, None
-        if ask.run is not None:
-            holder = home.holder(ask.run)
-            if holder is not None and not ask.wait:
-                return False, marked(ask, holder)
-            home.runs[number] = ask.run
-            if holder is not None:
-                heapq.heappush(home.later, (home.clock.now() + WAIT, number, "scheduled", job))
-                return True, None
-            home.locks[ask.run] = (job.jid, None)
-        if ask.free:
-            home.free(number)
-        return False, marked(ask)
-
     def settle(self, results: Sequence[Result]) -> None:
         home, ripe = self.home, list[str]()
         with home.lock:
@@ -467,12 +455,13 @@ class MemoryQueues:
                     if job is None:
                         continue
                     verdict = result.others.get(row[0])
-                    home.ended(row[0])
+                    unbegun = isinstance(verdict, Again) and verdict.payload is None
+                    home.ended(row[0], not unbegun)
                     if said := result.cells.pop((BATCHES, row[0]), None):
                         ripe += home.leave(*said.decode().split())
                     if not isinstance(verdict, Again):
                         home.free(row[0])
-                    if isinstance(verdict, Again) and verdict.payload is None:
+                    if unbegun:
                         home.ready.setdefault(job.queue, deque()).appendleft((row[0], job))
                     elif isinstance(verdict, Again) and not verdict.at:
                         last = job._replace(payload=verdict.payload or job.payload, future=None)

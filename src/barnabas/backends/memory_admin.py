@@ -4,6 +4,7 @@ import heapq
 import os
 import threading
 import time
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 from barnabas.backends.shares import HOST, STATES, by_partition, check_offset, finished
 from barnabas.errors import Refused, UnknownTopic
 from barnabas.jobs.beyond import ALL
+from barnabas.jobs.limit import WANT, Need
 from barnabas.jobs.payload import enqueued_at, recalled, requeued
-from barnabas.jobs.unique import held
+from barnabas.jobs.unique import Ask, held, marked
 from barnabas.message import Member, Outgoing, OutgoingJob
 from barnabas.ports import Position, Process, QueueState, StoredJob
 
@@ -37,8 +39,13 @@ class MemoryAdmin:
     def __init__(self) -> None:
         self.locks: dict[str, tuple[str, float | None]] = {}  # of unique jobs: who has it, until when (None: until he is done)
         self.held: dict[int, str] = {}  # the lock that a stored job took as it was enqueued
-        self.runs: dict[int, str] = {}  # the lock of its run that a job has, or waits for
         self.batches: dict[str, dict[str, set[str]]] = {}  # the members of each by how they stand
+        self.slots: dict[str, list[tuple[float, Any, str]]] = {}  # of limits: since when, by number or token, the job's id
+        self.has: dict[Any, Sequence[Need]] = {}  # whose slots a job in work has
+        self.wants: dict[str, dict[str, float]] = {}  # until when who waits by hand is to have the next slot
+        self.parked: dict[str, list[tuple[int, float]]] = {}  # jobs that wait for a slot, and when they are due, in order
+        self.runs: dict[int, str] = {}  # whose slot a job waits for
+        self.turns: dict[int, str] = {}  # and the next slots of which are for jobs that are ready
         self._asked: dict[str, str] = {}
         self._info: dict[str, Any] = {}
         self._started = self._beat = 0.0
@@ -139,7 +146,7 @@ class MemoryAdmin:
             dead = [n for n, kind in wanted if kind == "dead" and n in self.buried]
             moved.update({n: self.buried.pop(n) for n in dead if to != "ready" or self._locked_again(n)})
             for number, job in sorted(moved.items()):
-                self.runs.pop(number, None)
+                self.unpark(number)
                 if to in (None, "dead"):
                     self.free(number)
                 if to == "ready":
@@ -161,6 +168,8 @@ class MemoryAdmin:
     # Locks of unique jobs.
 
     def holder(self, key: str) -> str | None:
+        if self.slots.get(key):
+            return self.slots[key][0][2]
         jid, until = self.locks.get(key, (None, None))
         return None if until is not None and until <= self.clock.now() else jid
 
@@ -168,19 +177,100 @@ class MemoryAdmin:
         """This job has no right to its lock any more. Hold the lock."""
         self.locks.pop(self.held.pop(number, ""), None)
 
-    def ended(self, number: int, wake: bool = True) -> None:
-        """Its run has: the first that waits for that may begin. Hold the lock."""
-        key = self.runs.pop(number, None)
-        if key is None:
-            return
-        self.locks.pop(key, None)
-        waiting = [entry for entry in self.later if self.runs.get(entry[1]) == key]
-        if waiting and wake:
-            first = min(waiting, key=lambda entry: entry[1])
+    def admit(self, ask: Ask | None, number: int, job: OutgoingJob) -> tuple[bool, Any]:
+        """Take the slots a claimed job needs; whether it has to wait for one, and what its row is to say. Hold the lock."""
+        if ask is None:
+            return False, None
+        now, since = self.clock.now(), self.clock.monotonic()
+        self.turns.pop(number, None)
+        for need in ask.needs:
+            at = self.full(need, now, number)
+            if at is not None and not need.waits:
+                return False, marked(ask, self.holder(need.key))
+            if at is not None:
+                self.park(number, need.key, at, job)
+                return True, None
+        self.take(ask.needs, now, number, job.jid)
+        if ask.free:
+            self.free(number)
+        return False, marked(ask, since=since)
+
+    def full(self, need: Need, now: float, number: int | None) -> float | None:
+        """None if there is a slot for this job, else when it may look again. number: None by hand. Hold the lock."""
+        slots, waiting = self.slots.setdefault(need.key, []), self.parked.get(need.key, [])
+        ahead = 0 if number is None else bisect_left(waiting, (number,))
+        wants = 0 if number is None else sum(until > now for until in self.wants.get(need.key, {}).values())
+        if need.span:
+            slots[:] = [slot for slot in slots if slot[0] > now - need.span - 2]
+            slots.sort(key=lambda slot: slot[0])
+        left = need.most - ahead - wants
+        if left > 0 and (len(slots) < left or (need.span and slots[-left][0] + need.span <= now)):
+            return None
+        oldest = slots[-need.most][0] if len(slots) >= need.most else None
+        return need.turn(need.base(now, oldest), waiting[ahead - 1][1] if ahead else None)
+
+    def take(self, needs: Sequence[Need], now: float, number: Any, jid: str) -> None:
+        """There is a slot of each: they are this one's. Hold the lock."""
+        for need in needs:
+            slots = self.slots[need.key]
+            oldest = slots[-need.most][0] if need.span and len(slots) >= need.most else None
+            slots.append((need.nominal(now, oldest), number, jid))
+        self.has[number] = needs
+
+    def park(self, number: int, key: str, at: float, job: OutgoingJob) -> None:
+        """This job waits for a slot. Hold the lock."""
+        self.runs[number] = key
+        insort(self.parked.setdefault(key, []), (number, at))
+        heapq.heappush(self.later, (at, number, "scheduled", job))
+
+    def unpark(self, number: int) -> None:
+        """It waits no more. Hold the lock."""
+        self.turns.pop(number, None)
+        waiting = self.parked.get(self.runs.pop(number, ""), [])
+        at = bisect_left(waiting, (number,))
+        if at < len(waiting) and waiting[at][0] == number:
+            del waiting[at]
+
+    def ended(self, number: Any, begun: bool = True, wake: bool = True) -> None:
+        """A run has, or (not begun) gives its slots back: those who wait first for them may begin. Hold the lock."""
+        for need in self.has.pop(number, ()):
+            if not need.span or not begun:
+                self.slots[need.key] = [slot for slot in self.slots[need.key] if slot[1] != number]
+            if not need.span and wake:
+                self._wake(need)
+
+    def _wake(self, need: Need) -> None:
+        now, waiting = self.clock.now(), self.parked.get(need.key, [])
+        while waiting:
+            left = need.most - sum(key == need.key for key in self.turns.values())
+            if left < 1 or self.full(need._replace(most=left), now, waiting[0][0]) is not None:
+                return
+            first = next(entry for entry in self.later if entry[1] == waiting[0][0])
             self.later.remove(first)
             heapq.heapify(self.later)
-            del self.runs[first[1]]
-            self.ready.setdefault(first[3].queue, deque()).appendleft((first[1], first[3]))
+            _, number, _, job = first
+            self.unpark(number)
+            self.turns[number] = need.key
+            ready = self.ready.setdefault(job.queue, deque())
+            ready.insert(next((at for at, (other, _) in enumerate(ready) if other > number), len(ready)), (number, job))
+
+    def hold(self, token: str, need: Need) -> float:
+        with self.lock:
+            now = self.clock.now()
+            at = self.full(need, now, None)
+            if at is None:
+                self.wants.get(need.key, {}).pop(token, None)
+                self.take([need], now, token, "")
+                return 0.0
+            self.wants.setdefault(need.key, {})[token] = now + WANT
+            return float(max(0.01, at - now))
+
+    def let_go(self, token: str, need: Need, begun: bool = True) -> None:
+        with self.lock:
+            self.ended(token, begun)
+            if self.wants.get(need.key, {}).pop(token, None) is not None:
+                self._wake(need)
+        self.ring()
 
     def _locked_again(self, number: int) -> bool:
         """A dead job takes its lock again; False where another one has it."""

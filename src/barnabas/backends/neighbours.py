@@ -14,6 +14,7 @@ import apsw
 from barnabas.backends.host import Life, forget, holder, look
 from barnabas.backends.shares import HOST
 from barnabas.backends.sqlite_care import EVERY, expire
+from barnabas.backends.sqlite_limits import bury
 from barnabas.backends.sqlite_read import one
 from barnabas.errors import BackendError
 
@@ -158,6 +159,7 @@ class Neighbours:
         db.execute("UPDATE jobs SET state = 0, owner = NULL WHERE owner = ?", (number,))
         if db.changes():
             self.home.stir(db, "partition = -1")
+        bury(self.home, db, number)
         self._expel(db, number)
         db.execute("DELETE FROM processes WHERE id = ?", (number,))
         self.home.forget_control(db, number)

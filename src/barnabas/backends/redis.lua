@@ -49,7 +49,7 @@ local function unland(land, queue)
 end
 
 -- Locks of unique jobs, in the keys of sidekiq-unique-jobs: a hash of the job ids that hold one. `barnabas:locks` names those
--- of jobs of ours that are stored, `barnabas:running:<process>` those of its runs: number -> lock and id.
+-- of jobs of ours that are stored, `barnabas:running:<process>` the slots that its runs have: number -> limits and id.
 local function holder(lock)
   return redis.call('HKEYS', key(lock .. ':LOCKED'))[1]
 end
@@ -65,27 +65,6 @@ end
 
 local function free(lock, jid)
   if redis.call('HDEL', key(lock .. ':LOCKED'), jid) == 1 then redis.call('HDEL', key('barnabas:locks'), lock) end
-end
-
--- A run has: the first that waits for its lock goes to the front of its queue, and it is its turn for 10 s. `back`: it has
--- not, and its job is in front of its queue again, so it is still that one's turn.
-local function ended(id, sequence, back)
-  local mine = key('barnabas:running:' .. id)
-  local lock, jid = string.match(redis.call('HGET', mine, sequence) or '', '^(%S+) (.*)$')
-  if not lock then return end
-  redis.call('HDEL', mine, sequence)
-  redis.call('HDEL', key(lock .. ':LOCKED'), jid)
-  while not back do
-    local first = redis.call('ZPOPMIN', key('barnabas:waiting:' .. lock))[1]
-    if not first then return end
-    local waits, name, payload = string.match(first, '^(%S*) (%S+) (.*)$')
-    if waits and redis.call('ZREM', key('schedule'), payload) == 1 then -- else somebody has moved or deleted it
-      redis.call('SADD', key('queues'), name)
-      redis.call('RPUSH', key('queue:' .. name), payload)
-      jid, back = waits, true
-    end
-  end
-  redis.call('SET', key('barnabas:turn:' .. lock), jid, 'EX', 10)
 end
 
 -- Batches: three sets of members' ids, `barnabas:batch:<id>:open`, `:done` and `:dead`. One that has ended; whether somebody is
@@ -109,7 +88,7 @@ for _ = 1, number() do -- what they held that end ("end"), are to run again ("ag
   if redis.call('HEXISTS', work, sequence .. ':' .. name) == 1 then
     if (how == 'done' or how == 'dead') and leave(lock, jid, how) then ripe[#ripe + 1] = lock end
     if how == 'end' and lock ~= '' then free(lock, jid) end
-    ended(id, sequence, how == 'back')
+    ended(id, sequence, how)
   end
 end
 
@@ -199,38 +178,6 @@ for i = 1, number() do
   found[i] = jobs
 end
 return {1, settled, shut, found, crashed, ripe}
-
---- admit
--- Of each claimed job that needs a lock: 1 if it may begin; 0 if it waits, or is not in this process's hands any more; else
--- the id of the job that is at work.
-local id, now, later, answers = arg(), arg(), arg(), {}
-local work, mine = key('barnabas:work:' .. id), key('barnabas:running:' .. id)
-for i = 1, number() do
-  local sequence, name, run, lock, jid, waits, created, payload = arg(), arg(), arg(), arg(), arg(), arg(), arg(), arg()
-  local field, answer = sequence .. ':' .. name, 1
-  if redis.call('HEXISTS', work, field) == 0 then
-    answer = 0
-  elseif run ~= '' and redis.call('HEXISTS', mine, sequence) == 0 then
-    local turn = redis.call('GET', key('barnabas:turn:' .. run))
-    local other = holder(run) or turn ~= jid and turn
-    if not other then
-      redis.call('HSET', key(run .. ':LOCKED'), jid, now)
-      redis.call('HSET', mine, sequence, run .. ' ' .. jid)
-      redis.call('DEL', key('barnabas:turn:' .. run))
-    elseif waits == '1' then
-      redis.call('HDEL', work, field)
-      redis.call('ZADD', key('schedule'), later, payload)
-      redis.call('ZADD', key('barnabas:waiting:' .. run), created, jid .. ' ' .. name .. ' ' .. payload)
-      redis.call('EXPIRE', key('barnabas:waiting:' .. run), 600)
-      answer = 0
-    else
-      answer = other
-    end
-  end
-  if answer == 1 and lock ~= '' then free(lock, jid) end
-  answers[i] = answer
-end
-return answers
 
 --- store
 -- Store a job that takes a lock. Returns the id of the job that has it: then it is not stored, but buried if it asked for
@@ -344,7 +291,7 @@ end
 if crashed and #jobs > 0 then redis.call('EXPIRE', crashes, 604800) end
 local there, running = {}, redis.call('HGETALL', key('barnabas:running:' .. id))
 for _, job in ipairs(jobs) do there[string.format('%d', job[1])] = true end
-for i = 1, stays and 0 or #running, 2 do ended(id, running[i], there[running[i]]) end
+for i = 1, stays and 0 or #running, 2 do ended(id, running[i], there[running[i]] and 'front' or 'end') end
 for name, payloads in pairs(back) do
   redis.call('SADD', key('queues'), name)
   packed('RPUSH', key('queue:' .. name), payloads)

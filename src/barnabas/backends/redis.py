@@ -26,8 +26,10 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from barnabas.backends.redis_admin import RedisAdmin
+from barnabas.backends.redis_limits import Hands
 from barnabas.backends.redis_outbox import Outbox
 from barnabas.errors import BackendError, SettingError
+from barnabas.jobs.limit import Need
 from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Listener, Source
 
@@ -78,10 +80,14 @@ class RedisBackend(RedisAdmin):
             raise SettingError(f"the redis URL or an option in [redis] is not one: {error}") from None
         self.prefix: str = self.where.prefix
         self.client = redis.Redis(connection_pool=self.where.pool)
-        text = files("barnabas.backends").joinpath("redis.lua").read_text()
-        head, *scripts = text.split("\n--- ")
-        self._scripts = {name: self.client.register_script(head + body) for name, _, body in (s.partition("\n") for s in scripts)}
-        self.outbox = Outbox(self, settings)
+        (head, *scripts), (more, *others) = (
+            files("barnabas.backends").joinpath(name).read_text().split("\n--- ") for name in ("redis.lua", "redis_limits.lua")
+        )
+        self._scripts = {
+            name: self.client.register_script(head + more + body)
+            for name, _, body in (s.partition("\n") for s in [*scripts, *others])
+        }
+        self.outbox, self.hands = Outbox(self, settings), Hands(self)
         self._numbers = threading.Lock()
         self._number = 0
         self.boxes: list[array[int]] = []
@@ -177,6 +183,12 @@ class RedisBackend(RedisAdmin):
         pairs = [part for job in jobs for part in (job.queue, job.payload)]
         return bool(self.script("swap", f"barnabas:note:{name}", old or b"", new, left, len(jobs), *pairs))
 
+    def hold(self, token: str, need: Need) -> float:
+        return self.hands.hold(token, need)
+
+    def let_go(self, token: str, need: Need, begun: bool = True) -> None:
+        self.hands.let_go(token, need, begun)
+
     def _refuse_topics(self) -> None:
         raise BackendError(
             f"{self.where.name} keeps jobs, not topics; give topics a home of their own: events=\"sqlite:///FILE.db\" or kafka://"
@@ -226,6 +238,7 @@ class RedisBackend(RedisAdmin):
         if self.closed:
             return
         self.outbox.close()
+        self.hands.end.set()
         self.closed = True
         for source in list(self.sources):
             source.leave()

@@ -19,7 +19,7 @@ from barnabas.backends.redis_life import BLOCK, Life
 from barnabas.backends.shares import HOST, QueueOrder
 from barnabas.engine.alone import CRASHES
 from barnabas.errors import BackendError
-from barnabas.jobs.unique import WAIT, marked
+from barnabas.jobs.unique import marked
 from barnabas.message import Row
 from barnabas.ports import Listener, Part, Result
 from barnabas.verdict import Again, Dead
@@ -135,7 +135,7 @@ class RedisQueues:
         self, home: "RedisBackend", queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any = None
     ) -> None:
         self.home = home
-        self.runs: set[int] = set()  # jobs in hand that hold the lock of their run
+        self.runs: set[int] = set()  # jobs in hand that hold a slot as long as they run
         self._locked: dict[int, tuple[str, str]] = {}  # of those that hold any: the lock they took as they were enqueued, and id
         self._guard = guard
         self.weights = dict(queues) if isinstance(queues, Mapping) else dict.fromkeys(queues, 1)
@@ -254,17 +254,18 @@ class RedisQueues:
                 first += len(payloads)
         return found
 
-    def _take(self, queue: str, jobs: Iterable[tuple[int, bytes]], now: float) -> Found:
+    def _take(self, queue: str, jobs: Iterable[tuple[int, bytes]], now: float, since: float = 0.0) -> Found:
         part, rows, crashed, before = self.parts[queue], [], self._crashes, len(self.work)
         marks: dict[int, Any] = {}
+        asks: dict[int, Any] = {}
         if self._guard is not None:
-            jobs, marks = self._admit(queue, list(jobs), now)
+            jobs, asks, marks = self._admit(queue, list(jobs), since or time.monotonic())
         for number, payload in jobs:
             self.work[number] = (queue, payload)
             try:
                 said = _name(payload)
                 jid = said.jid
-                if said.lock_digest or number in self.runs:
+                if said.lock_digest or number in asks:
                     self._locked[number] = (str(said.lock_digest), jid)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # the handler says what is wrong with it
                 jid = ""
@@ -278,28 +279,36 @@ class RedisQueues:
         part.room -= len(self.work) - before
         return [(part, rows)] if rows else []
 
-    def _admit(self, queue: str, jobs: list[tuple[int, bytes]], now: float) -> tuple[list[tuple[int, bytes]], dict[int, Any]]:
-        """Take the locks of the runs of claimed jobs, in one step: those that may go on, and what their rows are to say."""
+    def _admit(self, queue: str, jobs: list[tuple[int, bytes]], since: float) -> tuple[Any, dict[int, Any], dict[int, Any]]:
+        """Take the slots that claimed jobs need, in one step: those jobs that may go on, what they have, and what their rows
+        are to say. since: when that was (monotonic seconds), or may have been."""
         asks = {number: ask for number, payload in jobs if (ask := self._guard(payload)) is not None}
         marks: dict[int, Any] = {number: mark for number, ask in asks.items() if (mark := marked(ask)) is not None}
         asks = {number: ask for number, ask in asks.items() if number not in marks}
         if not asks:
-            return jobs, marks
+            return jobs, asks, marks
         args: list[Any] = []
         for number, payload in jobs:
             if (ask := asks.get(number)) is not None:
-                args += (number, queue, ask.run or "", ask.free, ask.jid, int(ask.wait), repr(ask.created), payload)
-        gone = set()
-        for number, answer in zip(asks, self.home.script("admit", self.name, now, now + WAIT, len(asks), *args), strict=True):
+                needs = [need.text for need in ask.needs]
+                args += (number, queue, ask.jid, ask.free, repr(ask.created), payload, len(needs), *needs)
+        soonest, answers = self.home.script("admit", self.name, len(asks), *args)
+        gone, has = set(), {}
+        for (number, ask), answer in zip(asks.items(), answers, strict=True):
             if answer == 0:
                 gone.add(number)
             elif answer != 1:
-                marks[number] = marked(asks[number], text(answer))
-            elif asks[number].run is not None:
-                self.runs.add(number)
-        if len(gone) < len(asks):
+                marks[number] = marked(ask, text(answer))
+            elif ask.needs:
+                has[number] = ask
+                marks[number] = marked(ask, since=since)
+                if not all(need.span for need in ask.needs):
+                    self.runs.add(number)
+        if self.runs:
             self.life.watch()
-        return [job for job in jobs if job[0] not in gone], marks
+        if soonest:
+            self.home.due(self.home.clock.now() + float(soonest))
+        return [job for job in jobs if job[0] not in gone], has, marks
 
     def _unlock(self, numbers: Iterable[int]) -> None:
         """These are no longer in our hands."""
@@ -330,7 +339,7 @@ class RedisQueues:
         for field, payload in sorted(held.items(), key=lambda item: int(item[0].partition(b":")[0])):
             number, _, queue = text(field).partition(":")
             if int(number) not in self.work:
-                self._claimed += self._take(queue, [(int(number), payload)], self.home.clock.now())
+                self._claimed += self._take(queue, [(int(number), payload)], self.home.clock.now(), float("-inf"))
         self._sure = True
 
     def _begin_anew(self) -> None:

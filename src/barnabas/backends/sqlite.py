@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 
 import apsw
 
+from barnabas.backends import sqlite_limits
 from barnabas.backends.neighbours import Neighbours
 from barnabas.backends.shares import NOTES, Notes, Room, unnoted
 from barnabas.backends.sqlite_admin import SqliteAdmin
 from barnabas.backends.sqlite_file import OpenFile, identity
 from barnabas.backends.sqlite_read import explain, one
 from barnabas.errors import BackendError, DeclarationError, Replaced, SendError
+from barnabas.jobs.limit import Need
 from barnabas.message import Outgoing, OutgoingJob, note
 from barnabas.ports import Listener, Source
 
@@ -308,6 +310,13 @@ class SqliteBackend(Notes, SqliteAdmin):
 
         self._join()
         return SqliteQueues(self, queues, listener, guard)
+
+    def hold(self, token: str, need: Need) -> float:
+        self._join()
+        return self.write(lambda db: sqlite_limits.hold(self, db, token, need))
+
+    def let_go(self, token: str, need: Need, begun: bool = True) -> None:
+        self.write(lambda db: sqlite_limits.let_go(self, db, token, need, begun))
 
     def settled(self, stored: list[tuple[Any, Any]]) -> None:
         """After a settlement's commit: its sends are durable."""

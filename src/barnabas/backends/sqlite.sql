@@ -1,4 +1,4 @@
--- Schema 2. Offsets, positions and jobs of all processes that share the file.
+-- Schema 3. Offsets, positions and jobs of all processes that share the file.
 
 -- Names to small numbers: consumer groups and tables.
 CREATE TABLE names (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, name TEXT NOT NULL, UNIQUE (kind, name));
@@ -24,10 +24,18 @@ CREATE TABLE processes (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NU
 
 CREATE TABLE cells (tbl INTEGER NOT NULL, key NOT NULL, value BLOB NOT NULL, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
 
--- Locks of unique jobs that outlive their job. Others are columns of it: `lock` while it is stored; `run` is the lock of its
--- run, which it has in state 1, waits for in state 2, and is the next to have in state 0.
+-- Locks of unique jobs that outlive their job. Others are columns of it: `lock` while it is stored; `run` is the limit
+-- (a lock of runs is one) of which it waits for a slot in state 2, and is the next to have one in state 0.
 CREATE TABLE locks (key TEXT PRIMARY KEY, jid TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX locks_until ON locks (until);
+
+-- Slots of limits: since when (`at`) a job, or a token by hand, has one; until when a start counts, NULL: as long as it runs.
+CREATE TABLE slots (
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, at REAL NOT NULL, until REAL, job NOT NULL, jid TEXT NOT NULL, owner INTEGER
+);
+CREATE INDEX slots_key ON slots (key, at);
+CREATE INDEX slots_until ON slots (until) WHERE until IS NOT NULL;
+CREATE INDEX slots_owner ON slots (owner) WHERE owner IS NOT NULL;
 
 -- state: 0 ready, 1 in work (of process `owner`), 2 scheduled, 3 to be retried (both at `at`), 4 dead (since `died`).
 CREATE TABLE jobs (
@@ -42,4 +50,4 @@ CREATE INDEX jobs_dead ON jobs (died) WHERE died IS NOT NULL;
 CREATE UNIQUE INDEX jobs_lock ON jobs (lock) WHERE lock IS NOT NULL;
 CREATE INDEX jobs_run ON jobs (run, state, id) WHERE run IS NOT NULL;
 
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;

@@ -232,7 +232,7 @@ class SqliteAdmin(SqliteStore):
 
     def holder(self, key: str) -> str | None:
         sql = (
-            "SELECT jid FROM jobs WHERE lock = :key UNION ALL SELECT jid FROM jobs WHERE run = :key AND state = 1 "
+            "SELECT jid FROM jobs WHERE lock = :key UNION ALL SELECT jid FROM slots WHERE key = :key "
             "UNION ALL SELECT jid FROM locks WHERE key = :key AND until > :now"
         )
         found = self.query(sql, {"key": key, "now": self.clock.now()})

@@ -22,6 +22,10 @@ STEPS = (
     "CREATE INDEX locks_until ON locks (until); ALTER TABLE jobs ADD COLUMN lock TEXT; ALTER TABLE jobs ADD COLUMN run TEXT; "
     "CREATE UNIQUE INDEX jobs_lock ON jobs (lock) WHERE lock IS NOT NULL; "
     "CREATE INDEX jobs_run ON jobs (run, state, id) WHERE run IS NOT NULL",
+    "CREATE TABLE slots (id INTEGER PRIMARY KEY, key TEXT NOT NULL, at REAL NOT NULL, until REAL, job NOT NULL, "
+    "jid TEXT NOT NULL, owner INTEGER); CREATE INDEX slots_key ON slots (key, at); "
+    "CREATE INDEX slots_until ON slots (until) WHERE until IS NOT NULL; "
+    "CREATE INDEX slots_owner ON slots (owner) WHERE owner IS NOT NULL",
 )  # SQL that brings schema 1 to 2, 2 to 3, ...; sqlite.sql makes the newest at once
 SCHEMA = 1 + len(STEPS)
 SOUND = (3, 51, 3)  # the first SQLite without the WAL-reset bug (sqlite.org/wal.html)

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import apsw
 
 from barnabas.backends.shares import QueueOrder
+from barnabas.backends.sqlite_limits import ended, full, take
 from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_sources import Fetcher
+from barnabas.jobs.limit import Need
 from barnabas.jobs.payload import PayloadError, enqueued
-from barnabas.jobs.unique import WAIT, marked
+from barnabas.jobs.unique import marked
 from barnabas.message import Row
 from barnabas.ports import Listener, Part, Result
 from barnabas.verdict import Again, Dead
@@ -31,7 +33,7 @@ class SqliteQueues(Fetcher):
     ) -> None:
         super().__init__(home, listener)
         self._guard = guard
-        self._runs: dict[int, str] = {}  # the locks that runs of unique jobs have
+        self._runs: dict[int, Sequence[Need]] = {}  # whose slots jobs in hand have
         self._order = QueueOrder(queues)
         home.write(lambda db: [home.queue_ids.get(q) or home._create_queue(db, q) for q in self._order.names])
         home.refresh()
@@ -147,34 +149,24 @@ class SqliteQueues(Fetcher):
         return rows, len(rows) < room
 
     def _admit(self, db: apsw.Connection, id_: int, payload: bytes, now: float) -> tuple[bool, Any]:
-        """Take the lock of a claimed job's run; whether it has to wait for that, and what its row is to say."""
-        ask = self._guard(payload)
+        """Take the slots a claimed job needs; whether it has to wait for one, and what its row is to say."""
+        ask, since = self._guard(payload), self.home.clock.monotonic()
         if ask is None:
             return False, None
-        if ask.run is not None:
-            holder: Any = db.execute("SELECT jid FROM jobs WHERE run = ? AND state = 1", (ask.run,)).fetchone()
-            if holder is not None and not ask.wait:
-                return False, marked(ask, holder[0])
-            if holder is not None:
-                db.execute("UPDATE jobs SET state = 2, owner = NULL, at = ?, run = ? WHERE id = ?", (now + WAIT, ask.run, id_))
-                self._due = min(self._due, now + WAIT)
+        for need in ask.needs:
+            at = full(db, need, now, id_)
+            if at is not None and not need.waits:
+                return False, marked(ask, (one(db, "SELECT jid FROM slots WHERE key = ?", (need.key,)) or ("?",))[0])
+            if at is not None:
+                db.execute("UPDATE jobs SET state = 2, owner = NULL, at = ?, run = ? WHERE id = ?", (at, need.key, id_))
+                self._due = min(self._due, at)
                 return True, None
-            db.execute("UPDATE jobs SET run = ? WHERE id = ?", (ask.run, id_))
-            self._runs[id_] = ask.run
+        take(db, ask.needs, now, id_, ask.jid, self.home.neighbours.number)
+        if ask.needs:
+            self._runs[id_] = ask.needs
         if ask.free:
             db.execute("UPDATE jobs SET lock = NULL WHERE id = ?", (id_,))
-        return False, marked(ask)
-
-    def _ended(self, db: apsw.Connection, key: str) -> None:
-        """A run of unique jobs has: the first that waits for that may begin."""
-        woken: Any = db.execute(
-            "UPDATE jobs SET state = 0, at = NULL WHERE id = (SELECT min(id) FROM jobs WHERE run = :key AND state = 2) "
-            "AND NOT EXISTS (SELECT 1 FROM jobs WHERE run = :key AND state < 2) RETURNING queue",
-            {"key": key},
-        ).fetchone()
-        if woken is not None:
-            self.home.stir(db, "gid = ?", woken)
-            self._more = True
+        return False, marked(ask, since=since)
 
     def _move_due(self, db: apsw.Connection, now: float) -> None:
         due: list[Any] = db.execute(
@@ -233,8 +225,8 @@ class SqliteQueues(Fetcher):
             if dead:
                 sql = "UPDATE jobs SET state = 4, owner = NULL, lock = NULL, died = ?, note = ?, payload = ?"
                 db.executemany(f"{sql} {mine}", dead)
-            for key in {self._runs[id_] for id_ in finished if id_ in self._runs} if self._runs else ():
-                self._ended(db, key)
+            for id_ in finished & self._runs.keys() if self._runs else ():
+                self._more = ended(self.home, db, self._runs[id_], id_, (id_, process) not in back) or self._more
             if self._limit > len(self._work) - len(finished) and self._may_claim() and not self._closing:
                 claimed.extend(self._claim(db, len(finished)))
             return self.home.store(db, outputs, {})
@@ -276,4 +268,5 @@ class SqliteQueues(Fetcher):
     def _give_back(self, db: apsw.Connection, ids: Sequence[tuple[int, int]]) -> None:
         if ids:
             db.executemany("UPDATE jobs SET state = 0, owner = NULL WHERE id = ? AND owner = ?", ids)
+            db.executemany("DELETE FROM slots WHERE job = ? AND owner = ?", [row for row in ids if row[0] in self._runs])
             self.home.stir(db, "partition = -1")

@@ -13,7 +13,7 @@ from barnabas.app import App
 from barnabas.cli import draw
 from barnabas.cli.loading import AppGroup, command, known, options
 from barnabas.cli.read import as_time, shown
-from barnabas.job import check_queue
+from barnabas.consumer import check_queue
 from barnabas.jobs.beyond import how_far
 from barnabas.jobs.payload import backtrace
 from barnabas.queues import Entry

@@ -7,22 +7,20 @@ the job's declaration for it.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from barnabas.errors import BarnabasError, Conflict, DeclarationError
+from barnabas.jobs.limit import By, Kind, Need, digest, slack
 from barnabas.jobs.payload import Failed, PayloadError, failed, parse
 from barnabas.message import LockedJob
 
-WAIT = 60.0  # seconds until a job that waits looks for itself; before that, whoever ends wakes it
 AGAIN = 5.0  # seconds after which a job with on_conflict="reschedule" is tried again
 RUN = ":RUN"
 AT_ENQUEUE = ("raise", "reject", "replace", "log")
 AT_RUN = ("wait", "raise", "reject", "reschedule", "log")
-By = str | Sequence[str] | Callable[..., Any] | None
-_encode = msgspec.json.Encoder(order="deterministic").encode
 
 
 class Unique(NamedTuple):
@@ -97,12 +95,11 @@ def answer(job: LockedJob, holder: str) -> Any:
 
 
 class Ask(NamedTuple):
-    """What a claimed job needs before it may run: a lock of the run (None: none); `free`: the lock that it gives back as it
-    begins, "" for none; `wait`: whether it waits for its turn. `fault`: why that could not be told. `created`: epoch seconds."""
+    """What a claimed job needs before it may run: a slot of each of `needs` (a lock of the run is one, the first); `free`: the
+    lock that it gives back as it begins, "" for none. `fault`: why that could not be told. `created`: epoch seconds."""
 
-    run: str | None
+    needs: tuple[Need, ...]
     free: str
-    wait: bool
     fault: str
     jid: str
     created: float
@@ -131,51 +128,25 @@ class Lock:
             self._refuse(f"on_conflict={self.on_conflict!r}", f"give one of {', '.join(possible)}{hint}")
         if self.ttl is not None and (isinstance(self.ttl, bool) or not isinstance(self.ttl, int | float) or not self.ttl > 0):
             self._refuse(f"ttl={self.ttl!r}", "give the seconds that the lock lasts")
-        if callable(self.by):
-            if inspect.iscoroutinefunction(self.by):
-                self._refuse(f"by={self.by!r}", "give a plain function, not an `async def`")
-            return
-        names = [self.by] if isinstance(self.by, str) else list(self.by or ())
-        if self.by is not None and not names:
-            self._refuse(f"by={self.by!r}", "name a parameter, or leave it out to mean all of them")
-        for name in names:
-            if name not in signature.parameters:
-                self._refuse(f"by={name!r}", f"there is no such parameter; it takes {signature}")
-        self._names = names
+        self._kind = Kind(self.by, signature, self._refuse)
 
     def _refuse(self, option: str, way_out: str) -> None:
         raise DeclarationError(f"{self.owner}: unique={self.kind}({option}): {way_out}")
 
     def key(self, args: Sequence[Any]) -> str | None:
         """The lock for these arguments; None if they are not unique. Raises what `by` raises."""
-        bound = self._signature.bind(*args)
-        bound.apply_defaults()
-        scope: Any
-        if callable(self.by):
-            scope = self.by(*bound.args)
-            if scope is None:
-                return None
-            scope = list(scope) if isinstance(scope, list | tuple) else [scope]
-        elif self._names:
-            scope = [bound.arguments[name] for name in self._names]
-            if all(value is None for value in scope):
-                return None
-        else:
+        scope = self._kind.scope(args)
+        if self.by is None:
+            bound = self._signature.bind(*args)
+            bound.apply_defaults()
             scope = list(bound.args)
-        return digest(self._name, scope, self._queue)
+        of = [["class", self._name], ["lock_args", scope], ["queue", self._queue]]
+        return None if scope is None else digest("uniquejobs", of)
 
     def claim(self, args: Sequence[Any], begins: float) -> Claim | None:
         """The lock that a job with these arguments takes as it is enqueued; `begins`: when it is due (epoch seconds)."""
         key = self.key(args) if self.queued else None
         return key and Claim(key, self.on_conflict, None if self.ttl is None else begins + self.ttl, b"", self.owner)  # type: ignore[return-value]
-
-
-def digest(name: str, scope: Sequence[Any], queue: str) -> str:
-    """A lock's key. Raises TypeError for what has no JSON form."""
-    from hashlib import md5  # 3 ms to import
-
-    text = _encode([["class", name], ["lock_args", scope], ["queue", queue]])
-    return f"uniquejobs:{md5(text, usedforsecurity=False).hexdigest()}"
 
 
 class _Held(msgspec.Struct):
@@ -200,7 +171,7 @@ class Guard:
     """What a source asks of each job that it has claimed, in the fetch thread."""
 
     def __init__(self, jobs: Mapping[str, Any]) -> None:
-        self._jobs = {name: job for name, job in jobs.items() if job.lock is not None and (job.lock.runs or job.lock.starts)}
+        self._jobs = {name: job for name, job in jobs.items() if job.guarded}
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -214,30 +185,42 @@ class Guard:
             return None  # it does not run anyway
         if job is None:
             return None
+        lock, needs, option = job.lock, list[Need](), "unique"
         try:
-            run = job.lock.key(job.decode_args(payload.args)) if job.lock.runs else None
+            args = job.decode_args(payload.args)
+            if lock is not None and lock.runs and (key := lock.key(args)) is not None:
+                needs.append(Need(key + RUN, 1, 0.0, lock.queued or lock.on_conflict == "wait"))
+            option = "limit"
+            needs += [need for limit in job.limits if (need := limit.need(args)) is not None]
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None  # nor does that
         except Exception as error:
-            return Ask(None, "", False, f"{type(error).__name__} in unique={job.lock.kind}(by=...): {error}", payload.jid, 0.0)
-        free = held(data) if job.lock.starts else ""
-        if run is None and not free:
-            return None
-        waits = job.lock.queued or job.lock.on_conflict == "wait"
-        return Ask(None if run is None else run + RUN, free, waits, "", payload.jid, payload.created_at or 0.0)
+            return Ask((), "", f"{type(error).__name__} in the by= of its {option}=: {error}", payload.jid, 0.0)
+        free = held(data) if lock is not None and lock.starts else ""
+        return Ask(tuple(needs), free, "", payload.jid, payload.created_at or 0.0) if needs or free else None
 
 
-def marked(ask: Ask | None, holder: str | None = None) -> list[tuple[str, bytes]] | None:
-    """What a claimed job's row says of its lock, in the place of headers: nothing if it may run."""
+class Late(BarnabasError):
+    """A job did not begin soon after it had a slot: it gives that back, and has not run."""
+
+
+def marked(ask: Ask, holder: str | None = None, since: float | None = None) -> list[tuple[str, bytes]] | None:
+    """What a claimed job's row says of its needs, in the place of headers: who has its lock, what is wrong, until when it must
+    begin (its slots were taken no sooner than `since`, monotonic seconds); nothing if it may run."""
     if holder is not None:
         return [("busy", holder.encode())]
-    return [("fault", ask.fault.encode())] if ask is not None and ask.fault else None
+    spans = [need.span for need in ask.needs if need.span] if since is not None else ()
+    if spans:
+        return [("until", repr(since + 0.75 * min(map(slack, spans))).encode())]  # type: ignore[operator]
+    return [("fault", ask.fault.encode())] if ask.fault else None
 
 
-def refused(owner: str, mark: Sequence[tuple[str, bytes]]) -> Exception:
-    """Why a job with such a mark does not run."""
+def refused(owner: str, mark: Sequence[tuple[str, bytes]], now: float) -> Exception | None:
+    """Why a job with such a mark does not run (now: monotonic seconds)."""
     (what, said), *_ = mark
     text = said.decode(errors="replace")
+    if what == "until":
+        return Late() if now > float(text) else None
     return Busy(f"{owner} is unique: job {text} is at work", text) if what == "busy" else BarnabasError(f"{owner}: {text}")
 
 

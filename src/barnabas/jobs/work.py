@@ -19,7 +19,7 @@ from barnabas.errors import BarnabasError, Reject, RetryAfter, TimedOut
 from barnabas.jobs.beyond import BadResult, End, Unneeded, leave
 from barnabas.jobs.payload import Payload, PayloadError, Wait, enqueued, failed, parse
 from barnabas.jobs.steps import BadSteps, Interrupted, at_work
-from barnabas.jobs.unique import Busy, Guard, clash, refused
+from barnabas.jobs.unique import Busy, Guard, Late, clash, refused
 from barnabas.message import Delivery, Row
 from barnabas.verdict import Again, Dead
 
@@ -140,14 +140,14 @@ class JobHandler:
         if entry.hooked:
             args = (self._delivery(run, row, payload, args), *args)
         target = (entry.function, *args)
-        locked = self._guarded and entry.job.lock is not None
-        if locked and row[3]:
-            raise refused(entry.job.owner, row[3])
+        guarded = self._guarded and entry.job.guarded
+        if guarded and row[3] and (why := refused(entry.job.owner, row[3], entry.job.app.clock.monotonic())) is not None:
+            raise why
         if payload.more is not None:
             end = End(entry, payload)
             end.admit()
             target = (_more_async if self.awaited else _more, end, *args)
-        if locked and entry.job.lock.runs:
+        if guarded and entry.job.slots:
             return (_then_async if self.awaited else _then, self.hurry, *target)
         return target
 
@@ -157,6 +157,9 @@ class JobHandler:
 
     def failed(self, run: Run, row: Row, error: BaseException, now: float, whole: bool) -> None:
         """Write the failure into the job and decide as Sidekiq does: to the retry set, to the dead set, or dropped."""
+        if isinstance(error, Late):
+            run.others[row[0]] = Again(now, None)
+            return self.hurry()
         data: bytes = row[2]  # type: ignore[assignment]
         try:
             payload = parse(data)

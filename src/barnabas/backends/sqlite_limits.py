@@ -1,0 +1,102 @@
+"""The slots of limits in a SQLite file: who has them, who waits for them. Each function is called inside a write."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import apsw
+
+from barnabas.backends.sqlite_read import one
+from barnabas.jobs.limit import WANT, Need
+
+if TYPE_CHECKING:
+    from barnabas.backends.sqlite import SqliteBackend
+
+AHEAD = "FROM jobs WHERE run = ? AND state = 2 AND id < ?"  # who waits in front of a job
+KEPT = 2.0  # seconds that a start is kept beyond its window: the next one's time may count from it
+
+
+def full(db: apsw.Connection, need: Need, now: float, id_: int | None) -> float | None:
+    """None if there is a slot for this job (None: by hand), else when it may look again."""
+    ahead = wants = 0
+    before = None
+    if id_ is not None:
+        ahead = one(db, f"SELECT count(*) FROM (SELECT 1 {AHEAD} LIMIT ?)", (need.key, id_, need.most))[0]
+        wants = one(db, "SELECT count(*) FROM slots WHERE key = ? AND at > ?", (f"{need.key}:wants", now))[0]
+    left = need.most - ahead - wants
+    oldest = _latest(db, need, need.most)
+    if left > 0:
+        nth = oldest if left == need.most else _latest(db, need, left)
+        if nth is None or (need.span and nth + need.span <= now):
+            return None
+    if ahead:
+        before = one(db, f"SELECT at {AHEAD} ORDER BY id DESC LIMIT 1", (need.key, id_))[0]
+    return need.turn(need.base(now, oldest), before)
+
+
+def _latest(db: apsw.Connection, need: Need, nth: int) -> float | None:
+    """Since when the nth last slot is taken; None if so many are not."""
+    row = one(db, "SELECT at FROM slots WHERE key = ? ORDER BY at DESC LIMIT 1 OFFSET ?", (need.key, nth - 1))
+    return None if row is None else float(row[0])
+
+
+def take(db: apsw.Connection, needs: Iterable[Need], now: float, job: int | str, jid: str, process: int) -> None:
+    """There is a slot of each: they are this one's."""
+    for need in needs:
+        at = need.nominal(now, _latest(db, need, need.most)) if need.span else now
+        owner, until = (None, at + need.span + KEPT) if need.span else (process, None)
+        row = (need.key, at, until, job, jid, owner)
+        db.execute("INSERT INTO slots (key, at, until, job, jid, owner) VALUES (?, ?, ?, ?, ?, ?)", row)
+
+
+def ended(home: "SqliteBackend", db: apsw.Connection, needs: Sequence[Need], job: int | str, begun: bool) -> bool:
+    """A run has, or (not begun) gives its slots back and is in front of its queue: whether one that waits may begin now."""
+    woken = False
+    for need in needs:
+        if not need.span:
+            db.execute("DELETE FROM slots WHERE key = ? AND job = ?", (need.key, job))
+            woken = (begun and wake(home, db, need.key, need.most)) or woken
+        elif not begun:
+            last = "SELECT id FROM slots WHERE key = :key AND job = :job ORDER BY at DESC LIMIT 1"
+            db.execute(f"DELETE FROM slots WHERE id = ({last})", {"key": need.key, "job": job})
+    return woken
+
+
+def wake(home: "SqliteBackend", db: apsw.Connection, key: str, count: int) -> bool:
+    """Those who wait first for the slots that are free of so many may begin."""
+    taken = "SELECT count(*) FROM slots WHERE key = :key OR (key = :key || ':wants' AND at > :now)"
+    turns = "SELECT count(*) FROM jobs WHERE run = :key AND state = 0"
+    first = f"SELECT id FROM jobs WHERE run = :key AND state = 2 ORDER BY id LIMIT max(0, :count - ({taken}) - ({turns}))"
+    said = {"key": key, "count": count, "now": home.clock.now()}
+    woken: list[Any] = db.execute(f"UPDATE jobs SET state = 0, at = NULL WHERE id IN ({first}) RETURNING queue", said).fetchall()
+    for gid in {row[0] for row in woken}:
+        home.stir(db, "gid = ?", (gid,))
+    return bool(woken)
+
+
+def bury(home: "SqliteBackend", db: apsw.Connection, process: int) -> None:
+    """A process owns no slots any more. Jobs it had are back in their queues; what it had by hand is for those who wait."""
+    gone = "DELETE FROM slots WHERE owner = ? RETURNING key, typeof(job)"
+    rows: list[Any] = db.execute(gone, (process,)).fetchall()
+    for key in {key for key, kind in rows if kind == "text"}:
+        wake(home, db, key, one(db, "SELECT count(*) + 1 FROM slots WHERE key = ?", (key,))[0])
+
+
+def hold(home: "SqliteBackend", db: apsw.Connection, token: str, need: Need) -> float:
+    """Take a slot by hand: 0 if there was one, else seconds after which to ask again; until then it is wanted."""
+    now, wants = home.clock.now(), f"{need.key}:wants"
+    db.execute("DELETE FROM slots WHERE key = ? AND job = ?", (wants, token))
+    at = full(db, need, now, None)
+    if at is None:
+        take(db, [need], now, token, "", home.neighbours.number)
+        return 0.0
+    row = (wants, now + WANT, now + WANT, token)
+    db.execute("INSERT INTO slots (key, at, until, job, jid) VALUES (?, ?, ?, ?, '')", row)
+    return float(max(0.01, at - now))
+
+
+def let_go(home: "SqliteBackend", db: apsw.Connection, token: str, need: Need, begun: bool) -> None:
+    """Give a slot that was taken by hand back, or the wish for one."""
+    db.execute("DELETE FROM slots WHERE key = ? AND job = ?", (f"{need.key}:wants", token))
+    ended(home, db, [need], token, begun)
+    if not need.span:
+        wake(home, db, need.key, need.most)

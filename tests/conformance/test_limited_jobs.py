@@ -1,0 +1,185 @@
+"""Limits of jobs: so many at once, so many in a time; the others wait for their turn, hold no thread, and hold up nobody."""
+
+import asyncio
+import threading
+import time
+from collections import defaultdict
+
+import pytest
+from watching import wait_for, waiting
+
+from barnabas import Concurrent, Rate, while_executing
+from barnabas.errors import NoSlot
+from barnabas.queues import jobs, locks
+
+
+@pytest.fixture
+def app(place):
+    return place.app(threads=8)
+
+
+class Watch:
+    """Who is at work together, and when each began."""
+
+    def __init__(self):
+        self.lock, self.now, self.most = threading.Lock(), defaultdict(int), defaultdict(int)
+        self.total = 0
+        self.began, self.order = defaultdict(list), defaultdict(list)
+
+    def __call__(self, n, key, seconds=0.005):
+        with self.lock:
+            self.began[key].append(time.monotonic())
+            self.order[key].append(n)
+            self.now[key] += 1
+            self.most[key] = max(self.most[key], self.now[key])
+            self.total = max(self.total, sum(self.now.values()))
+        time.sleep(seconds)
+        with self.lock:
+            self.now[key] -= 1
+
+    def count(self):
+        return sum(map(len, self.order.values()))
+
+
+def densest(times, per):
+    """The most that began in any window of so many seconds."""
+    times = sorted(times)
+    return max(sum(t < start + per for t in times[at:]) for at, start in enumerate(times))
+
+
+def test_at_most_so_many_at_once_first_enqueued_first(place, app):
+    watch = Watch()
+
+    @app.job(limit=Concurrent(2, by="key"))
+    def call(n: int, key: str | None):
+        watch(n, key)
+
+    call.enqueue_many((n, "abc"[n % 3]) for n in range(60)).result(5)
+    with place.running(app) as worker:
+        wait_for(lambda: watch.count() == 60, "all have run", worker)
+        wait_for(worker.drained, "drained", worker)
+    assert set(watch.most.values()) == {2}
+    for began in watch.order.values():  # two at once may begin in either order
+        assert all(abs(began.index(n) - at) <= 2 for at, n in enumerate(sorted(began))), began
+    assert waiting(app) == {"scheduled": 0, "retry": 0, "dead": 0}
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_at_most_so_many_begin_in_a_time_in_their_order(place, app, kind):
+    began = defaultdict(list)
+    if kind == "sync":
+
+        @app.job(limit=Rate(4, per=0.4, by="key"))
+        def call(n: int, key: str):
+            began[key].append((n, time.monotonic()))
+    else:
+
+        @app.job(limit=Rate(4, per=0.4, by="key"))
+        async def call(n: int, key: str):
+            began[key].append((n, time.monotonic()))
+
+    call.enqueue_many((n, "ab"[n % 2]) for n in range(24)).result(5)
+    with place.running(app) as worker:
+        wait_for(lambda: len(began["a"]) == 4 == len(began["b"]), "the first of each", worker)
+        wait_for(lambda: waiting(app)["scheduled"] == 16, "the others wait, and hold no thread", worker)
+        told = {locks(app, entry)["waits for"] for entry in jobs(app, state="scheduled")}
+        assert told == {f"its turn: {call.limits[0].limit!r}"}
+        wait_for(lambda: sum(map(len, began.values())) == 24, "all have run", worker)
+        wait_for(worker.drained, "drained", worker)
+    for runs in began.values():
+        assert densest([at for _, at in runs], 0.4) == 4
+        assert [n for n, _ in runs] == sorted(n for n, _ in runs)
+        assert runs[-1][1] - runs[0][1] < 2 * 0.65 + 1.5  # (two windows, each a quarter of a second longer)
+
+
+def test_several_limits_hold_together_with_a_lock(place, app):
+    watch = Watch()
+
+    @app.job(limit=[Concurrent(3, name="all"), Concurrent(2, by="key"), Rate(100, per=1)], unique=while_executing(by="n"))
+    def call(n: int, key: str):
+        watch(n, key)
+
+    @app.job(limit=Concurrent(3, name="all"))
+    def other(n: int):
+        watch(n, "other")
+
+    call.enqueue_many((n % 10, "ab"[n % 2]) for n in range(40)).result(5)
+    other.enqueue_many((n,) for n in range(20)).result(5)
+    with place.running(app) as worker:
+        wait_for(lambda: watch.count() == 60, "all have run", worker)
+        wait_for(worker.drained, "drained", worker)
+    assert watch.most["a"] <= 2 and watch.most["b"] <= 2 and watch.total == 3
+
+
+def test_one_key_with_many_that_wait_delays_no_other(place, app):
+    gate, ran = threading.Event(), []
+
+    @app.job(limit=[Concurrent(1, by="key"), Rate(50, per=600, by="key")])
+    def call(n: int, key: str):
+        ran.append(key)
+        assert key != "hot" or gate.wait(20)
+
+    many = 500 if place.name == "memory" else 3000
+    call.enqueue_many((n, "hot") for n in range(many)).result(10)
+    call.enqueue_many((n, f"cold{n}") for n in range(20)).result(5)
+    with place.running(app) as worker:
+        wait_for(lambda: len(ran) == 21, "the others", worker)
+        assert sum(1 for _ in app.jobs.find_jobs("scheduled")) == many - 1
+        app.jobs.move_jobs([job.ref for job in app.jobs.find_jobs("scheduled")], None)
+        gate.set()
+    assert ran.count("hot") == 1
+
+
+def test_none_is_no_limit_and_a_failed_run_makes_room(place, app):
+    watch = Watch()
+
+    @app.job(limit=Concurrent(1, by=lambda key, n: key), retry=0)
+    def call(key: str | None, n: int):
+        watch(n, key, 0.05)
+        raise ValueError
+
+    call.enqueue_many((key, n) for n in range(4) for key in ("a", None)).result(5)
+    place.drain(app)
+    assert watch.most == {"a": 1, None: watch.most[None]} and watch.most[None] > 1 and watch.order["a"] == [0, 1, 2, 3]
+
+
+def test_a_limit_by_hand(place, app):
+    limiter, seen = app.limiter("stripe", Concurrent(2), timeout=10), Watch()
+
+    def act(n):
+        with limiter:
+            seen(n, "hand", 0.02)
+
+    @app.job(limit=Concurrent(2, name="stripe"))
+    def call(n: int):
+        seen(n, "job", 0.02)
+
+    call.enqueue_many((n,) for n in range(8)).result(5)
+    threads = [threading.Thread(target=act, args=(n,)) for n in range(6)]
+    with place.running(app) as worker:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        wait_for(worker.drained, "drained", worker)
+    assert (len(seen.order["hand"]), len(seen.order["job"]), seen.total) == (6, 8, 2)
+    with limiter, limiter, pytest.raises(NoSlot, match=r"'stripe': no slot of Concurrent.* within 0.1 s"):
+        app.limiter("stripe", Concurrent(2), timeout=0.1).__enter__()
+    with app.limiter("stripe", Concurrent(1), timeout=0):
+        pass
+
+
+def test_a_rate_by_hand_in_coroutines(app):
+    limiter, times = app.limiter("mail", Rate(3, per=0.3), timeout=10), []
+
+    async def act():
+        async with limiter:
+            times.append(time.monotonic())
+
+    async def all_of_them():
+        await asyncio.gather(*(act() for _ in range(7)))
+
+    asyncio.run(all_of_them())
+    assert len(times) == 7 and densest(times, 0.3) == 3
+    with app.limiter("mail", Rate(1, per=60)), pytest.raises(NoSlot):
+        asyncio.run(app.limiter("mail", Rate(1, per=60), timeout=0).__aenter__())
