@@ -50,7 +50,7 @@ def check_timeout(owner: str, timeout: Any) -> None:
         raise DeclarationError(f"{owner}: timeout={timeout!r}: give the seconds one run may take, above 0, or None")
 
 
-def check_call(owner: str, *, tags: Any, **seconds: Any) -> None:
+def check_call(owner: str, tags: Any, **seconds: Any) -> None:
     """Refuse tags that are no texts, and what is no number of seconds."""
     if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) and tag for tag in tags):
         raise DeclarationError(f"{owner}: tags={tags!r}: give a list of texts")
