@@ -1,13 +1,7 @@
 """What jobs can beyond Sidekiq's: chains, deadlines, tags, the last of several calls, deploys in steps, results."""
 
 import asyncio
-import importlib
-import os
-import random
-import subprocess
-import sys
 import threading
-from collections import Counter
 from datetime import datetime
 
 import msgspec
@@ -457,94 +451,3 @@ def test_progress_is_seen_while_the_job_runs(place, app, kind):
         go_on.set()
         wait_for(worker.drained, "drained", worker)
     progress(1, 2)  # outside of a job it says nothing
-
-
-# Kills.
-
-SHOP = """
-import os
-from barnabas import App
-
-app = App("shop", jobs="{jobs}", events="memory:", stop_timeout=5)
-
-@app.job
-def first(n: int) -> int:
-    return n + 1
-
-@app.job
-async def second(n: int) -> int:
-    return n + 1
-
-@app.job(result_ttl=600)
-def third(n: int) -> int:
-    with open("ends", "a") as file:
-        file.write(f"{{n}}\\n")
-    return n
-
-@app.job
-def index(n: int) -> None:
-    with open("ends", "a") as file:
-        file.write(f"{{n}}\\n")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "kills"),
-    [("sqlite", 6), *(pytest.param(name, 60, marks=pytest.mark.soak) for name in ("sqlite", "redis"))],
-    indirect=["place"],
-)
-def test_chains_results_and_debounced_calls_through_kills(place, kills, tmp_path, monkeypatch):
-    monkeypatch.setattr("watching.DEADLINE", 90.0)  # processes begin slowly on a busy machine
-    (tmp_path / "shop.py").write_text(SHOP.format(jobs=place.jobs))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])}
-    sys.path.insert(0, str(tmp_path))
-    try:
-        shop = importlib.import_module("shop")
-    finally:
-        sys.path.remove(str(tmp_path))
-        sys.modules.pop("shop", None)
-
-    def start() -> subprocess.Popen:
-        command = [sys.executable, "-m", "barnabas", "run", "shop:app"]
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def ends() -> Counter:
-        path = tmp_path / "ends"
-        return Counter(map(int, path.read_text().split())) if path.exists() else Counter()
-
-    running, rand, futures = [start(), start()], random.Random(5), []
-    chain = shop.first.then(shop.second, shop.third)
-    try:
-        for kill in range(kills):
-            futures += [chain.enqueue(1000 * kill + n) for n in range(100)]
-            for n in range(10):
-                shop.index.enqueue_debounced(f"page {kill}", -1000 * kill - n - 1, wait=0.3)
-            futures[-1].result(20)
-            more = len(ends()) + rand.randrange(1, 60)  # (on Redis, what dead processes had in hand comes back later)
-            wait_for(lambda more=more: len(ends()) >= more, "chains")
-            victim = running.pop(0)
-            victim.kill()
-            victim.wait()
-            running.append(start())
-        expected = [1000 * kill + n + 2 for kill in range(kills) for n in range(100)]
-        for future, n in zip(futures, expected, strict=True):
-            try:
-                assert future.outcome(90) == n
-            except JobFailed as error:  # it had bad luck, and is dead and told so
-                assert "at 4 crashes of its process" in str(error)
-        wait_for(lambda: shop.app.jobs.open_work({}, ["default"]) == 0, "the rest")
-        wait_for(lambda: not waiting(shop.app)["scheduled"], "the debounced")
-        wait_for(lambda: shop.app.jobs.open_work({}, ["default"]) == 0, "the rest")
-        for process in running:
-            process.terminate()
-            process.wait(20)  # (it may have had no time to learn of signals)
-    finally:
-        shop.app.close()
-        for process in running:
-            process.kill()
-            process.wait()
-    missing = {*expected, *(-1000 * kill - 10 for kill in range(kills))} - ends().keys()
-    left = waiting(place.app())
-    assert left == {"scheduled": 0, "retry": 0, "dead": left["dead"]} and len(missing) <= left["dead"] <= (kills > 6) * kills
-    assert {n for n in ends() if n < 0} <= {-1000 * kill - 10 for kill in range(kills)}

@@ -1,17 +1,12 @@
 """Schedules: each tick enqueues its job once, whoever is there, whatever was missed, on every backend."""
 
-import os
 import random
-import subprocess
-import sys
 import threading
 import time
-from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
-from watching import wait_for
 
 from barnabas.clock import FakeClock
 from barnabas.errors import DeclarationError
@@ -271,61 +266,3 @@ def test_daylight_saving_time_changes(app_in_memory, line, day, expected):
         at = following
         seen.append(datetime.fromtimestamp(at, schedule.zone).strftime("%d %H:%M"))
     assert seen == expected
-
-
-SHOP = """
-import os
-from datetime import datetime, timedelta
-from barnabas import App
-
-app = App("shop", jobs="{jobs}", events="memory:", stop_timeout=5)
-
-@app.cron(every=timedelta(seconds=1), on_missed="all", overlap=True)
-def tick(at: datetime):
-    with open("ticks", "a") as file:
-        file.write(f"{{at.timestamp():.0f}}\\n")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["sqlite", "redis"], indirect=True)
-def test_twenty_real_ticks_with_kills(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("watching.DEADLINE", 90.0)  # processes begin slowly on a busy machine
-    (tmp_path / "shop.py").write_text(SHOP.format(jobs=place.jobs))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])}
-
-    def start() -> subprocess.Popen:
-        command = [sys.executable, "-m", "barnabas", "run", "shop:app"]
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    running, rand, kills = [start(), start()], random.Random(3), 0
-    stored = place.app()
-
-    def seen() -> Counter:
-        path = tmp_path / "ticks"
-        return Counter(map(int, path.read_text().split())) if path.exists() else Counter()
-
-    try:
-        wait_for(seen, "the first tick")
-        while len(seen()) < 20:
-            more = len(seen()) + rand.choice((1, 2, 3))
-            wait_for(lambda more=more: len(seen()) >= more, "ticks")
-            time.sleep(rand.random())
-            victim = running.pop(0)
-            victim.kill()
-            victim.wait()
-            kills += 1
-            running.append(start())
-        state = msgspec.json.decode(stored.jobs.note("cron:shop:tick"))
-        for process in running:
-            process.terminate()
-            process.wait(20)
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    # What dead processes had in hand is in the queue again, or will be.
-    waiting = [msgspec.json.decode(job.payload)["args"][0] for job in stored.jobs.find_jobs()]
-    found = seen() + Counter(int(datetime.fromisoformat(at).timestamp()) for at in waiting)
-    assert sorted(found) == list(range(min(found), max(found) + 1)) and max(found) >= state["last"]
-    assert kills >= 3 and sum(found.values()) - len(found) <= kills  # a run may be repeated by a kill, a tick is not

@@ -1,0 +1,147 @@
+"""Chains, results, schedules, debounced calls, deadlines and steps keep their promises, all at once, whatever is killed, frozen
+or restarted: seen by an outside witness."""
+
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import RedisServer
+from test_redis_kill import HERE, WORKERS, Team, blow
+from test_unique_kill import QUICK, NoProxy
+
+from barnabas.errors import JobFailed
+
+CHAINS, ITEMS = 10, 300  # before each blow; of a walk, of which two begin at every fifth
+TICKS = 20  # real ones, at least
+LATE = 1.0  # seconds from the look at a deadline to the first line of the job, on a busy machine
+
+
+def enqueue(room: Any, number: int, futures: list[Any], chains: dict[int, Any]) -> None:
+    chain = room.first.then(room.second, room.third)
+    for n in range(number * CHAINS, number * CHAINS + CHAINS):
+        chains[n] = chain.enqueue(n)
+    futures += [room.index.enqueue_debounced(f"page {number}", number, version, wait=0.3) for version in range(4)]
+    futures += [room.alarm.enqueue(n, time.time() + 2) for n in range(number * 5, number * 5 + 5)]
+    if number % 5 == 0:
+        futures += [room.walk.enqueue(number, ITEMS), room.walk_awaited.enqueue(number + 1, ITEMS)]
+
+
+def check(folder: Path, backend: str, blows: int, times: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = int(os.environ.get("BARNABAS_SEED", random.SystemRandom().randrange(1 << 32)))
+    print(f"kill test of what jobs can on {backend}: seed {seed}")
+    dice, kinds, done = random.Random(seed), ["worker"] * 6 + ["frozen"] + ["redis"] * (backend == "redis"), Counter[str]()
+    for name, value in {"KILL_FOLDER": folder, "KILL_TIMES": times}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    server = RedisServer(folder, durable=True) if backend == "redis" else None
+    url = server.url if server is not None else f"sqlite:///{folder}/jobs.db"
+    sys.modules.pop("beyond_room", None)
+    room: Any = importlib.import_module("beyond_room")
+    app = room.app
+    app.settings = app.settings.override(jobs=url)
+    app.jobs.queue_states()
+    team = Team(url, folder, "beyond_room:app")
+    witness = folder / "witness"
+    futures: list[Any] = []
+    chains: dict[int, Any] = {}
+    try:
+        for number in range(blows):
+            enqueue(room, number, futures, chains)
+            until, size = time.monotonic() + 4, witness.stat().st_size + dice.randrange(100, 2500)
+            while time.monotonic() < until and witness.stat().st_size < size:  # else nothing but starts would be hit
+                time.sleep(0.01)
+            kind = dice.choice(kinds)
+            done[kind] += 1
+            if kind == "worker":
+                team.watch()
+                team.kill(dice.randrange(WORKERS))
+            else:
+                blow(kind, team, server, NoProxy(), dice)  # type: ignore[arg-type]
+        for future in [*futures, *chains.values()]:
+            future.result(60)
+
+        def stored() -> list[Any]:
+            jobs = [(job.state, json.loads(job.payload)) for job in app.jobs.find_jobs()]
+            return [(state, job["class"], job["args"], job["jid"]) for state, job in jobs]
+
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            left = [job for job in stored() if job[0] != "dead" and job[1] != "tick"]
+            if not left and len({numbers for what, numbers in room.lines(folder) if what == "tick"}) >= TICKS:
+                break
+            team.watch()
+            time.sleep(0.2)
+        team.end()
+        tail = (folder / "workers.log").read_text()[-3000:]
+        assert not left, f"seed {seed}: {left} are stuck\n{tail}"
+        dead, ticks = [job for job in stored() if job[0] == "dead"], [job[2][0] for job in stored() if job[1] == "tick"]
+        assert len(dead) <= 1 + blows // 10, f"seed {seed}: {dead} are dead\n{tail}"
+        said: dict[str, list[Any]] = {}
+        for what, numbers in room.lines(folder):
+            said.setdefault(what, []).append(numbers)
+        print({what: f"{len(set(all_))} and {len(all_) - len(set(all_))} again" for what, all_ in said.items()}, dict(done), dead)
+        verify(room, blows, said, dead, ticks, chains, seed)
+        names = {f"steps:{jid}" for _, _, _, jid in dead}
+        assert notes(app, "steps:") <= names
+    finally:
+        team.end() if not team._log.closed else None
+        app.close()
+        if server is not None:
+            server.end(signal.SIGKILL)
+
+
+def verify(room: Any, blows: int, said: Any, dead: list[Any], ticks: list[str], chains: dict[int, Any], seed: int) -> None:
+    of = f"seed {seed}"
+    gone = Counter(name for _, name, _, _ in dead)
+    walks = [n for number in range(0, blows, 5) for n in (number, number + 1)]
+    missing = {(n, item) for n in walks for item in range(ITEMS)} - {*said["step"]}
+    missing = {at for at in missing if not any(name.startswith("walk") and args[0] == at[0] for _, name, args, _ in dead)}
+    assert not missing, f"{of}: {len(missing)} items were left out: {sorted(missing)[:10]}"
+    children = {(n, item) for n in walks for item in range(0, ITEMS, 10)} - {*said["child"]}
+    assert len(children) <= gone["child"] + 30 * (gone["walk"] + gone["walk_awaited"]), f"{of}: not sent: {sorted(children)}"
+    assert len(said["step"]) < 2 * len(walks) * ITEMS + 2000, f"{of}: items come again and again"
+    for n, future in chains.items():
+        try:
+            assert future.outcome(0) == n + 2 and (n + 2,) in said["chain"], f"{of}: the outcome of chain {n}"
+        except JobFailed as error:
+            assert "crashes of its process" in str(error), f"{of}: {error}"
+            gone["chain"] -= 1
+    assert gone["chain"] + gone["first"] + gone["second"] + gone["third"] >= 0
+    pages = Counter(said["index"])
+    assert {version for _, version in pages} == {3} and len(pages) >= blows - gone["index"], f"{of}: {pages}"
+    late = [by for _, by in said.get("alarm", []) if by > LATE]
+    assert not late, f"{of}: ran so many seconds after their deadline: {late}"
+    ran = Counter(tick for (tick,) in said["tick"])
+    assert len(ran) >= TICKS, f"{of}: the clock stands still"
+    found = ran + Counter(round(room.datetime.fromisoformat(at).timestamp()) for at in ticks)
+    last = json.loads(room.app.jobs.note("cron:room:tick"))["last"]
+    assert sorted(found) == list(range(min(found), max(found) + 1)) and max(found) >= last, f"{of}: ticks are missing"
+    assert sum(found.values()) - len(found) <= 2 * blows, f"{of}: ticks come twice: {found}"
+
+
+def notes(app: Any, prefix: str) -> set[str]:
+    """The names of notes that are kept."""
+    home = app.jobs
+    if home.url.startswith("redis"):
+        return {name.decode().partition("barnabas:note:")[2] for name in home.client.keys(f"*barnabas:note:{prefix}*")}
+    return {str(name) for name, _ in home.cells("barnabas.notes") if str(name).startswith(prefix)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["redis", "sqlite"])
+def test_twenty_five_blows(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(tmp_path, backend, 25, QUICK, monkeypatch)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("backend", ["redis", "sqlite"])
+def test_hundreds_of_blows(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(tmp_path, backend, 250, QUICK, monkeypatch)
