@@ -12,7 +12,7 @@ from barnabas.clock import Clock
 from barnabas.consumer import Consumer, refuse_unknown
 from barnabas.engine.hooks import after, before, check_function, check_hook, refuse_async
 from barnabas.engine.observe import Observer, Observers
-from barnabas.errors import DeclarationError
+from barnabas.errors import DeclarationError, SendError
 from barnabas.job import OPTIONS as JOB_OPTIONS
 from barnabas.job import STORED, Job
 from barnabas.ports import Backend
@@ -156,7 +156,8 @@ class App:
         retry_queue (where retries wait to run), backtrace (True, or how many lines of it are stored with a failure), tags
         ([...]: labels, also on Sidekiq's page), expires_in (seconds after it was due in which it is to begin; else it is dropped,
         counted as "expired"), result_ttl (seconds that what it returns is kept, for `outcome`), max_runtime (seconds after
-        which a job in `steps` lets others go first).
+        which a job in `steps` lets others go first), priority (-10 to 10, 0 for most: higher ones overtake others of their
+        queue, but for one in four, which goes to who waits longest; not on Redis).
 
         unique: until_executed(...), while_executing(...) and the like: at most one of a kind in the queues, or at work.
         limit: Rate(...), Concurrent(...) or a list of them: the others wait for their turn, first enqueued first.
@@ -350,6 +351,14 @@ class App:
                     found.declare(self.all_topics())
                 self.__dict__[f"_{kind}"] = found
         return found  # type: ignore[no-any-return]
+
+    def ranks(self, owner: str) -> None:
+        """Refuse a priority of this job where queues have none."""
+        if not self.jobs.ranks:
+            raise SendError(
+                f"{owner} has a priority, and queues on Redis are Sidekiq's lists, first in, first out: give what is urgent a "
+                "queue of its own, and the queues weights: [jobs] queues = {urgent = 5, default = 1}"
+            )
 
     def all_topics(self) -> list[Topic[Any]]:
         """The declared topics, with their dead-letter topics and the retry topics of groups that need them."""

@@ -60,6 +60,12 @@ def check_call(owner: str, tags: Any, **seconds: Any) -> None:
             raise DeclarationError(f"{owner}: {name}={value!r}: give seconds, above 0 and up to 1,000,000,000, or None")
 
 
+def check_priority(owner: str, priority: Any) -> None:
+    """Refuse what is no priority."""
+    if isinstance(priority, bool) or not isinstance(priority, int) or not -10 <= priority <= 10:
+        raise DeclarationError(f"{owner}: priority={priority!r}: give a whole number, -10 (last) to 10 (first); most have 0")
+
+
 def check_queue(owner: str, queue: Any, option: str = "queue") -> None:
     """Refuse a queue's name that Sidekiq's web page could not show."""
     if not isinstance(queue, str) or not queue or not all(c.isascii() and (c.isalnum() or c in "_:.-") for c in queue):

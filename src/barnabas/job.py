@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from barnabas.codec import known, make_codec
-from barnabas.consumer import check_call, check_queue, check_timeout, refuse_unknown
+from barnabas.consumer import check_call, check_priority, check_queue, check_timeout, refuse_unknown
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.handler import refuse_generator
 from barnabas.engine.hooks import check_hooks, refuse_async
@@ -21,13 +21,14 @@ from barnabas.jobs.beyond import KEPT, read_outcome
 from barnabas.jobs.limit import Concurrent, limits
 from barnabas.jobs.payload import PayloadError, build, build_many, derived_jid, failed, hooked, new_jid, new_jids
 from barnabas.jobs.unique import Claim, Lock
-from barnabas.message import LockedJob, OutgoingJob, note
+from barnabas.message import LockedJob, OutgoingJob, note, ranked
 from barnabas.ports import FOREVER
 
 STORED = ("retry_for", "retry_queue", "backtrace", "dead", "tags")  # options that travel with a job, for whoever runs it
 CALLED = ("retry_delay", "on_exhausted", "on_death")
 OPTIONS = (
-    "queue", "retry", "name", "timeout", "hooks", "expires_in", "result_ttl", "max_runtime", "unique", "limit", *STORED, *CALLED,
+    "queue", "retry", "name", "timeout", "hooks", "expires_in", "result_ttl", "max_runtime", "priority", "unique", "limit",
+    *STORED, *CALLED,
 )  # fmt: skip
 LINK = -1.0  # in place of the time of a job that begins when the one before it in its chain has ended
 CHAIN = 1000  # jobs in a chain: each carries those behind it
@@ -60,12 +61,13 @@ class Job:
         self.expires_in: float | None = options.get("expires_in")
         self.result_ttl: float | None = options.get("result_ttl")
         self.max_runtime: float | None = options.get("max_runtime")
+        self.priority: int = options.get("priority", 0)
         self.hooks = check_hooks(self.owner, options.get("hooks", []))
         self._check()
         self._check_failing()
         plain = {"retry_for": None, "retry_queue": None, "backtrace": False, "dead": True, "tags": None}
         self._extra = {name: options[name] for name in STORED if name in options and options[name] is not plain[name]} or None
-        more = {"expires_in": self.expires_in, "result_ttl": self.result_ttl}
+        more = {"expires_in": self.expires_in, "result_ttl": self.result_ttl, "priority": self.priority or None}
         self._more = {name: value for name, value in more.items() if value is not None}  # see jobs.payload.More
         self.awaited = inspect.iscoroutinefunction(function)
         refuse_async(self.owner, self.awaited, [*app.hooks, *self.hooks])
@@ -107,6 +109,7 @@ class Job:
         if not isinstance(self.backtrace, int) or self.backtrace < 0:
             self._refuse("backtrace", self.backtrace, "give the number of lines to store, True for all, or False")
         check_call(self.owner, self.tags, expires_in=self.expires_in, result_ttl=self.result_ttl, max_runtime=self.max_runtime)
+        check_priority(self.owner, self.priority)
         for option in CALLED:
             function = getattr(self, option)
             if function is not None and (not callable(function) or inspect.iscoroutinefunction(function)):
@@ -188,16 +191,8 @@ class Job:
         if claim is not None and claim.until is None:
             extra = {**(extra or {}), "lock_digest": claim.key}
         try:
-            payload = build(
-                self.name,
-                args,
-                queue=target,
-                retry=retry,
-                jid=jid,
-                now=self.app.clock.now(),
-                at=at is not None,
-                extra=extra,
-            )
+            now = self.app.clock.now()
+            payload = build(self.name, args, queue=target, retry=retry, jid=jid, now=now, at=at is not None, extra=extra)
         except PayloadError as error:
             raise SendError(f"{self.owner} cannot be enqueued: {error}") from error
         if self.app.enqueue_hooks:
@@ -205,13 +200,14 @@ class Job:
             if changed is None:
                 return None
             payload, target = changed
+        priority = self._ranked(call) if call or self._more else 0
         if claim is not None:
             out = LockedJob(target, payload, at, jid, future)
             if claim.on_conflict == "reject":
-                claim = claim._replace(buried=failed(payload, claim.refusal("?"), self.app.clock.now(), final=True).payload)
-            out.lock = claim
+                claim = claim._replace(buried=failed(payload, claim.refusal("?"), now, final=True).payload)
+            out.lock, out.priority = claim, priority
             return out
-        plain: OutgoingJob = _new(OutgoingJob, (target, payload, at, jid, future))
+        plain: OutgoingJob = ranked(priority, _new(OutgoingJob, (target, payload, at, jid, future)))
         return call["batch"].take(plain) if "batch" in call else plain
 
     def _alike(self, calls: list[tuple[Any, ...]], call: Mapping[str, Any], jids: list[str]) -> list[OutgoingJob]:
@@ -225,6 +221,8 @@ class Job:
         except PayloadError as error:
             raise SendError(f"{self.owner} cannot be enqueued: {error}") from error
         out = [_new(OutgoingJob, (target, payload, None, jid, None)) for payload, jid in zip(made, jids, strict=True)]
+        if (call or self._more) and (priority := self._ranked(call)):
+            out = [ranked(priority, job) for job in out]
         return [*map(call["batch"].take, out)] if "batch" in call else out
 
     def _called(self, call: Mapping[str, Any], at: float | None) -> tuple[str, Any, dict[str, Any]]:
@@ -239,6 +237,14 @@ class Job:
         if more:
             extra["barnabas"] = more
         return call.get("queue", self.queue), call.get("retry", self.retry), extra
+
+    def _ranked(self, call: Mapping[str, Any]) -> int:
+        """The priority of a job with what a call of it says. Raises SendError where queues have none."""
+        more = call.get("more", _NONE)
+        priority: int = more.get("priority", self.priority)
+        if priority or any("priority" in link.get("barnabas", ()) for link in more.get("then", ())):
+            self.app.ranks(self.owner)
+        return priority
 
     def _claim(self, args: tuple[Any, ...], at: float | None) -> Claim | None:
         """The lock that a job with these arguments takes: by the arguments as its worker will see them."""
@@ -356,6 +362,7 @@ class Job:
         retry: bool | int | None = None,
         tags: list[str] | None = None,
         expires_in: float | None = None,
+        priority: int | None = None,
         now: bool = False,
         batch: Any = None,
     ) -> "Options":
@@ -366,8 +373,9 @@ class Job:
         if retry is not None and (not isinstance(retry, int) or retry < 0):
             self._refuse("retry", retry, "give the number of retries (0: none), True for 25, or False")
         check_call(self.owner, tags or [], expires_in=expires_in)
-        more = None if expires_in is None else {"expires_in": expires_in}
-        said = {"queue": queue, "retry": retry, "tags": tags, "now": now or None, "more": more}
+        check_priority(self.owner, priority or 0)
+        more = {name: value for name, value in (("expires_in", expires_in), ("priority", priority)) if value is not None}
+        said = {"queue": queue, "retry": retry, "tags": tags, "now": now or None, "more": more or None}
         found = Options(self, {name: value for name, value in said.items() if value is not None})
         return found if batch is None else found.options(batch=batch)
 

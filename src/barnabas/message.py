@@ -66,14 +66,24 @@ def note(name: str, value: bytes, until: float, future: Any = None) -> OutgoingJ
 
 
 class LockedJob(OutgoingJob):
-    """One that takes a lock as it is stored (`jobs.unique.Claim`)."""
+    """One that takes a lock as it is stored (`jobs.unique.Claim`), or that has a priority."""
 
     lock: Any = None
+    priority = 0
 
     def _replace(self, /, **changes: Any) -> Any:
         new: Any = super()._replace(**changes)
         new.__dict__.update(self.__dict__)
         return new
+
+
+def ranked(priority: int, job: OutgoingJob) -> OutgoingJob:
+    """A job of that priority."""
+    if not priority:
+        return job
+    out = LockedJob(*job)
+    out.priority = priority
+    return out
 
 
 class Member(LockedJob):
@@ -85,5 +95,6 @@ class Member(LockedJob):
 def member(batch: str, job: OutgoingJob) -> Member:
     """A job as a member of that batch."""
     out = Member(*job)
+    out.__dict__.update(getattr(job, "__dict__", {}))
     out.batch = batch
     return out

@@ -163,6 +163,7 @@ class Backend(Sink, Protocol):
 
     url: str
     closed: bool
+    ranks: bool  # whether its queues know priorities
     name: str  # of this worker process among `processes`; "" before it is one
 
     def declare(self, topics: Iterable[Any]) -> None:

@@ -181,6 +181,9 @@ class Worker:
 
         self.batches = Keeper(app)
         jobs.ripe = self.batches.ripe
+        for job in app.job_handlers.values():
+            if job.priority:
+                app.ranks(job.owner)
         entries = {name: Entry(job, [*app.hooks, *job.hooks]) for name, job in app.job_handlers.items()}
         kinds = {entry.awaited for entry in entries.values()} or {False}
         crews, patience = [], app.settings.unknown_timeout if app.settings.unknown == "wait" else 0.0

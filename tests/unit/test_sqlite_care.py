@@ -195,7 +195,8 @@ def test_a_process_that_is_killed_holds_no_lock_though_a_child_that_it_forked_li
 # Schemas.
 
 FIRST = """
-DROP INDEX jobs_lock; DROP INDEX jobs_run; ALTER TABLE jobs DROP COLUMN lock; ALTER TABLE jobs DROP COLUMN run; DROP TABLE locks;
+DROP INDEX jobs_lock; DROP INDEX jobs_run; DROP INDEX jobs_ready; CREATE INDEX jobs_ready ON jobs (queue, id) WHERE state = 0;
+ALTER TABLE jobs DROP COLUMN lock; ALTER TABLE jobs DROP COLUMN run; ALTER TABLE jobs DROP COLUMN rank; DROP TABLE locks;
 DROP TABLE slots; PRAGMA user_version = 1"""  # back to schema 1
 STEPS = [*OURS, "CREATE TABLE more (a); INSERT INTO more SELECT count(*) FROM jobs", "ALTER TABLE more ADD COLUMN b"]
 NEWEST = 1 + len(STEPS)

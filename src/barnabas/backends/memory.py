@@ -99,11 +99,12 @@ class MemoryBackend(Notes, MemoryAdmin):
 
     def _push(self, job: OutgoingJob) -> None:
         self._number += 1
+        self.ranked = self.ranked or (type(job) is not OutgoingJob and job.priority != 0)  # type: ignore[attr-defined]
         if type(job) is Member:
             self.enter(job)
         if not job.queue and type(job) is not Member:
             self._keep(dict([noted(job.jid, job.payload, job.at or 0.0)]))
-        elif type(job) is LockedJob and not self._lock(job):
+        elif type(job) is LockedJob and job.lock is not None and not self._lock(job):
             return
         elif job.at is not None and job.at > self.clock.now():
             heapq.heappush(self.later, (job.at, self._number, "scheduled", job))
@@ -432,7 +433,7 @@ class MemoryQueues:
                 ready = home.ready.get(name) if part.claimable() else None
                 rows: list[Row] = []
                 while ready and room > 0 and part.room > 0:
-                    number, job = ready.popleft()
+                    number, job = home.next_of(ready) if home.ranked else ready.popleft()
                     mark = None
                     if self._guard is not None:
                         waits, mark = home.admit(self._guard(job.payload), number, job)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from barnabas.backends.shares import HOST, STATES, by_partition, check_offset, finished
+from barnabas.backends.shares import FAIR, HOST, STATES, by_partition, check_offset, finished
 from barnabas.errors import Refused, UnknownTopic
 from barnabas.jobs.beyond import ALL
 from barnabas.jobs.limit import WANT, Need
@@ -23,6 +23,9 @@ class MemoryAdmin:
     """The operators' half of a MemoryBackend."""
 
     name = ""
+    ranks = True
+    ranked = False  # whether a job with a priority was ever stored
+    _turns = 0
     clock: Any
     lock: "threading.RLock"
     logs: dict[str, Any]
@@ -164,6 +167,15 @@ class MemoryAdmin:
                         heapq.heappush(self.later, (job.at or 0.0, number, states[number], put))
         self.ring()
         return sum(to != f"queue:{job.queue}" for job in moved.values())
+
+    def next_of(self, ready: deque[tuple[int, OutgoingJob]]) -> tuple[int, OutgoingJob]:
+        """The next of a queue's jobs, by their priority; but one in FAIR is the one that waits longest."""
+        ranks = [getattr(job, "priority", 0) for _, job in ready]
+        self._turns += min(ranks) != max(ranks)
+        at = 0 if self._turns % FAIR == 0 else ranks.index(max(ranks))
+        entry = ready[at]
+        del ready[at]
+        return entry
 
     # Locks of unique jobs.
 

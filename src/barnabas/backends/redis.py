@@ -69,6 +69,8 @@ class Where:
 class RedisBackend(RedisAdmin):
     """One server's jobs, as this process sees them."""
 
+    ranks = False
+
     def __init__(self, url: str, settings: Any, clock: Any) -> None:
         self.url = url
         self.closed = False

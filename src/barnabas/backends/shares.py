@@ -17,6 +17,7 @@ from barnabas.ports import Part, Position, Result
 
 HOST = socket.gethostname()
 CONTROL = "barnabas.control"  # the table that keeps what operators have asked for
+FAIR = 4  # of jobs that differ in priority, one in so many is the one that waits longest
 NOTES = "barnabas.notes"  # the table that keeps notes, each behind eight bytes that say until when
 STATES = ("ready", "work", "scheduled", "retry", "dead")
 M = TypeVar("M", bound=Hashable)

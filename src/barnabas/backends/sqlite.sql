@@ -1,4 +1,4 @@
--- Schema 3. Offsets, positions and jobs of all processes that share the file.
+-- Schema 4. Offsets, positions and jobs of all processes that share the file.
 
 -- Names to small numbers: consumer groups and tables.
 CREATE TABLE names (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, name TEXT NOT NULL, UNIQUE (kind, name));
@@ -37,17 +37,18 @@ CREATE INDEX slots_key ON slots (key, at);
 CREATE INDEX slots_until ON slots (until) WHERE until IS NOT NULL;
 CREATE INDEX slots_owner ON slots (owner) WHERE owner IS NOT NULL;
 
--- state: 0 ready, 1 in work (of process `owner`), 2 scheduled, 3 to be retried (both at `at`), 4 dead (since `died`).
+-- state: 0 ready, 1 in work (of process `owner`), 2 scheduled, 3 to be retried (both at `at`), 4 dead (since `died`). rank: the
+-- lower, the sooner.
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY, queue INTEGER NOT NULL, state INTEGER NOT NULL, at REAL, owner INTEGER,
     crashes INTEGER NOT NULL DEFAULT 0, died REAL, note TEXT, jid TEXT NOT NULL, payload BLOB NOT NULL,
-    lock TEXT, run TEXT
+    lock TEXT, run TEXT, rank INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX jobs_ready ON jobs (queue, id) WHERE state = 0;
+CREATE INDEX jobs_ready ON jobs (queue, rank, id) WHERE state = 0;
 CREATE INDEX jobs_owned ON jobs (owner) WHERE owner IS NOT NULL;
 CREATE INDEX jobs_due ON jobs (at) WHERE at IS NOT NULL;
 CREATE INDEX jobs_dead ON jobs (died) WHERE died IS NOT NULL;
 CREATE UNIQUE INDEX jobs_lock ON jobs (lock) WHERE lock IS NOT NULL;
 CREATE INDEX jobs_run ON jobs (run, state, id) WHERE run IS NOT NULL;
 
-PRAGMA user_version = 3;
+PRAGMA user_version = 4;

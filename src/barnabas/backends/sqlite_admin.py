@@ -27,7 +27,7 @@ REPORTS = 2.0  # seconds between two reports that are stored
 # How the jobs of a state are found (each has its index), and in which order they run.
 _FOUND = {
     "work": ("j.owner IS NOT NULL", "id"),
-    "ready": ("j.state = 0", "id"),
+    "ready": ("j.state = 0", "rank"),
     "retry": ("j.at IS NOT NULL AND j.state = 3", "at"),
     "scheduled": ("j.at IS NOT NULL AND j.state = 2", "at"),
     "dead": ("j.died IS NOT NULL", "died"),
@@ -60,6 +60,7 @@ def name_of(number: Any, pid: Any, info: Any) -> str | None:
 class SqliteAdmin(SqliteStore):
     """The operators' half of a SqliteBackend."""
 
+    ranks = True
     neighbours: Any
     write: Callable[[Callable[[apsw.Connection], Any]], Any]
     stir: Callable[..., None]
@@ -136,7 +137,7 @@ class SqliteAdmin(SqliteStore):
         )
         counts = {(gid, state): n for gid, state, n in rows}
         heads = self.query(
-            "SELECT gid, topic, (SELECT payload FROM jobs WHERE state = 0 AND queue = gid ORDER BY id LIMIT 1) "
+            "SELECT gid, topic, (SELECT payload FROM jobs WHERE state = 0 AND queue = gid ORDER BY rank, id LIMIT 1) "
             "FROM heads WHERE partition = -1 ORDER BY topic"
         )
         return [
@@ -148,7 +149,7 @@ class SqliteAdmin(SqliteStore):
         queues = [r[0] for r in self.query("SELECT gid FROM heads WHERE partition = -1 AND topic = coalesce(?, topic)", (queue,))]
         for kind in _FOUND if state is None else (state,):
             for gid in queues if kind == "ready" or queue is not None else (None,):
-                for id_, at, died, jid, name, number, crashes, payload, *process in self._pages(kind, gid):
+                for id_, at, died, _, jid, name, number, crashes, payload, *process in self._pages(kind, gid):
                     when = died if at is None else at
                     yield StoredJob((id_, jid, number), jid, name, STATES[number], when, crashes, name_of(*process), payload)
 
@@ -156,7 +157,7 @@ class SqliteAdmin(SqliteStore):
         """The jobs of a state (and queue), a page at a time: the file is not held meanwhile."""
         where, by = _FOUND[kind]
         sql = (
-            f"SELECT j.id, j.at, j.died, j.jid, h.topic, j.state, j.crashes, j.payload, {_PROCESS} FROM jobs j "
+            f"SELECT j.id, j.at, j.died, j.rank, j.jid, h.topic, j.state, j.crashes, j.payload, {_PROCESS} FROM jobs j "
             "CROSS JOIN heads h ON h.gid = j.queue LEFT JOIN processes r ON r.id = j.owner "  # CROSS: jobs are the outer loop
             f"WHERE {where} {'' if gid is None else 'AND j.queue = :queue'} "
             f"AND j.{by} >= :from AND (j.{by}, j.id) > (:from, :id) ORDER BY j.{by}, j.id LIMIT {PAGE}"
@@ -164,7 +165,7 @@ class SqliteAdmin(SqliteStore):
         last = {"queue": gid, "from": -1e18, "id": -1}
         while rows := self.query(sql, last):
             yield from rows
-            last |= {"from": rows[-1][("id", "at", "died").index(by)], "id": rows[-1][0]}
+            last |= {"from": rows[-1][("id", "at", "died", "rank").index(by)], "id": rows[-1][0]}
 
     def requeue(self, db: apsw.Connection, results: Sequence[Result], process: int) -> None:
         """Move the jobs there that are to run again in another queue."""

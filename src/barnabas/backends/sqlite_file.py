@@ -26,6 +26,8 @@ STEPS = (
     "jid TEXT NOT NULL, owner INTEGER); CREATE INDEX slots_key ON slots (key, at); "
     "CREATE INDEX slots_until ON slots (until) WHERE until IS NOT NULL; "
     "CREATE INDEX slots_owner ON slots (owner) WHERE owner IS NOT NULL",
+    "ALTER TABLE jobs ADD COLUMN rank INTEGER NOT NULL DEFAULT 0; DROP INDEX jobs_ready; "
+    "CREATE INDEX jobs_ready ON jobs (queue, rank, id) WHERE state = 0",
 )  # SQL that brings schema 1 to 2, 2 to 3, ...; sqlite.sql makes the newest at once
 SCHEMA = 1 + len(STEPS)
 SOUND = (3, 51, 3)  # the first SQLite without the WAL-reset bug (sqlite.org/wal.html)

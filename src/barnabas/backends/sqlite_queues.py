@@ -1,12 +1,13 @@
 """What hands out jobs from a SQLite file: the queues of a worker."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import apsw
 
-from barnabas.backends.shares import QueueOrder
+from barnabas.backends.shares import FAIR, QueueOrder
 from barnabas.backends.sqlite_limits import ended, full, take
 from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_sources import Fetcher
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 DUE = 500  # jobs moved to their queues in one transaction
 NEVER = 1e18
+READY = "FROM jobs WHERE state = 0 AND queue = :queue"
 WAITERS = 500  # jobs that are put aside in one transaction, as another runs that they have to wait for
 
 
@@ -42,7 +44,7 @@ class SqliteQueues(Fetcher):
         self._work: set[int] = set()
         self._claimed: list[tuple[Part, Sequence[Row]]] = []
         self._due = 0.0  # when the next waiting job is due (epoch seconds)
-        self._limit = 0
+        self._limit = self._turns = 0
         self._more = True
         home.sources.append(self)
         listener.assigned(list(self._parts.values()))
@@ -117,7 +119,6 @@ class SqliteQueues(Fetcher):
             if len(rows) == part.room:
                 self._seen[gid] = -1
             if rows:
-                rows.sort()
                 room -= len(rows)
                 found.append((part, rows))
         self._more = more or room <= 0
@@ -128,15 +129,14 @@ class SqliteQueues(Fetcher):
         were so many that the turn is over."""
         rows: list[Row] = []
         for _ in range(WAITERS // room + 1):
-            claimed: list[Any] = db.execute(
-                "UPDATE jobs SET state = 1, owner = ?, run = NULL WHERE id IN (SELECT id FROM jobs WHERE state = 0 AND queue = ? "
-                "ORDER BY id LIMIT ?) RETURNING id, jid, payload, crashes",
-                (self.home.neighbours.number, gid, room - len(rows)),
-            ).fetchall()
+            mixed = self._mixed(db, gid, room - len(rows))
+            said = {"owner": self.home.neighbours.number, "queue": gid, "room": room - len(rows), "mixed": json.dumps(mixed)}
+            which = "SELECT value FROM json_each(:mixed)" if mixed else f"SELECT id {READY} ORDER BY rank, id LIMIT :room"
+            claim = f"UPDATE jobs SET state = 1, owner = :owner, run = NULL WHERE id IN ({which})"
+            claimed: list[Any] = db.execute(f"{claim} RETURNING rank, id, jid, payload, crashes", said).fetchall()
+            claimed.sort()
             before, mark = len(rows), None
-            if self._guard is not None:
-                claimed.sort()  # first enqueued, first to have a lock
-            for id_, jid, payload, crashes in claimed:
+            for _, id_, jid, payload, crashes in claimed:
                 if self._guard is not None:
                     waits, mark = self._admit(db, id_, payload, now)
                     if waits:
@@ -147,6 +147,23 @@ class SqliteQueues(Fetcher):
             if len(rows) - before == len(claimed):  # nobody waits
                 return rows, False
         return rows, len(rows) < room
+
+    def _mixed(self, db: apsw.Connection, gid: int, room: int) -> list[int]:
+        """Of a queue whose jobs differ in priority the next ones: one in FAIR is the one that waits longest. Else none."""
+        said: Any = {"queue": gid, "room": room}
+        ends = f"SELECT (SELECT rank {READY} ORDER BY rank LIMIT 1), (SELECT rank {READY} ORDER BY rank DESC LIMIT 1)"
+        rank, last = one(db, ends, said)
+        if rank == last:
+            return []
+        said["count"], self._turns = divmod(self._turns + room, FAIR)
+        longest: list[int] = []
+        while said["count"] and rank is not None:
+            said["rank"] = rank
+            longest += [row[0] for row in db.execute(f"SELECT id {READY} AND rank = :rank ORDER BY id LIMIT :count", said)]
+            rank = one(db, f"SELECT min(rank) {READY} AND rank > :rank", said)[0]
+        longest = sorted(longest)[: said["count"]]
+        first = [row[0] for row in db.execute(f"SELECT id {READY} ORDER BY rank, id LIMIT :room", said)]
+        return [*longest, *(id_ for id_ in first if id_ not in {*longest})][:room]
 
     def _admit(self, db: apsw.Connection, id_: int, payload: bytes, now: float) -> tuple[bool, Any]:
         """Take the slots a claimed job needs; whether it has to wait for one, and what its row is to say."""

@@ -89,13 +89,21 @@ class SqliteStore(SqliteReader):
         _, _, keys, values, headers, times, _ = zip(*batch, strict=True)
         return _encode((keys, values, headers if any(headers) else None, times))
 
-    def _store_jobs(self, db: apsw.Connection, jobs: list[OutgoingJob], stored: list[tuple[Any, Any]]) -> None:
+    def _store_jobs(self, db: apsw.Connection, jobs: list[Any], stored: list[tuple[Any, Any]]) -> None:
         now = self.clock.now()
         rows: list[tuple[Any, ...]] = []
         counts: dict[int, int] = {}
         joining: dict[str, list[str]] = {}
         notes: dict[tuple[str, Any], bytes | None] = {}
-        insert = "INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)"
+
+        def insert(rows: list[tuple[Any, ...]]) -> None:
+            if not ranked:
+                db.executemany("INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)", rows)
+            else:
+                sql = "INSERT INTO jobs (queue, state, at, jid, payload, rank) VALUES (?, ?, ?, ?, ?, ?)"
+                db.executemany(sql, [(*row, 0)[:6] for row in rows])
+
+        ranked = False
         for job in jobs:
             queue, payload, at, jid, future = job
             if type(job) is Member:
@@ -110,15 +118,18 @@ class SqliteStore(SqliteReader):
             qid = self.queue_ids.get(queue)
             if qid is None:
                 qid = self._create_queue(db, queue)
-            if type(job) is LockedJob:
-                db.executemany(insert, rows)  # in the order of sending
+            locked = type(job) is LockedJob and job.lock is not None
+            if locked:
+                insert(rows)  # in the order of sending
                 rows = []
                 if self._unlocked(db, job, now, qid, stored):
                     continue
             later = at is not None and at > now
             rows.append((qid, 2 if later else 0, at if later else None, jid, payload))
-            if type(job) is LockedJob:
-                db.executemany(insert, [rows.pop()])
+            if type(job) is not OutgoingJob and job.priority:
+                rows[-1], ranked = (*rows[-1], -job.priority), True
+            if locked:
+                insert([rows.pop()])
                 if job.lock.until is None:
                     db.execute("UPDATE jobs SET lock = ? WHERE id = last_insert_rowid()", (job.lock.key,))
                 else:
@@ -126,7 +137,7 @@ class SqliteStore(SqliteReader):
             counts[qid] = counts.get(qid, 0) + 1
             if future is not None:
                 stored.append((future, jid))
-        db.executemany(insert, rows)
+        insert(rows)
         for qid, n in counts.items():
             self._moved[qid] = one(db, "UPDATE heads SET next = next + ? WHERE gid = ? RETURNING next", (n, qid))[0]
         for batch, jids in joining.items():

@@ -10,7 +10,7 @@ import msgspec
 from barnabas.engine.hand import CURRENT
 from barnabas.errors import BarnabasError
 from barnabas.jobs.payload import More, Payload, PayloadError, build, derived_jid, dumps, hooked, with_more
-from barnabas.message import OutgoingJob, member, note
+from barnabas.message import OutgoingJob, member, note, ranked
 from barnabas.verdict import Again, Done
 
 BATCHES = "barnabas.batches"  # the table of batches and their members, and of what has ended
@@ -217,7 +217,7 @@ def linked(app: Any, said: dict[str, Any], args: list[Any], jid: str, now: float
     name, queue, retry, more = said.pop("class"), said.pop("queue"), said.pop("retry"), own | more
     data = build(name, args, queue=queue, retry=retry, jid=jid, now=now, extra=said | ({"barnabas": more} if more else {}))
     made = hooked(app.enqueue_hooks, data, queue)
-    return None if made is None else OutgoingJob(made[1], made[0], None, jid, None)
+    return None if made is None else ranked(more.get("priority", 0), OutgoingJob(made[1], made[0], None, jid, None))
 
 
 def _result(jid: str, outcome: Outcome, until: float) -> OutgoingJob:
