@@ -699,6 +699,9 @@ class Loop(asyncio.AbstractEventLoop):
 
     call_soon_threadsafe = call_soon
 
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:
+        return self.call_soon(callback, *args)
+
     def get_debug(self) -> bool:
         return False
 

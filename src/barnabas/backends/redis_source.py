@@ -230,9 +230,9 @@ class RedisQueues:
             "turn", self.name, now, today, *settled, room, first, int(landed), len(names), *wanted
         )
         self._sure = sure
-        for number in finished:
-            self.work.pop(number, None)
-            self._crashes.pop(number, None)
+        for mine in (self.work, self._crashes) if self._crashes else (self.work,):
+            for number in finished:
+                mine.pop(number, None)
         if self._locked and finished:
             self._unlock(finished)
         for batch in ripe:
@@ -380,6 +380,11 @@ class RedisQueues:
             for (_, row_number), said in result.cells.items() if result.cells else ():
                 how, batch, jid = (said or b"").decode().split()
                 left += (row_number, result.part.topic, batch, jid, how)
+            if not others and not self._locked:
+                numbers = [row[0] for row in result.rows]
+                finished += numbers
+                done += [f"{number}{tail}" for number in numbers]
+                continue
             for row in result.rows:
                 number = row[0]
                 finished.append(number)

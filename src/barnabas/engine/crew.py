@@ -96,7 +96,8 @@ class Crew:
         if self.held:
             first, self.solo = self.solo, None
         elif not self.stopping:
-            count = min(100, max(1, int(0.001 / self.pace))) if self.pace else 1
+            pace = self.pace
+            count = min(100, int(0.001 / pace)) if 0 < pace <= 0.001 else 1
             first = lanes.take(count)
             if first is not None and count > 1 and lanes.ready:
                 haul = self.hauls[slot]
@@ -108,7 +109,7 @@ class Crew:
         if first is None:
             self.box[slot * SLOT + self.base] = 0
             if self.fresh:
-                self._tell()
+                self._ran_out()
         else:
             self.current[slot] = first
             self.until[slot] = 0.0
@@ -116,7 +117,8 @@ class Crew:
 
     def _measure(self, slot: int) -> None:
         """How long a row took of late: it decides how many a worker takes at once, and how far ahead jobs are claimed."""
-        rows = sum([done for _, done, _ in self.ended[slot]])
+        ended = self.ended[slot]
+        rows = ended[0][1] if len(ended) == 1 else sum([done for _, done, _ in ended])
         if rows:
             self.pace += ((self.monotonic() - self.began[slot]) / rows - self.pace) * 0.2
 
@@ -204,6 +206,10 @@ class Crew:
     def _tell(self) -> None:
         self.fresh = 0
         self.wake()
+
+    def _ran_out(self) -> None:
+        """There is nothing for a worker to do, and results that the fetch thread has not seen."""
+        self._tell()
 
     def _ready(self) -> None:
         """A lane became ready while the lock is held: see that somebody takes it."""

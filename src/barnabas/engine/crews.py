@@ -100,6 +100,7 @@ class LoopCrew(Crew):
     """Tasks on an event loop: for async handlers. Long-lived workers, never a task a message."""
 
     loop: asyncio.AbstractEventLoop
+    _telling = False
 
     def start(self) -> None:
         self._waiters: deque[asyncio.Future[None]] = deque()
@@ -114,6 +115,20 @@ class LoopCrew(Crew):
     def _ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self.died(self.tasks.index(task), error)
+
+    def _ran_out(self) -> None:
+        """While others are at work, a few results are not worth waking the fetch thread each time that one has nothing to do:
+        it would not settle them yet."""
+        if self.fresh >= self.enough or len(self._waiters) + 1 >= self.size:
+            self._tell()
+        elif not self._telling:
+            self._telling = True
+            self.loop.call_later(0.01, self._told)
+
+    def _told(self) -> None:
+        self._telling = False
+        if self.fresh:
+            self._tell()
 
     async def idle(self, slot: int) -> bool:
         if self.stopping:

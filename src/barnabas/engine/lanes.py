@@ -132,15 +132,16 @@ class Lanes:
         """The next run that is ready, None if there is none. Of rows without order at most `count`. Hold the lock."""
         ready = self.ready
         while ready:
-            run = ready.popleft()
-            part = run.part
+            run = ready[0]
+            part, rows = run.part, run.rows
+            if run.key is LOOSE and len(rows) > count and part.until:
+                first = Run(part, LOOSE, rows[:count])
+                del rows[:count]
+                return first
+            ready.popleft()
             if not part.until:  # being revoked, or gone
                 continue
-            rows = run.rows
             if run.key is LOOSE:
-                if len(rows) > count:
-                    ready.appendleft(Run(part, LOOSE, rows[count:]))
-                    run.rows = rows[:count]
                 return run
             most = self.most
             if part.crashes:  # a batch that was in work at a crash comes again as smaller ones: fewer are in work at the next
