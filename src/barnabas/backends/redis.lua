@@ -328,26 +328,29 @@ return dead
 
 --- move
 -- Take members out of a sorted set, each only if it is still there, and push what became of them onto their queues; those
--- without a queue, or whose queue is no list, are buried. Returns the queues that are no lists.
-local set, now, queues, names, strange = key(arg()), arg(), {}, {}, {}
+-- without a queue, or whose queue is no list, are buried. They come in stretches of one queue: each with what becomes of it,
+-- or with `tail` in place of its last brace. Returns the queues that are no lists.
+local set, now, tail, queues, names, strange = key(arg()), arg(), arg(), {}, {}, {}
 if not (fits(key('dead'), 'zset') and fits(key('queues'), 'set')) then
   return redis.error_reply('WRONGTYPE dead is no sorted set, or queues no set')
 end
 for _ = 1, number() do
-  local member, name, payload = arg(), arg(), arg()
-  if redis.call('ZREM', set, member) == 1 then
-    local jobs = queues[name]
-    if not jobs then
-      jobs = {}
-      queues[name] = jobs
-      names[#names + 1] = name
-    end
-    jobs[#jobs + 1] = payload
+  local name, plain = arg(), arg() == '1'
+  local jobs = queues[name]
+  if not jobs then
+    jobs = {}
+    queues[name] = jobs
+    names[#names + 1] = name
+  end
+  for _ = 1, number() do
+    local member = arg()
+    local payload = not plain and arg()
+    if redis.call('ZREM', set, member) == 1 then jobs[#jobs + 1] = payload or string.sub(member, 1, -2) .. tail end
   end
 end
 for _, name in ipairs(names) do
-  local pushed = false
-  if name ~= '' then
+  local pushed = #queues[name] == 0
+  if name ~= '' and not pushed then
     pushed = type(redis.pcall('LPUSH', key('queue:' .. name), unpack(queues[name]))) == 'number'
     if pushed then redis.call('SADD', key('queues'), name) else strange[#strange + 1] = name end
   end

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import ResponseError
 
 from barnabas.backends.redis_admin import text
-from barnabas.jobs.payload import PayloadError, enqueued, parse
+from barnabas.jobs.payload import PayloadError, due, tail
 from barnabas.ports import FOREVER
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ CALM = 30.0  # after a restart or reconnect nobody is taken for dead: all need t
 TICK = 1.0  # seconds between looks at what operators ask for
 BEAT = 60  # seconds that Sidekiq believes a heartbeat
 PAGE, PAGE_BYTES = 500, 1 << 20  # due jobs moved in one step: others wait for it
+AHEAD = 8  # such pages that are read at once
 POLL = 5.0  # seconds between two looks for what is due, over all processes about 0.5
 SIGNALS = {b"TSTP": "quiet", b"TERM": "stop", b"INT": "stop"}
 
@@ -250,7 +251,7 @@ class Life:
     def _try_page(self, name: str) -> int:
         """The same for a set that may be somebody else's key, of another type: that is told once, and stops no other."""
         try:
-            return self._move_page(name)
+            return self._move_pages(name)
         except ResponseError as error:
             if name not in self._strange:
                 self._strange.add(name)
@@ -262,27 +263,55 @@ class Life:
         processes: int = self.home.client.hlen(self.home.key("barnabas:workers"))
         return min(POLL, 0.5 * max(1, processes)) * (0.5 + int.from_bytes(os.urandom(1), "big") / 256)
 
-    def _move_page(self, name: str) -> int:
+    def _move_pages(self, name: str) -> int:
         """Move what is due in a set to its queues; what is no job, to the dead. Returns how many there were."""
         home, count = self.home, self._page
         key, now = home.key(name), home.clock.now()
-        members: list[bytes] = home.client.zrangebyscore(key, "-inf", now, start=0, num=count)
+        members: list[bytes] = home.client.zrangebyscore(key, "-inf", now, start=0, num=AHEAD * count)
         if not members:
             first: Any = home.client.zrange(key, 0, 0, withscores=True)
             if first:
                 self._next = min(self._next, first[0][1])
             return 0
-        args: list[Any] = []
-        for member in members:
-            try:
-                args += (member, parse(member).queue or "default", enqueued(member, now))
-            except PayloadError as error:
-                log.error("%s: buried, since %s", key, error)
-                args += (member, "", member)
-        for queue in home.script("move", name, now, len(members), *args):
-            log.error("%s is no list, so it is no queue; what was due there is buried", home.key(f"queue:{text(queue)}"))
+        link, begun = home.where.pool.get_connection(), False
+        try:
+            with home.edge():
+                for first in [*range(0, len(members), count), -1]:
+                    page = self._page_of(key, members[first : first + count], now) if first >= 0 else []
+                    if begun:
+                        self._moved(link.read_response())
+                    begun = bool(page) and not self._stop.is_set()
+                    if begun:  # the next page is made ready while Redis is at this one
+                        link.send_command(*home.eval("move", name, now, *page))
+        except BaseException:
+            link.disconnect()
+            raise
+        finally:
+            home.where.pool.release(link)
         size = sum(map(len, members)) // len(members)
         self._page = max(1, min(PAGE, PAGE_BYTES // max(1, size)))
         return len(members)
+
+    def _page_of(self, key: str, members: list[bytes], now: float) -> list[Any]:
+        """What the script is to know of these."""
+        args, at, before = list[Any]([tail(now), 0]), 0, None
+        for member in members:
+            try:
+                queue, payload = due(member, now)
+            except PayloadError as error:
+                log.error("%s: buried, since %s", key, error)
+                queue, payload = "", member
+            if (queue, payload is None) != before:  # a stretch of one queue begins
+                before, at = (queue, payload is None), len(args) + 2
+                args[1] += 1
+                args += (queue, int(payload is None), 0)
+            args[at] += 1
+            args += (member,) if payload is None else (member, payload)
+        return args
+
+    def _moved(self, strange: list[bytes]) -> None:
+        for queue in strange:
+            name = self.home.key(f"queue:{text(queue)}")
+            log.error("%s is no list, so it is no queue; what was due there is buried", name)
 
     _page = 50

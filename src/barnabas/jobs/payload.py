@@ -253,8 +253,12 @@ class _Stamp(msgspec.Struct):
     enqueued_at: Any = msgspec.UNSET
 
 
+class _Due(Payload, frozen=True, gc=False, kw_only=True):
+    enqueued_at: Any = msgspec.UNSET
+
+
 _payload = msgspec.json.Decoder(Payload).decode
-_stamp = msgspec.json.Decoder(_Stamp).decode
+_stamp, _due = msgspec.json.Decoder(_Stamp).decode, msgspec.json.Decoder(_Due).decode
 
 
 def seconds(stamp: object) -> float | None:
@@ -290,10 +294,28 @@ def enqueued(data: bytes, now: float) -> bytes:
     """
     try:
         if data.isascii() and _stamp(data).enqueued_at is msgspec.UNSET and data[-1:] == b"}" and data[:-1].rstrip()[-1:] != b"{":
-            return b'%b,"enqueued_at":%b}' % (data[:-1], _encode(float(now)))  # in a fourth of the time
+            return data[:-1] + tail(now)  # in a fourth of the time
         return _encode(_raws(data) | {"enqueued_at": float(now)})
     except _BROKEN as error:
         raise PayloadError(f"not a Sidekiq job: {error}") from error
+
+
+def tail(now: float) -> bytes:
+    """What a job ends in that enters its queue at `now` (epoch seconds), in place of its last brace."""
+    return b',"enqueued_at":%b}' % _encode(float(now))
+
+
+def due(data: bytes, now: float) -> tuple[str, bytes | None]:
+    """The queue of a scheduled job, and the job as it enters that at `now`: None where only its `tail` is new.
+
+    Raises PayloadError for bytes that are not a job.
+    """
+    if data[-1:] == b"}" and data.isascii():
+        with suppress(*_BROKEN):
+            job = _due(data)
+            if job.enqueued_at is msgspec.UNSET and memoryview(job.args)[0] == 91:
+                return job.queue or "default", None
+    return parse(data).queue or "default", enqueued(data, now)
 
 
 def recalled(data: bytes, now: float) -> bytes:
