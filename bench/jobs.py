@@ -16,7 +16,7 @@ from barnabas import App
 
 CLAIM = (
     "UPDATE jobs SET state = 1, owner = 1 WHERE id IN "
-    "(SELECT id FROM jobs WHERE state = 0 AND queue = 1 ORDER BY id LIMIT 100) RETURNING id, payload"
+    "(SELECT id FROM jobs WHERE state = 0 AND queue = 1 AND rank = 0 ORDER BY id LIMIT 100) RETURNING id, payload"
 )
 
 

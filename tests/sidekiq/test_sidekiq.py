@@ -13,7 +13,8 @@ import pytest
 import redis
 from servers import RedisServer, need
 
-from barnabas import App
+from barnabas import App, steps, until_executed
+from barnabas.backends import redis_life
 from barnabas.jobs import batch
 from barnabas.jobs.payload import backtrace
 from barnabas.worker import Worker
@@ -308,3 +309,42 @@ def test_a_real_sidekiq_is_not_disturbed_by_batches_and_what_it_deletes_is_found
     assert sorted(told) == ["on_complete", "on_complete", "on_death", "on_death"]
     assert (deleted.status().done, deleted.status().dead, both.status().dead) == (1, 3, 200)
     assert client.zcard("dead") == 2 and both.status().state == deleted.status().state == "complete"
+
+
+def test_loops_deadlines_and_locks_keep_their_promises_in_ruby_s_hands(server, client, app, monkeypatch):
+    monkeypatch.setattr(redis_life, "SWEEP", 0.2)
+    seen, broken = [], {3, 7}
+
+    @app.job(queue="mine")
+    def walk():
+        for n in steps(range(10)):
+            if n in broken:
+                broken.remove(n)
+                raise ValueError("no")
+            seen.append(n)
+
+    @app.job(queue="mine", expires_in=1)
+    def late():
+        raise ValueError("no")
+
+    unique = app.job(name="Unique", queue="elsewhere", unique=until_executed())(lambda n: None)
+    jids = [unique.enqueue(1).result(10), unique.enqueue_in(600, 2).result(10)]
+    app.settings = app.settings.override(queues=["mine"])
+    jid = walk.enqueue().result(10)
+    expiring = late.enqueue().result(10)
+    with python(app):
+        wait_for(lambda: client.zcard("retry") == 2)
+        assert seen == [0, 1, 2]
+        # Killed and brought back from the dead; retried too late; moved to another time; deleted.
+        ruby(server, f"Sidekiq::RetrySet.new.find_job('{jid}').kill; Sidekiq::DeadSet.new.each(&:retry)")
+        wait_for(lambda: seen == list(range(7)))
+        time.sleep(1.0)
+        ruby(server, f"Sidekiq::RetrySet.new.find_job('{expiring}').retry")
+        wait_for(lambda: app.observers.counts.get(("late", "expired")) == 1)
+        wait_for(lambda: client.zcard("retry") == 1)
+        ruby(server, "Sidekiq::RetrySet.new.each { |e| e.reschedule(Time.now + 60) }; Sidekiq::RetrySet.new.each(&:add_to_queue)")
+        wait_for(lambda: seen == list(range(10)))
+        wait_for(lambda: client.keys("barnabas:note:steps:*") == [])
+        ruby(server, f"Sidekiq::Queue.new('elsewhere').find_job('{jids[0]}').delete; Sidekiq::ScheduledSet.new.clear")
+        wait_for(lambda: [app.jobs.holder(unique.lock.key((n,))) for n in (1, 2)] == [None, None])
+    assert len(unique.enqueue(1).result(10)) == 24 and client.zcard("retry") == client.zcard("dead") == 0
