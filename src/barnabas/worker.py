@@ -336,11 +336,14 @@ class Worker:
                 runner.hush()
 
     def counts(self) -> dict[str, float]:
-        """What it has done since its start: "done", "again", "dead", ...; "work": what it has in work now."""
+        """What it has done since its start: "done", "again", "dead", ...; "overtaken": what it ran
+        when others had taken it back, since this process was cut off or frozen; "work": what it has in work now."""
         found: dict[str, float] = {}
         for (_, outcome), count in self.app.observers.counts.copy().items():
             name = "again" if outcome == "retry topic" else outcome
             found[name] = found.get(name, 0) + count
+        if overtaken := sum(getattr(home, "overtaken", 0) for home in self.homes):
+            found["overtaken"] = overtaken
         found["work"] = sum(len(run.rows) for _, _, run, _ in _running(self.runners))
         return found
 

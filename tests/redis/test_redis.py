@@ -438,7 +438,8 @@ def test_a_process_that_was_silent_too_long_settles_nothing_of_what_others_took(
     parts = list(frozen.parts.values())
     assert all(part.until < time.monotonic() for part in parts)
     frozen.settle([Result(found[0][0], rows(found)[:2], [], {}, {})])
-    assert "2 jobs were no longer ours when they had ended" in caplog.text and client.llen("queue:default") == 4
+    assert "2 jobs were no longer ours when they had ended" in caplog.text and app.jobs.overtaken == 2
+    assert client.llen("queue:default") == 4
     again = frozen.fetch(10, 0)
     assert frozen._listener.gone == parts and [row[2] for row in rows(again)] == [row[2] for row in rows(found)]
     assert client.get("stat:processed") is None

@@ -93,6 +93,7 @@ class RedisBackend(RedisAdmin):
         self._numbers = threading.Lock()
         self._number = 0
         self.boxes: list[array[int]] = []
+        self.overtaken = 0  # jobs that others had taken back when they had ended here
         super().__init__()
         self._danger = ""  # what a worker's log says once
         self._check()

@@ -237,8 +237,9 @@ class RedisQueues:
             self._unlock(finished)
         for batch in ripe:
             home.ripe(text(batch))
-        if count < len(finished) - back:
-            log.warning("%d jobs were no longer ours when they had ended, and run again", len(finished) - back - count)
+        if (overtaken := len(finished) - back - count) > 0:
+            home.overtaken += overtaken
+            log.warning("%d jobs were no longer ours when they had ended, and run again", overtaken)
         if not alive:
             self.life.forget()
             return []
