@@ -21,9 +21,10 @@ from barnabas import (
     while_executing,
 )
 from barnabas.engine.lanes import Run
-from barnabas.errors import Conflict
+from barnabas.errors import BackendError, Conflict
 from barnabas.jobs.payload import parse
 from barnabas.jobs.unique import held
+from barnabas.queues import entry, move
 from barnabas.testing import _isolated
 from barnabas.worker import Worker
 
@@ -37,6 +38,8 @@ KINDS = {
     "timed": until_expired(by="key", ttl=30.0),
 }
 PLANS = (("done",), ("done",), ("raise", "done"), ("later", "done"), ("raise", "raise", "reject"), ("reject",))
+TURNS = ("on_death", "on_complete", "on_success")  # of a batch: its callbacks
+IN_BATCHES = ("plain", "alone")
 SIM: Any = None  # the schedule that is played
 
 
@@ -51,6 +54,18 @@ class Told:
         self.number, self.kind, self.key, self.plan, self.refused, self.clean = number, kind, key, plan, refused, clean
         self.runs = 0
         self.end = ""  # "done", "dead" or "dropped"
+        self.batch = -1
+        self.child: Told | None = None  # a job that it adds to its batch
+        self.revived = False  # it was dead, and counted as that
+        self.phantom = False  # it is not stored yet, and may never be
+
+
+class Batch:
+    """A batch as its maker knows it."""
+
+    def __init__(self, id: str, parent: int) -> None:
+        self.id, self.parent = id, parent
+        self.turns = Counter[str]()
 
 
 def declare() -> tuple[App, dict[str, Any]]:
@@ -63,6 +78,12 @@ def declare() -> tuple[App, dict[str, Any]]:
 
         act.__name__ = kind
         jobs[kind] = app.job(unique=unique, retry=3)(act)
+    for turn in TURNS:
+
+        def told(id: str, turn: str = turn) -> None:
+            SIM.turned(turn, id)
+
+        jobs[turn] = app.job(name=turn)(told)
     return app, jobs
 
 
@@ -76,9 +97,18 @@ class Sim:
         self.dice, self.memory, self.clock = random.Random(seed), memory, APP.clock
         self.calm = self.dice.random() < 0.3  # nobody crashes, fails or interferes: order is looked at
         self.kinds = self.dice.sample([*KINDS], self.dice.randint(1, 3))
+        self.batching = self.dice.random() < 0.5
         self.told: list[Told] = []
         self.members: list[Worker] = []
         self.begun: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self.batches: list[Batch] = []
+        self.memory.end = self.end
+
+    def end(self, *args: Any) -> None:
+        """What a keeper says of members; now and then it cannot."""
+        if not self.calm and self.dice.random() < 0.2:
+            raise BackendError("as planned")
+        type(self.memory).end(self.memory, *args)
 
     # What the jobs do.
 
@@ -88,6 +118,8 @@ class Sim:
             raise Wrong(f"job {number} runs, but was dropped")
         plan = told.plan[min(told.runs, len(told.plan) - 1)]
         told.runs += 1
+        if told.child is not None and self.batches[told.batch].turns["on_complete"] == 0:
+            APP.current_batch().enqueue(JOBS[told.child.kind], told.child.number, told.child.key)
         if told.runs == 1 and told.clean:
             self.begun[told.kind, told.key].append(number)
         if plan == "raise":
@@ -98,7 +130,50 @@ class Sim:
             raise Reject("as planned")
         told.end = "done"
 
+    def turned(self, turn: str, id: str) -> None:
+        """A batch's callback runs."""
+        number = next(number for number, batch in enumerate(self.batches) if batch.id == id)
+        self.batches[number].turns[turn] += 1
+        members = self.members_of(number)
+        living = [job for job in self.memory.find_jobs() if job.state != "dead" and self.number(job) in members]
+        left = [job for job in living if not self.told[self.number(job)].revived]
+        if turn != "on_death" and left:
+            raise Wrong(f"{turn} of batch {number}, and job {self.number(left[0])} is not settled")
+        ends = {self.told[member].end for member in members}
+        if turn == "on_success" and "dead" in {self.told[member].end or "dead" for member in members}:
+            raise Wrong(f"{turn} of batch {number} with {ends}")
+
+    def members_of(self, batch: int) -> set[int]:
+        """Its jobs, and those of the batches inside it."""
+        inside = {batch}
+        for number, each in enumerate(self.batches):
+            if each.parent in inside:
+                inside.add(number)
+        return {told.number for told in self.told if told.batch in inside and not told.phantom}
+
     # What happens.
+
+    def gather(self, parent: int = -1) -> None:
+        """Make a batch, perhaps with another inside it."""
+        callbacks = {turn: JOBS[turn] for turn in TURNS}
+        with contextlib.suppress(BackendError), APP.batch(**callbacks) as batch:
+            self.batches.append(Batch(batch.id, parent))
+            number = len(self.batches) - 1
+            for _ in range(self.dice.randint(0, 4)):
+                told = self.tell(self.dice.choice(IN_BATCHES), number)
+                batch.enqueue(JOBS[told.kind], told.number, told.key)
+                if self.dice.random() < 0.2:
+                    told.child = self.tell(self.dice.choice(IN_BATCHES), number)
+                    told.child.phantom = True  # until it is stored
+            if parent < 0 and self.dice.random() < 0.3:
+                self.gather(number)
+
+    def tell(self, kind: str, batch: int) -> Told:
+        plan = ("done",) if self.calm else self.dice.choice(PLANS)
+        told = Told(len(self.told), kind, f"b{self.dice.randrange(3)}", plan, False, False)
+        told.batch = batch
+        self.told.append(told)
+        return told
 
     def enqueue(self) -> None:
         kind, key = self.dice.choice(self.kinds), f"k{self.dice.randrange(3)}"
@@ -117,6 +192,10 @@ class Sim:
 
     def fetch(self, worker: Worker) -> None:
         worker.runners[0].step(0.0)
+        phantoms = [told for told in self.told if told.phantom and self.batches[told.batch].id in self.memory.batches]
+        stored = {self.number(job) for job in self.memory.find_jobs()} if phantoms else ()
+        for told in phantoms:  # if so, who added it has been settled
+            told.phantom = told.number not in stored
 
     def work(self, worker: Worker, most: int) -> None:
         (crew,) = worker.runners[0].crews
@@ -134,6 +213,7 @@ class Sim:
         runner._unsettled = []
         runner.source.close()
         self.members.remove(worker)
+        self.memory.ripe = self.members[-1].batches.ripe if self.members else (lambda id: None)
 
     def interfere(self) -> None:
         """An operator moves a job."""
@@ -141,17 +221,29 @@ class Sim:
         if not found:
             return
         job, to = self.dice.choice(found), self.dice.choice([None, "dead", "ready", "queue:default"])
+        if parse(job.payload).name in TURNS:
+            return
         told = self.told[self.number(job)]
-        if self.memory.move_jobs([job.ref], to) and to is None:
+        ours = self.dice.random() < 0.5  # else as Sidekiq's web page does
+        with contextlib.suppress(BackendError):  # the batch is to be told again, but the job is gone
+            _ = move(APP, [entry(job)], to) if ours else self.memory.move_jobs([job.ref], to)
+        told.revived = told.revived or job.state == "dead"
+        if to is None and job.state != "work":
             told.end = told.end or "dropped"
 
     def number(self, job: Any) -> int:
-        return int(bytes(parse(job.payload).args).decode().strip("[").split(",")[0])
+        """-1 for a callback."""
+        payload = parse(job.payload)
+        return -1 if payload.name in TURNS else int(bytes(payload.args).decode().strip("[]").split(",")[0])
 
     def turn(self) -> None:
         dice, worker = self.dice.random(), self.dice.choice(self.members)
-        if dice < 0.3:
+        if dice < 0.05 and self.batching:
+            self.gather()
+        elif dice < 0.3:
             self.enqueue()
+        elif dice < 0.35:
+            worker.batches.step()
         elif dice < 0.55:
             self.fetch(worker)
         elif dice < 0.75:
@@ -177,7 +269,9 @@ class Sim:
     def check(self) -> None:
         queued, running = Counter[str](), Counter[tuple[str, str]]()
         for job in self.memory.find_jobs():
-            told = self.told[self.number(job)]
+            if (number := self.number(job)) < 0:
+                continue
+            told = self.told[number]
             if job.state != "dead" and told.kind in ("once", "newest"):
                 queued[held(job.payload)] += 1
             if job.state == "work" and told.kind in ("alone", "both"):
@@ -195,11 +289,14 @@ class Sim:
                 self.fetch(worker)
                 self.work(worker, 1 << 20)
                 self.fetch(worker)
+                worker.batches.step()
             self.check()
-            if all(job.state == "dead" for job in self.memory.find_jobs()):
+            ended = all(batch.turns["on_complete"] for batch in self.batches)
+            if ended and all(job.state == "dead" for job in self.memory.find_jobs()):
                 return
             self.clock.advance(30.0)
-        raise Wrong(f"stuck: {[(job.state, self.number(job)) for job in self.memory.find_jobs() if job.state != 'dead']}")
+        open = [APP.batch_status(batch.id) for batch in self.batches if not batch.turns["on_complete"]]
+        raise Wrong(f"stuck: {open} {[(job.state, self.number(job)) for job in self.memory.find_jobs() if job.state != 'dead']}")
 
     def play(self) -> None:
         self.join()
@@ -208,7 +305,13 @@ class Sim:
             self.check()
         self.settle_down()
         dead = {self.number(job) for job in self.memory.find_jobs("dead")}
+        for number, batch in enumerate(self.batches):
+            failed = [n for n in self.members_of(number) if self.told[n].end != "done"]
+            if bool(batch.turns["on_success"]) is bool(failed):
+                raise Wrong(f"batch {number}: {batch.turns}, and {failed} failed")
         for told in self.told:
+            if told.phantom:
+                continue
             if told.kind == "newest" and any(t.key == told.key for t in self.told[told.number + 1 :] if t.kind == "newest"):
                 continue  # replaced by a later one, perhaps
             if told.refused and (told.runs or KINDS[told.kind] is None):

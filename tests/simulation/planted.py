@@ -22,6 +22,8 @@ from barnabas.engine.handler import Handler
 from barnabas.engine.lanes import Lanes
 from barnabas.engine.ledger import Ledger, Straight
 from barnabas.engine.runner import Runner
+from barnabas.jobs import batch
+from barnabas.jobs.batch import Keeper
 from barnabas.state.table import Cells
 
 
@@ -134,6 +136,17 @@ JOB_BUGS = [
     Bug("a lock is not noted with its job", MemoryBackend, "_lock", "self.held[self._number] = claim.key", "pass"),
     Bug("a refused job is stored", MemoryBackend, "_push", "not self._lock(job)", "self._lock(job) is None"),
     Bug("the last who waits is next", MemoryAdmin, "ended", "first = min(", "first = max("),
+    # Batches of jobs.
+    Bug("a batch is complete before its last job", batch, "look", "not is_open and", ""),
+    Bug("a batch with dead jobs is a success", batch, "look", "ended and not dead", "ended"),
+    Bug("a member's end is not noted", MemoryQueues, "settle", "result.cells.pop((BATCHES, row[0]), None)", "b''"),
+    Bug("a dead member is forgotten", MemoryAdmin, "leave", "sets[how].add(each)", "pass"),
+    Bug("a member is open for ever", MemoryAdmin, "leave", "sets[before].remove(each)", "pass"),
+    Bug("what an operator drops counts as done", batch, "bury", '"dead"', '"done"'),
+    Bug("what others delete keeps a batch open", Keeper, "_reconcile", "if lost:", "if False:"),
+    Bug("what is stored counts as lost", Keeper, "_lost", "if jid in stored:", "if False:"),
+    Bug("a job that is added comes too late", MemoryAdmin, "enter", 'sets["open"].add(job.jid)', "pass"),
+    Bug("a batch that was left in its middle stays so", Keeper, "_lost", 'if jid.startswith("b-") and', "if False and"),
 ]  # fmt: skip
 
 
