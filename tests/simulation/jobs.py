@@ -12,6 +12,8 @@ from typing import Any
 
 from barnabas import (
     App,
+    Concurrent,
+    Rate,
     Reject,
     RetryAfter,
     until_and_while_executing,
@@ -28,6 +30,7 @@ from barnabas.queues import entry, move
 from barnabas.testing import _isolated
 from barnabas.worker import Worker
 
+PER = 20.0  # seconds
 KINDS = {
     "plain": None,
     "once": until_executed(by="key"),
@@ -37,6 +40,13 @@ KINDS = {
     "both": until_and_while_executing(by="key"),
     "timed": until_expired(by="key", ttl=30.0),
 }
+LIMITS = {
+    "few": Concurrent(2, by="key"),
+    "rated": Rate(2, per=PER, by="key"),
+    "several": [Concurrent(1, by="key"), Rate(3, per=PER)],
+}
+AT_ONCE = {"alone": 1, "both": 1, "few": 2, "several": 1}
+IN_ORDER = ("plain", "alone", "few")
 PLANS = (("done",), ("done",), ("raise", "done"), ("later", "done"), ("raise", "raise", "reject"), ("reject",))
 TURNS = ("on_death", "on_complete", "on_success")  # of a batch: its callbacks
 IN_BATCHES = ("plain", "alone")
@@ -71,13 +81,13 @@ class Batch:
 def declare() -> tuple[App, dict[str, Any]]:
     app = App("sim", events="memory:", jobs="memory:", threads=4)
     jobs = {}
-    for kind, unique in KINDS.items():
+    for kind, unique in (KINDS | dict.fromkeys(LIMITS)).items():
 
         def act(number: int, key: str) -> None:
             SIM.run(number)
 
         act.__name__ = kind
-        jobs[kind] = app.job(unique=unique, retry=3)(act)
+        jobs[kind] = app.job(unique=unique, limit=LIMITS.get(kind, []), retry=3)(act)
     for turn in TURNS:
 
         def told(id: str, turn: str = turn) -> None:
@@ -96,12 +106,13 @@ class Sim:
     def __init__(self, seed: int, memory: Any) -> None:
         self.dice, self.memory, self.clock = random.Random(seed), memory, APP.clock
         self.calm = self.dice.random() < 0.3  # nobody crashes, fails or interferes: order is looked at
-        self.kinds = self.dice.sample([*KINDS], self.dice.randint(1, 3))
+        self.kinds = self.dice.sample([*KINDS, *LIMITS], self.dice.randint(1, 3))
         self.batching = self.dice.random() < 0.5
         self.told: list[Told] = []
         self.members: list[Worker] = []
         self.begun: dict[tuple[str, str], list[int]] = defaultdict(list)
         self.batches: list[Batch] = []
+        self.starts: dict[tuple[str, str], list[float]] = defaultdict(list)  # of rated jobs
         self.memory.end = self.end
 
     def end(self, *args: Any) -> None:
@@ -116,6 +127,11 @@ class Sim:
         told = self.told[number]
         if told.end == "dropped":
             raise Wrong(f"job {number} runs, but was dropped")
+        if told.kind in ("rated", "several"):
+            most, starts = (2, self.starts["rated", told.key]) if told.kind == "rated" else (3, self.starts["several", ""])
+            starts.append(self.clock.now())
+            if len(starts) > most and starts[-1] < starts[-1 - most] + PER:
+                raise Wrong(f"{most + 1} {told.kind} jobs of {told.key} began within {starts[-1] - starts[-1 - most]} s")
         plan = told.plan[min(told.runs, len(told.plan) - 1)]
         told.runs += 1
         if told.child is not None and self.batches[told.batch].turns["on_complete"] == 0:
@@ -228,8 +244,8 @@ class Sim:
         with contextlib.suppress(BackendError):  # the batch is to be told again, but the job is gone
             _ = move(APP, [entry(job)], to) if ours else self.memory.move_jobs([job.ref], to)
         told.revived = told.revived or job.state == "dead"
-        if to is None and job.state != "work":
-            told.end = told.end or "dropped"
+        if job.state != "work":  # what was done before a crash, and not settled, was not done
+            told.end = "dropped" if to is None else "" if to == "dead" or job.state != "dead" else told.end
 
     def number(self, job: Any) -> int:
         """-1 for a callback."""
@@ -274,25 +290,29 @@ class Sim:
             told = self.told[number]
             if job.state != "dead" and told.kind in ("once", "newest"):
                 queued[held(job.payload)] += 1
-            if job.state == "work" and told.kind in ("alone", "both"):
+            if job.state == "work" and told.kind in AT_ONCE:
                 running[told.kind, told.key] += 1
             if job.state == "work" and told.kind in ("begins", "both") and job.ref[0] in self.memory.held:
                 raise Wrong(f"job {told.number} has begun, and keeps others from being enqueued")
-        for what, counts in (("are stored", queued), ("are at work", running)):
-            if twice := [key for key, count in counts.items() if count > 1]:
-                raise Wrong(f"two of a kind {what}: {twice}")
+        if twice := [key for key, count in queued.items() if count > 1]:
+            raise Wrong(f"two of a kind are stored: {twice}")
+        if many := {kind: count for kind, count in running.items() if count > AT_ONCE[kind[0]]}:
+            raise Wrong(f"too many of a kind are at work: {many}")
 
     def settle_down(self) -> None:
         self.calm = True  # whatever was planned to fail still does
+        rest = 4  # rounds without work: keepers look around
         for _ in range(400):
             for worker in [*self.members]:
                 self.fetch(worker)
                 self.work(worker, 1 << 20)
-                self.fetch(worker)
+                worker.runners[0].settle()
                 worker.batches.step()
             self.check()
             ended = all(batch.turns["on_complete"] for batch in self.batches)
             if ended and all(job.state == "dead" for job in self.memory.find_jobs()):
+                rest -= 1
+            if not rest:
                 return
             self.clock.advance(30.0)
         open = [APP.batch_status(batch.id) for batch in self.batches if not batch.turns["on_complete"]]
@@ -314,16 +334,17 @@ class Sim:
                 continue
             if told.kind == "newest" and any(t.key == told.key for t in self.told[told.number + 1 :] if t.kind == "newest"):
                 continue  # replaced by a later one, perhaps
-            if told.refused and (told.runs or KINDS[told.kind] is None):
+            if told.refused and (told.runs or KINDS.get(told.kind) is None):
                 raise Wrong(f"job {told.number} was refused, and ran")
             if not told.refused and not told.end and told.number not in dead:
                 raise Wrong(f"{told.kind} job {told.number} is lost after {told.runs} runs of {told.plan}")
         for (kind, key), numbers in self.begun.items():
-            if KINDS[kind] in (None, KINDS["alone"]) and len(self.members) == 1 and numbers != sorted(numbers):
+            if kind in IN_ORDER and len(self.members) == 1 and numbers != sorted(numbers):
                 raise Wrong(f"{kind} {key}: begun in the order {numbers}")
         left = [key for key, (_, until) in self.memory.locks.items() if until is None]
-        if left or self.memory.runs or self.memory.held:
-            raise Wrong(f"locks are left: {left} {self.memory.runs} {self.memory.held}")
+        slots = [slots for key, slots in self.memory.slots.items() if ":RUN" in key and slots]
+        if left or slots or self.memory.runs or self.memory.held or self.memory.has:
+            raise Wrong(f"locks are left: {left} {slots} {self.memory.runs} {self.memory.held} {self.memory.has}")
 
 
 def simulate(seed: int) -> int:

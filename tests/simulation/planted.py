@@ -23,6 +23,7 @@ from barnabas.engine.lanes import Lanes
 from barnabas.engine.ledger import Ledger, Straight
 from barnabas.engine.runner import Runner
 from barnabas.jobs import batch
+from barnabas.jobs import work as jobs_work
 from barnabas.jobs.batch import Keeper
 from barnabas.state.table import Cells
 
@@ -123,19 +124,26 @@ BUGS = [
 
 JOB_BUGS = [
     # Locks.
-    Bug("the lock of a run is not taken", MemoryQueues, "_admit", "home.locks[ask.run] = (job.jid, None)", "pass"),
-    Bug("who waits for a lock runs", MemoryQueues, "_admit", "return True, None", "return False, None"),
-    Bug("the lock of a run is kept", MemoryQueues, "settle", "home.ended(row[0])", "pass"),
+    Bug("the lock of a run is not taken", MemoryAdmin, "take", "slots.append((need.nominal(now, oldest), number, jid))", "pass"),
+    Bug("who waits for a lock runs", MemoryAdmin, "admit", "return True, None", "return False, None"),
+    Bug("the lock of a run is kept", MemoryAdmin, "ended", "slots.remove(max(mine))", "pass"),
+    Bug("a slot of before a crash is free", MemoryAdmin, "ended", "slots.remove(max(mine))", "slots[:] = [s for s in slots if s not in mine]"),
     Bug("a process that ends keeps its locks", MemoryQueues, "close", "self.home.ended(number, wake=False)", "pass"),
     Bug("a lock ends with the first run", MemoryQueues, "settle", "if not isinstance(verdict, Again):", "if True:"),
     Bug("a lock outlives its job", MemoryQueues, "settle", "home.free(row[0])", "pass"),
-    Bug("a lock outlives its job's beginning", MemoryQueues, "_admit", "home.free(number)", "pass"),
+    Bug("a lock outlives its job's beginning", MemoryAdmin, "admit", "self.free(number)", "pass"),
     Bug("a lock outlives a job that an operator removes", MemoryAdmin, "move_jobs", "if to in (None, \"dead\"):", "if False:"),
     Bug("a dead job comes back without its lock", MemoryAdmin, "move_jobs", "or self._locked_again(n)", "or True"),
     Bug("a second one is taken", MemoryBackend, "_lock", "self.holder(job.lock.key)", "None"),
     Bug("a lock is not noted with its job", MemoryBackend, "_lock", "self.held[self._number] = claim.key", "pass"),
     Bug("a refused job is stored", MemoryBackend, "_push", "not self._lock(job)", "self._lock(job) is None"),
-    Bug("the last who waits is next", MemoryAdmin, "ended", "first = min(", "first = max("),
+    # Limits.
+    Bug("the last who waits is next", MemoryAdmin, "_wake", "entry[1] == waiting[0][0]", "entry[1] == waiting[-1][0]"),
+    Bug("one more than the limit", MemoryAdmin, "full", "left = need.most - ahead - wants", "left = need.most + 1 - ahead - wants"),
+    Bug("who comes later passes those who wait", MemoryAdmin, "full", "need.most - ahead - wants", "need.most - wants"),
+    Bug("a rate forgets what began", MemoryAdmin, "full", "now - need.span - 2", "now - 2"),
+    Bug("a job begins long after it had its slot", jobs_work, "refused", "now > float(text)", "False"),
+    Bug("what did not begin keeps its slot", MemoryAdmin, "ended", "if not need.span or not begun else", "if not need.span else"),
     # Batches of jobs.
     Bug("a batch is complete before its last job", batch, "look", "not is_open and", ""),
     Bug("a batch with dead jobs is a success", batch, "look", "ended and not dead", "ended"),
@@ -146,6 +154,7 @@ JOB_BUGS = [
     Bug("what others delete keeps a batch open", Keeper, "_reconcile", "if lost:", "if False:"),
     Bug("what is stored counts as lost", Keeper, "_lost", "if jid in stored:", "if False:"),
     Bug("a job that is added comes too late", MemoryAdmin, "enter", 'sets["open"].add(job.jid)', "pass"),
+    Bug("a success that comes late is nobody's", Keeper, "_reconcile", "if not home.batch(id)[2]:", "if False:"),
     Bug("a batch that was left in its middle stays so", Keeper, "_lost", 'if jid.startswith("b-") and', "if False and"),
 ]  # fmt: skip
 

@@ -261,16 +261,13 @@ class MemoryBackend(Notes, MemoryAdmin):
     def move_due(self, now: float) -> float | None:
         """Put jobs that are due into their queues; when the next one is due (epoch seconds)."""
         with self.lock:
-            turns: list[tuple[int, OutgoingJob]] = []
             while self.later and self.later[0][0] <= now:
                 _, number, _, job = heapq.heappop(self.later)
-                if number in self.runs:  # it waited for a slot: those behind it in its queue are not to pass it
+                if number in self.runs:
                     self.unpark(number)
-                    turns.append((number, job))
+                    self.line_up(number, job)
                 else:
                     self.ready.setdefault(job.queue, deque()).append((number, job))
-            for number, job in reversed(turns):
-                self.ready.setdefault(job.queue, deque()).appendleft((number, job))
             return self.later[0][0] if self.later else None
 
     def close(self) -> None:
@@ -463,7 +460,7 @@ class MemoryQueues:
                     if not isinstance(verdict, Again):
                         home.free(row[0])
                     if unbegun:
-                        home.ready.setdefault(job.queue, deque()).appendleft((row[0], job))
+                        home.line_up(row[0], job)
                     elif isinstance(verdict, Again) and not verdict.at:
                         last = job._replace(payload=verdict.payload or job.payload, future=None)
                         home.ready.setdefault(job.queue, deque()).append((row[0], last))

@@ -246,8 +246,10 @@ class MemoryAdmin:
     def ended(self, number: Any, begun: bool = True, wake: bool = True) -> None:
         """A run has, or (not begun) gives its slots back: those who wait first for them may begin. Hold the lock."""
         for need in self.has.pop(number, ()):
-            if not need.span or not begun:
-                self.slots[need.key] = [slot for slot in self.slots[need.key] if slot[1] != number]
+            slots = self.slots[need.key]
+            mine = [slot for slot in slots if slot[1] == number] if not need.span or not begun else ()
+            if mine:
+                slots.remove(max(mine))  # those before it, from before a crash, are of runs that began
             if not need.span and wake:
                 self._wake(need)
 
@@ -263,8 +265,12 @@ class MemoryAdmin:
             _, number, _, job = first
             self.unpark(number)
             self.turns[number] = need.key
-            ready = self.ready.setdefault(job.queue, deque())
-            ready.insert(next((at for at, (other, _) in enumerate(ready) if other > number), len(ready)), (number, job))
+            self.line_up(number, job)
+
+    def line_up(self, number: int, job: OutgoingJob) -> None:
+        """One that waited for a slot is ready again: those that came after it are not to pass it. Hold the lock."""
+        ready = self.ready.setdefault(job.queue, deque())
+        ready.insert(next((at for at, (other, _) in enumerate(ready) if other > number), len(ready)), (number, job))
 
     def hold(self, token: str, need: Need) -> float:
         with self.lock:

@@ -140,7 +140,7 @@ def _ended(app: Any, id: str, record: Record) -> None:
     if record.parent is not None:
         app.jobs.end(record.parent, [id], "done" if record.success else "dead")
         look(app, record.parent)
-    app.jobs.end(ALL, [id], "done")
+    app.jobs.end(ALL, [id], "done" if record.success or record.cancelled else "dead")
     app.jobs.forget(id, "done")  # a number says as much
 
 
@@ -178,7 +178,7 @@ def status(app: Any, id: str) -> Status:
 
 def statuses(app: Any) -> Iterator[Status]:
     """All batches that are remembered: those under way, then those that have ended."""
-    for state in ("open", "done"):
+    for state in ("open", "dead", "done"):
         for id in app.jobs.batch_members(ALL, state):
             try:
                 yield status(app, id)
@@ -397,15 +397,15 @@ class Keeper:
     def _reconcile(self) -> None:
         """Find members that are stored nowhere (an operator of Sidekiq has deleted them) or dead, and what followed from none."""
         app, home, now = self._app, self._app.jobs, self._app.clock.now()
-        ids = list(home.batch_members(ALL, "open"))
-        if not ids and now < self._purge:
+        ids, failed = ([*home.batch_members(ALL, state)] for state in ("open", "dead"))
+        if not ids and not failed and now < self._purge:
             return
         leader = home.note("batches")
         if leader not in (None, self._name) or not home.swap("batches", leader, self._name, now + 4 * LOOK, ()):
             return
         if now >= self._purge:
             self._purge = now + HOUR
-            for id in [id for id in home.batch_members(ALL, "done") if _find(app, id) is None]:
+            for id in [id for id in (*failed, *home.batch_members(ALL, "done")) if _find(app, id) is None]:
                 home.forget(id)
         stored, dead = set[str](), set[str]()
         for job in home.find_jobs() if any(home.batch(id)[0] for id in ids) else ():
@@ -422,6 +422,9 @@ class Keeper:
             elif found[1].complete:
                 _ended(app, id, found[1])
             else:
+                look(app, id)
+        for id in failed:  # the last dead one of which may have been retried, and done
+            if not home.batch(id)[2]:
                 look(app, id)
 
     def _lost(self, id: str, jid: str, stored: set[str], dead: set[str], before: dict[tuple[str, str], int]) -> bool:

@@ -14,7 +14,7 @@ from barnabas.message import OutgoingJob, member, note, ranked
 from barnabas.verdict import Again, Done
 
 BATCHES = "barnabas.batches"  # the table of batches and their members, and of what has ended
-ALL = "all"  # the batch whose members are the batches: "open" until they have ended, then "done"
+ALL = "all"  # the batch whose members are the batches: "open" until they have ended, then "done", or "dead" if jobs of theirs are
 KEPT = 30 * 86400.0  # seconds that notes are kept which only tell late-comers something
 
 
