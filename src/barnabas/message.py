@@ -14,6 +14,33 @@ Headers: TypeAlias = Sequence[tuple[str, bytes]]
 Row: TypeAlias = tuple[int, Key, bytes | None, Headers | None, float]
 
 
+class Unread(Sequence[Any]):
+    """Rows that nobody has looked at: a driver's own messages, with `offset()` and `value()`. Each becomes a row (of its offset,
+    itself and its value) when somebody asks for it, and most are never asked for."""
+
+    __slots__ = ("messages",)
+
+    def __init__(self, messages: list[Any]) -> None:
+        self.messages = messages
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def __getitem__(self, index: Any) -> Any:
+        if type(index) is slice:
+            return Unread(self.messages[index])
+        message = self.messages[index]
+        return (message.offset(), message, message.value())
+
+    def __add__(self, more: Sequence[Any]) -> Sequence[Any]:
+        return Unread(self.messages + more.messages) if type(more) is Unread else [*self, *more]
+
+
+def offset_of(row: Any) -> int:
+    """The offset of a row in hand, or of the message that nobody has made one of."""
+    return row[0] if isinstance(row, tuple) else row.offset()  # type: ignore[no-any-return]
+
+
 class Message(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
     """One message of a topic; partition and offset are -1 until it is stored. Timestamp in epoch seconds."""
 

@@ -20,7 +20,6 @@ from barnabas.engine.alone import Gate
 from barnabas.engine.crew import Crew
 from barnabas.engine.crews import LoopCrew, ThreadCrew
 from barnabas.engine.runner import Pauses, Runner
-from barnabas.engine.work import SLOT
 from barnabas.errors import BackendError, DeclarationError
 from barnabas.jobs.beyond import SAID
 from barnabas.jobs.cron import Cron
@@ -84,7 +83,7 @@ def _running(runners: Iterable[Runner]) -> Iterator[tuple[Crew, int, Any, int]]:
     for crew in [crew for runner in runners for crew in runner.crews]:
         for slot, run in enumerate(crew.current):
             if run is not None:
-                yield crew, slot, run, crew.box[crew.base + slot * SLOT + 1]
+                yield crew, slot, run, crew.at(slot, run)
 
 
 class Worker:
@@ -172,7 +171,7 @@ class Worker:
         ordered = consumer.order == "partition"
         source = events.log(consumer.group, consumer.subscriptions, start=consumer.start, ordered=ordered, listener=runner)
         if handler.bare and ordered and (bare := getattr(source, "bare", None)) is not None:
-            handler.whole = bare()
+            handler.whole = bare(handler.unread)
         runner.attach(source, source.atomic is None)
 
     def _jobs(self) -> None:

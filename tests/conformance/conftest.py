@@ -32,6 +32,8 @@ BACKENDS: dict[str, Callable[[Path], tuple[str, str]]] = {
 }
 JOBS_ONLY = {"redis"}  # their topics are another backend's, whose tests need no repetition
 EVENTS_ONLY = {"kafka"}  # their jobs are
+# The same cluster with the group protocol of KIP-848, where that decides: who has what, from where on, and what becomes of it.
+PROTOCOL = ("test_steering.py", "test_pausing.py", "test_consuming.py", "test_retrying.py")
 
 
 class ShiftedClock(Clock):
@@ -49,13 +51,14 @@ class Place:
     """A backend under test."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.events, self.jobs = BACKENDS[name](folder)
+        self.name, _, protocol = name.partition("-")
+        self.events, self.jobs = BACKENDS[self.name](folder)
+        self.settings: dict[str, Any] = {"kafka": {"group.protocol": protocol}} if protocol else {}
         self.apps: list[App] = []
 
     def app(self, name: str = "shop", **settings: Any) -> App:
         """A new app on this backend; its clock can be moved, `app.records` has what its observers were told."""
-        app = App(name, events=self.events, jobs=self.jobs, **{"checkpoint_interval": 0.02, **settings})
+        app = App(name, events=self.events, jobs=self.jobs, **{"checkpoint_interval": 0.02, **self.settings, **settings})
         if self.name == "kafka":
             from barnabas.backends.kafka import NO_TABLES
 
@@ -142,6 +145,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def wanted(item: Any) -> bool:
         name = getattr(item, "callspec", None) and item.callspec.params.get("place")
+        if name == "kafka-consumer" and item.path.name not in PROTOCOL:
+            return False
         if name in EVENTS_ONLY and "jobs" in item.path.name:
             return "topic(" in inspect.getsource(item.function)
         jobs = "jobs" in item.path.name or "stocked" in item.fixturenames or ".job" in inspect.getsource(item.function)
@@ -151,7 +156,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if wanted(item)]
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=[*BACKENDS, "kafka-consumer"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """The backend under test."""
     monkeypatch.chdir(tmp_path)

@@ -68,6 +68,16 @@ def test_what_is_too_long_is_cut_at_its_end() -> None:
     assert len(text) <= MOST and attempts == {0: 3} and kept == done[: len(kept)] and len(kept) > 1000
 
 
+@pytest.mark.parametrize("most", [10, 900, 10_000])
+def test_of_too_many_attempts_the_most_and_oldest_are_kept_and_the_marks_always(most: int) -> None:
+    attempts = {7 + 900 * n: 1 + n % 3 for n in range(most)}
+    text = pack(5, [(6, 7)], attempts, [2**40, 2**39, 9, 8], 1_000_000)
+    _, kept, ends, ahead = unpack(5, text)
+    first = sorted(attempts, key=lambda at: (-attempts[at], at))[: len(kept)]
+    assert len(text) <= MOST and (ends, ahead) == ([2**40, 2**39, 9, 8], 1_000_000)
+    assert kept == {at: attempts[at] for at in first} and len(kept) >= min(most, 600)
+
+
 @pytest.mark.parametrize("text", [None, "", "stream-time=7", "b1:AAAA", MARK + "%%", MARK + "AQ==", MARK + "gICA", MARK + "é"])
 def test_what_others_wrote_is_no_account(text: str | None) -> None:
     assert unpack(5, text) == ([], {}, [], 0)

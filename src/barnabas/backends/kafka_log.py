@@ -2,7 +2,7 @@
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
@@ -14,13 +14,13 @@ from confluent_kafka.admin import OffsetSpec
 from barnabas.backends.kafka_group import BUSY, CAREFUL, Claim, KafkaMember
 from barnabas.backends.kafka_words import MOST, as_bare_rows, as_rows, explain, whole
 from barnabas.errors import PositionLost
-from barnabas.message import Row
+from barnabas.message import Row, Unread
 from barnabas.ports import Part
 
 log = logging.getLogger("barnabas")
 COMMIT, QUIET = 1.0, 0.1  # seconds between two commits under load, and when nothing is in flight
 SLICE = 0.1  # seconds: the longest wait inside the driver when nothing is in flight
-BATCH = 499  # rows taken at once; larger batches overlap worse
+BATCH = 999  # rows taken at once
 PATIENCE = 1.0  # seconds to wait for room before pausing, which throws away what the driver has fetched ahead
 KEEP = 3600.0  # seconds between two commits of everything: Kafka forgets what nobody commits for offsets.retention.minutes
 FLIGHT_BYTES = 8 * 1024 * 1024  # bytes of one partition in flight, at least one message
@@ -31,7 +31,7 @@ class KafkaLog(KafkaMember):
 
     _limit = 1
     _looked = _kept_at = 0.0
-    _rows: Callable[[Sequence[Any]], list[Row]] = staticmethod(as_rows)
+    _rows: Callable[[list[Any]], Any] = staticmethod(as_rows)
 
     # Fetching.
 
@@ -87,6 +87,8 @@ class KafkaLog(KafkaMember):
     def _poll(self, wait: float, more: int = BATCH) -> list[Any]:
         """A message, waiting for it, and so many more. The driver's `consume` alone would wait until it has them all."""
         try:
+            if more and ((found := self._consumer.consume(more, 0)) or not wait):  # `poll` lets go of the interpreter: at a
+                return found  # type: ignore[no-any-return]                        # backlog, for the handler's turn
             first = self._consumer.poll(wait)
             if first is None:
                 return []
@@ -98,25 +100,30 @@ class KafkaLog(KafkaMember):
         """Sort messages by partition."""
         if not messages:
             return
-        count = len(messages)
-        weight = 1 + sum(map(len, messages)) / count  # tombstones have no length
-        bad = [message for message in messages if message.error() is not None] if any(map(Message.error, messages)) else ()
-        names, numbers = list(map(Message.topic, messages)), list(map(Message.partition, messages))
-        runs: Iterable[tuple[Any, list[Any]]] = [((names[0], numbers[0]), messages)]
-        if bad or names.count(names[0]) < count or numbers.count(numbers[0]) < count:
-            good = [message for message in messages if message.error() is None]
-            runs = ((at, list(run)) for at, run in groupby(good, lambda message: (message.topic(), message.partition())))
-        for at, run in runs:
-            claim = self._claims.get(at)
+        bad: Sequence[Any] = ()
+        if any(map(Message.error, messages)):
+            bad = [message for message in messages if message.error() is not None]
+            messages = [message for message in messages if message.error() is None]
+        some = messages[::8]
+        weight = 1 + sum(map(len, some)) / max(1, len(some))  # tombstones have no length
+        ats: list[Any] = list(map(Message.partition, messages))
+        if len(self._names) + len(self._retries) > 1:
+            ats = list(zip(map(Message.topic, messages), ats, strict=True))
+        start = 0
+        for at, run in [(ats[0], ats)] if ats and ats.count(ats[0]) == len(ats) else groupby(ats):
+            end = start + (len(ats) if run is ats else sum(1 for _ in run))
+            claim = self._claims.get(at if type(at) is tuple else (self._names[0], at))
             if claim is not None:
                 claim.weight = weight
-                claim.behind += (as_rows if claim.part.retries else self._rows)(run)
+                rows = (as_rows if claim.part.retries else self._rows)(messages[start:end])
+                claim.behind = claim.behind + rows if claim.behind else rows
+            start = end
         for message in bad:
             self._problem(message)
 
-    def bare(self) -> Callable[[Any], Row]:
-        """Rows are to have no more than offset and value, from now on; returns what makes whole ones of them."""
-        self._rows = as_bare_rows
+    def bare(self, unread: bool) -> Callable[[Any], Row]:
+        """Rows are to have no more than offset and value, from now on, or are left unread; returns what makes them whole."""
+        self._rows = Unread if unread else as_bare_rows
         return whole
 
     def _hand_out(self, now: float) -> list[tuple[Part, Sequence[Row]]]:

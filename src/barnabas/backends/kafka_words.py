@@ -78,7 +78,7 @@ def as_rows(messages: Sequence[Any]) -> list[Row]:
 
 
 def as_bare_rows(messages: Sequence[Any]) -> list[Any]:
-    """The same with what most handlers ask for, offset and value; `whole` makes the rest of it."""
+    """The same with what most handlers ask for, offset and value, as Unread makes them; `whole` makes the rest of it."""
     return list(zip(map(Message.offset, messages), messages, map(Message.value, messages), strict=True))
 
 
@@ -107,25 +107,25 @@ MOST = 4000  # characters; Kafka takes 4,095
 
 
 def pack(offset: int, done: Intervals, attempts: Mapping[int, int], ends: Sequence[int] = (), ahead: int = 0) -> str:
-    """The account beyond `offset` as text; "" if there is nothing to say. Intervals that would make it too long are left
-    out, the farthest first: their messages run again if another process takes over."""
+    """The account beyond `offset` as text; "" if there is nothing to say. What would make it too long is left out: intervals,
+    the farthest first (their messages run again if another process takes over), and attempts, the fewest first."""
     if not (done or attempts or ends or ahead):
         return ""
-    out = bytearray()
-    _number(out, len(attempts))
-    for at, count in sorted(attempts.items()):
-        _number(out, max(0, at - offset))
-        _number(out, count)
-    for number in (ahead, len(ends), *(end - offset for end in ends)):
-        _number(out, number)
-    at = offset
-    for start, end in done:
-        before = len(out)
-        _number(out, start - at)
-        _number(out, end - start)
-        if len(out) > (MOST - len(MARK)) // 4 * 3:
-            del out[before:]
+    marks, room = _numbered(ahead, len(ends), *(end - offset for end in ends)), (MOST - len(MARK)) // 4 * 3
+    kept: list[bytearray] = []
+    left = room - len(marks) - 2  # for how many they are
+    for at, count in sorted(attempts.items(), key=lambda each: (-each[1], each[0])):
+        kept.append(_numbered(max(0, at - offset), count))
+        left -= len(kept[-1])
+        if left < 0:
+            del kept[-1]
             break
+    out, at = _numbered(len(kept)) + b"".join(kept) + marks, offset
+    for start, end in done:
+        one = _numbered(start - at, end - start)
+        if len(out) + len(one) > room:
+            break
+        out += one
         at = end
     return MARK + b64encode(out).decode()
 
@@ -149,11 +149,14 @@ def unpack(offset: int, text: str | None) -> tuple[Intervals, dict[int, int], li
         return [], {}, [], 0
 
 
-def _number(out: bytearray, value: int) -> None:
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
+def _numbered(*values: int) -> bytearray:
+    out = bytearray()
+    for value in values:
+        while value > 127:
+            out.append(value & 127 | 128)
+            value >>= 7
+        out.append(value)
+    return out
 
 
 def _numbers(data: bytes) -> Any:

@@ -10,6 +10,7 @@ import msgspec
 from barnabas.app import App
 from barnabas.engine.hand import CURRENT
 from barnabas.jobs.payload import PayloadError, parse
+from barnabas.message import offset_of
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "context", "taskName"}
 
@@ -39,7 +40,7 @@ class Context(logging.Filter):
             except PayloadError:  # what the engine says of it is to be logged all the same
                 return {"job": "?", "queue": part.topic, "jid": row[1]}
         consumer = self._consumers.get(part.group, part.group)
-        return {"consumer": consumer, "topic": part.topic, "partition": part.partition, "offset": row[0]}
+        return {"consumer": consumer, "topic": part.topic, "partition": part.partition, "offset": offset_of(row)}
 
 
 class Text(logging.Formatter):

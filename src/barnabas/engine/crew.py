@@ -14,7 +14,7 @@ from barnabas.engine.hand import CURRENT
 from barnabas.engine.lanes import Lanes, Run
 from barnabas.engine.work import SLOT, work, work_batches
 from barnabas.errors import BackendError, TimedOut
-from barnabas.message import Row
+from barnabas.message import Row, Unread, offset_of
 from barnabas.ports import Part, Result
 
 TICK = 0.05  # seconds a run works on before it settles what is done and looks around
@@ -54,6 +54,7 @@ class Crew:
         self.fresh = 0  # rows in results that the fetch thread has not seen
         self.enough = 500  # fresh rows that are worth waking the fetch thread for
         self.current: list[Run | None] = [None] * size
+        self.hands: list[Any] = [None] * size
         self.given = [0] * size
         self.hauls: list[deque[Run]] = [deque() for _ in range(size)]
         self.ended: list[list[tuple[Run, int, float | None]]] = [[] for _ in range(size)]
@@ -350,6 +351,12 @@ class Crew:
         if not parts and not self.stopping and any(self.hauls):
             return True
         return any(run is not None and (not parts or run.part in parts) for run in self.current)
+
+    def at(self, slot: int, run: Run) -> int:
+        """The offset that this worker is at."""
+        if type(run.rows) is Unread and (hand := self.hands[slot]) is not None and hand.row is not None:
+            return offset_of(hand.row)
+        return int(self.box[self.base + slot * SLOT + 1])
 
     def cancel(self, slot: int, run: Run, why: str) -> bool:
         """Cancel what this worker has in hand ("timeout" or "release"); False where that cannot be done (threads)."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from barnabas.errors import WaitInHandler
 from barnabas.future import Future
-from barnabas.message import Key, Outgoing, OutgoingJob, Row
+from barnabas.message import Key, Outgoing, OutgoingJob, Row, offset_of
 from barnabas.ports import Part
 
 ID = "barnabas-id"  # the header
@@ -17,7 +17,7 @@ def cause_of(part: Part, row: Row) -> str:
     """What names a delivery for good: a repeat of it has the same cause, so its sends get the same ids."""
     if part.partition < 0:  # a job keeps its id over retries
         return f"{part.topic}/{row[1]!r}"
-    return f"{part.group}/{part.topic}/{part.partition}/{row[0]}"
+    return f"{part.group}/{part.topic}/{part.partition}/{offset_of(row)}"
 
 
 def id_of(derive: Any, part: Part, row: Row, index: int) -> str:

@@ -139,8 +139,9 @@ class Handler:
         same = len(routes) == 1 or (len({r.function for r in routes}) == 1 and len({id(r.decode) for r in routes}) == 1)
         plain = same and first.params.kinds == ["value"] and not hooks and not self.optional and not self.batch
         self.decode = first.decode if plain else None
-        # Of a row, offset and value are enough for it.
+        # Of a row, offset and value are enough for it; and not even those, before its turn.
         self.bare = (plain or (self.batch is not None and not hooks and not self._deliveries)) and not consumer.tables
+        self.unread = self.bare and (self.batch is not None or not (self.awaited or self.timed))
         self.whole: Callable[[Any], Row] = as_it_is  # a row with all that belongs to it, where the source left that out
         function: Callable[..., Any] = first.function if same else (_call_async if self.awaited else _call)
         self._dispatch = not same

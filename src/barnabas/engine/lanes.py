@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from barnabas.message import Row
+from barnabas.message import Row, Unread
 from barnabas.ports import Part
 
 WHOLE: Any = ("whole partition",)  # the lane key of partition order
@@ -25,10 +25,10 @@ class Run:
 
     __slots__ = ("cells", "fills", "key", "limit", "others", "outputs", "part", "ripe", "rows")
 
-    def __init__(self, part: Part, key: Any, rows: list[Row]) -> None:
+    def __init__(self, part: Part, key: Any, rows: Any) -> None:
         self.part = part
         self.key = key
-        self.rows = rows
+        self.rows = rows  # a list, or Unread
         self.outputs: list[Any] = []
         self.cells: dict[Any, Any] = {}
         self.others: dict[int, Any] = {}
@@ -58,7 +58,7 @@ class Lanes:
         """Take rows that were fetched, in the partition's order."""
         with self.lock:
             if self.order == "partition":
-                self._extend(part, WHOLE, list(rows))
+                self._extend(part, WHOLE, rows if type(rows) is Unread else list(rows))
             elif self.order == "key":
                 self._by_key(part, rows)
             elif self.most < 1 << 30:  # a batch handler without order still wants batches
@@ -87,7 +87,7 @@ class Lanes:
                 if run.fills and len(run.rows) == self.most:
                     self._ripen(run)
 
-    def _extend(self, part: Part, key: Any, rows: list[Row]) -> None:
+    def _extend(self, part: Part, key: Any, rows: Any) -> None:
         run = part.lanes.get(key, _ABSENT)
         if run is _ABSENT:
             part.lanes[key] = run = Run(part, key, rows)

@@ -6,11 +6,13 @@ that serves the claim's end, a stop, a revocation and the settling of long runs 
 """
 
 import asyncio
+from collections.abc import Sequence
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from barnabas.engine.hand import CURRENT, Hand
 from barnabas.engine.handler import not_run
+from barnabas.message import Unread
 
 if TYPE_CHECKING:
     from barnabas.engine.crew import Crew
@@ -25,7 +27,7 @@ async def work(crew: "Crew", slot: int) -> None:
     awaited, tables = handler.awaited, handler.tables
     past: Any = crew.cancelled if awaited else crew.late
     take, monotonic, box, at_box = crew.take, crew.monotonic, crew.box, slot * SLOT + crew.base + 1
-    hand = Hand(tables)
+    hand = crew.hands[slot] = Hand(tables)
     CURRENT.set(hand)
     while True:
         run = take(slot)
@@ -37,7 +39,8 @@ async def work(crew: "Crew", slot: int) -> None:
         until = crew.begin(slot, run)
         done = 0
         parked = None
-        for row in run.rows:
+        unread = type(run.rows) is Unread  # sync handlers without a timeout: where they are is asked for rarely
+        for row in run.rows.messages if unread else run.rows:
             if monotonic() > until:
                 if awaited:
                     box[at_box] = -1  # nothing in hand: nothing to cancel
@@ -45,26 +48,30 @@ async def work(crew: "Crew", slot: int) -> None:
                 until = crew.breathe(slot, run, done)
                 if until < 0:
                     break
-            box[at_box] = row[0]
+            if unread:
+                data = row.value()
+            else:
+                data = row[2]
+                box[at_box] = row[0]
             if awaited:  # a hand a message: tasks that outlive the handler must not send into the next one's
                 hand = Hand(tables)
                 hand.run, hand.open = run, True
                 CURRENT.set(hand)
             hand.row = row
             try:
-                out: Any = function(decode(row[2])) if decode is not None else function(*bind(run, row))
+                out: Any = function(decode(data)) if decode is not None else function(*bind(run, row))
                 if awaited:
                     out = await out
                 elif out is not None and type(out) is CoroutineType:
                     raise not_run(out)
                 if past:
-                    crew.overdue(slot, run, row)
+                    crew.overdue(slot, run, run.rows[done])
                 if answer is not None:
                     answer(hand, out)
             except (Exception, asyncio.CancelledError) as error:
                 hand.drop()
                 hand.open = not awaited
-                parked = crew.failed(slot, run, row, error)
+                parked = crew.failed(slot, run, run.rows[done], error)
                 if parked is not None:
                     break
             else:
@@ -112,7 +119,7 @@ def _failed(crew: "Crew", slot: int, run: Any, row: Any, error: BaseException, w
     return -1.0 if error is crew.error else crew.failed(slot, run, row, error, whole)
 
 
-async def _call(crew: "Crew", slot: int, run: Any, rows: list[Any]) -> BaseException | None:
+async def _call(crew: "Crew", slot: int, run: Any, rows: Sequence[Any]) -> BaseException | None:
     """Call the batch handler for these rows, without those that cannot be decoded. Those are dead on their own, once
     the others are done: a batch that is retried meets them again."""
     handler = crew.handler
@@ -122,7 +129,10 @@ async def _call(crew: "Crew", slot: int, run: Any, rows: list[Any]) -> BaseExcep
     decode = handler.decoder(run.part.topic)
     bad: list[Any] = []
     try:
-        values = [decode(row[2]) for row in rows]
+        if type(rows) is Unread:
+            values = [decode(message.value()) for message in rows.messages]
+        else:
+            values = [decode(row[2]) for row in rows]
     except Exception:
         values, rows, bad = crew.decode_each(run, rows)
     try:
