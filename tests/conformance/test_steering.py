@@ -62,7 +62,7 @@ def test_positions_tell_how_far_each_group_is_and_who_has_what(place, app):
     assert positions(app) == []
     with place.running(app) as worker:
         wait_for(lambda: bad.is_set() and settled(app, "read") == 5, worker=worker)
-        wait_for(lambda: any(position.attempts for position in positions(app)), worker=worker)
+        wait_for(lambda: [p.offset for p in positions(app)] == [3, 1] and positions(app)[1].attempts, worker=worker)
         first, second = positions(app)
         name = app.events.name
         assert (first.group, first.topic, first.partition, first.first, first.end) == ("readers", "steps", 0, 0, 3)

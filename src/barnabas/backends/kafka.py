@@ -117,18 +117,18 @@ class _Chunk:
             else:
                 self.future.resolve(self.row)
 
-    def last(self, out: Outgoing, milliseconds: int, error: Any, message: Any) -> None:
+    def last(self, out: Outgoing, error: Any, message: Any) -> None:
         """The last of them has."""
         if error is None:
-            self.row = _row(out, milliseconds, message)
+            self.row = _row(out, message)
         self.report(error, message)
 
 
-def _row(out: Outgoing, milliseconds: int, message: Any) -> tuple[Any, ...]:
-    topic, _, key, value, headers, _, _ = out
+def _row(out: Outgoing, message: Any) -> tuple[Any, ...]:
+    topic, _, key, value, headers, timestamp, _ = out
     if type(key) is bytes:
         key = as_key(key)
-    return (topic, message.partition(), message.offset(), key, value, headers, milliseconds / 1000)
+    return (topic, message.partition(), message.offset(), key, value, headers, round(timestamp * 1000) / 1000)
 
 
 class KafkaBackend(KafkaDoors):
@@ -152,6 +152,7 @@ class KafkaBackend(KafkaDoors):
         self.line: _Line | None = None
         self._producer: Any = None  # the line's
         self.sent = self._served = 0
+        self._report = self._stored
         self.sources: list[Any] = []
 
     # Clients.
@@ -207,28 +208,35 @@ class KafkaBackend(KafkaDoors):
             if len(producer) + count > self._most:
                 self._wait_for_room(producer, count)
         self.sent += count
-        plain, last, names, produce = self._unseen, None, self.names, producer.produce
+        stored, names, produce = self._report, self.names, producer.produce
+        done: Any
+        out: Any = outgoing[0] if count == 1 else ()
+        if out and out[-1] is not None:
+            try:
+                topic, partition, key, value, headers, timestamp, _ = out
+                done, where = functools.partial(stored, out), -1 if partition is None else partition
+                produce(names[topic.name], value, key, where, done, done, round(timestamp * 1000), headers or None)
+                return
+            except (KeyError, ValueError, BufferError, KafkaException):  # not as usual: see below
+                pass
+        plain: Any = self._unseen
+        last: Any = None
         chunk: Any = None
         if count > 1 and (bare := sum([1 for out in outgoing if out[-1] is None])):
             last = outgoing[-1]
             chunk = _Chunk(self, bare + (last[-1] is not None), last[-1])
             plain = chunk.report
-        out: Any
         for out in outgoing:
             if len(out) != 7:
                 raise SendError(NO_JOBS)
             topic, partition, key, value, headers, timestamp, future = out
-            milliseconds = round(timestamp * 1000)
-            if future is None:
-                done = plain
-            else:
-                done = functools.partial(self._stored if out is not last else chunk.last, out, milliseconds)
+            done = plain if future is None else functools.partial(stored if out is not last else chunk.last, out)
             try:
                 name = names.get(topic.name) or self.find(topic)
-                where = -1 if partition is None else partition
                 while True:
                     try:
-                        produce(name, value, key, where, done, done, milliseconds, headers or None)
+                        produce(name, value, key, -1 if partition is None else partition, done, done, round(timestamp * 1000),
+                                headers or None)  # fmt: skip
                         break
                     except BufferError:
                         self._wait_for_room(producer, 1, full=True)
@@ -239,10 +247,13 @@ class KafkaBackend(KafkaDoors):
             except (SendError, DeclarationError) as error:
                 done(error, _Refused(topic.name))
 
-    def _stored(self, out: Outgoing, milliseconds: int, error: Any, message: Any) -> None:
+    def _stored(self, out: Outgoing, error: Any, message: Any) -> None:
         """The delivery report of a message with a future."""
         if error is None:
-            out[6].resolve(_row(out, milliseconds, message))
+            topic, _, key, value, headers, timestamp, future = out
+            if type(key) is bytes:
+                key = as_key(key)
+            future.resolve((topic, message.partition(), message.offset(), key, value, headers, round(timestamp * 1000) / 1000))
         else:
             out[6].fail(self.refusal(error, message.topic()))
 
