@@ -100,6 +100,7 @@ BUGS = [
     Bug("a haul that is given back is lost", Crew, "_unload", "*((run, 0, now) for run in haul)", ""),
     Bug("what is done is given twice", Crew, "_give", "else run.rows[start:done]", "else run.rows[:done]"),
     Bug("outputs are left out", Crew, "_give", "if run.outputs or run.cells or run.others:", "if run.cells or run.others:"),
+    Bug("an unread message fails in another's name", crew, "work", "crew.failed(slot, run, run.rows[done], error)", "crew.failed(slot, run, run.rows[0], error)"),
     Bug("the box lags behind", crew, "work", "box[at_box] = row[0]", "box[at_box] = run.rows[0][0]"),
     Bug("a failed settlement forgets its results", Runner, "settle", "outputs = checkpoint(", "self._unsettled = []; outputs = checkpoint("),
     Bug("results of a revoked partition are settled", Runner, "settle", "if not r.part.closed", "if r.part is not None"),

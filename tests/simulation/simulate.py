@@ -33,6 +33,7 @@ from barnabas.engine.observe import Observers
 from barnabas.engine.runner import Pauses, Runner
 from barnabas.engine.work import SLOT
 from barnabas.errors import SendError
+from barnabas.message import Row, Unread, offset_of
 from barnabas.ports import Part
 from barnabas.state.table import Cells
 from barnabas.verdict import Again
@@ -227,6 +228,19 @@ class Home:
         self.open += 1
 
 
+class Letter:
+    """A driver's message."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+
+    def offset(self) -> int:
+        return self.row[0]
+
+    def value(self) -> bytes | None:
+        return self.row[2]
+
+
 class Source:
     """One member's share of the log."""
 
@@ -235,6 +249,10 @@ class Source:
         self.parts: dict[Any, Part] = {}
         self.stored: list[Any] = []  # results of a settlement that was stored and reported as failed
         self.ordered = sim.order == "partition" and sim.retry.ordered
+        handler = member.crew.handler
+        self.unread = self.ordered and handler.unread
+        if self.unread:
+            handler.whole = lambda row: row[1].row if len(row) == 3 else row
 
     def wake(self) -> None:
         self.sim.look(self.member)
@@ -318,7 +336,8 @@ class Source:
         flying = sum(msg.readable and offset not in hold.state for offset, msg in hold.open.items())
         if flying > limit:
             raise Wrong(f"{at}: {flying} in flight, the limit is {limit}")
-        return (part, [m.row for m in todo]) if todo else None
+        rows = [m.row for m in todo]
+        return (part, Unread([Letter(row) for row in rows]) if self.unread else rows) if todo else None
 
     def settle(self, results: Any) -> None:
         sim, home = self.sim, self.home
@@ -446,8 +465,8 @@ class Hold:
             first = [offset for _, offset in zip(call.msgs, self.lanes[lane], strict=False)]
             if first != [m.row[0] for m in call.msgs] or {self.lane(m) for m in call.msgs} != {lane}:
                 raise Wrong(f"{call} is out of order: {lane} begins with {first}")
-        slot = self.member.slot_of(call.run)
-        box = self.member.crew.box[slot * SLOT : slot * SLOT + 2].tolist()
+        slot, crew = self.member.slot_of(call.run), self.member.crew
+        box = [crew.box[slot * SLOT], crew.at(slot, call.run)]
         if box != [self.part.id + 1, call.first]:
             raise Wrong(f"{call}: the box says {box}")
 
@@ -1145,13 +1164,13 @@ class Sim:
 
     def calling(self) -> Call:
         hand = self.hand()
-        return self.holds[hand.run.part].first[hand.row[0]]
+        return self.holds[hand.run.part].first[offset_of(hand.row)]
 
     def before(self, delivery: Any) -> None:
         """A hook, before the handler."""
         if type(delivery) is list:
             return
-        msg = self.home_of((self.hand().run.part.topic, self.hand().run.part.partition), self.hand().row[0])
+        msg = self.home_of((self.hand().run.part.topic, self.hand().run.part.partition), offset_of(self.hand().row))
         if msg.action(self.holds[self.hand().run.part].attempt(msg)) == "hook_before":
             call = self.begin([delivery.value], [delivery])
             error = ValueError("before")
@@ -1174,8 +1193,8 @@ class Sim:
                 msgs.append(self.home_of(hold.at, row[0]))
             first = msgs[0].row[0] if hold.apart(run, msgs[0].row[0]) else run.rows[0][0]
         else:
-            msgs = [self.home_of(hold.at, hand.row[0])]
-            first = hand.row[0]
+            first = offset_of(hand.row)
+            msgs = [self.home_of(hold.at, first)]
         call = Call(self, hold, run, msgs, first)
         if [m.uid if m.row[2] is not None else None for m in msgs] != values:
             raise Wrong(f"{call} gets {values}")
