@@ -37,8 +37,7 @@ async def work(crew: "Crew", slot: int) -> None:
             return
         hand.run, hand.open = run, True
         until = crew.begin(slot, run)
-        done = 0
-        parked = None
+        done, parked = 0, None
         unread = type(run.rows) is Unread  # sync handlers without a timeout: where they are is asked for rarely
         for row in run.rows.messages if unread else run.rows:
             if monotonic() > until:
