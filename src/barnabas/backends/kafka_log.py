@@ -20,7 +20,7 @@ from barnabas.ports import Part
 log = logging.getLogger("barnabas")
 COMMIT, QUIET = 1.0, 0.1  # seconds between two commits under load, and when nothing is in flight
 SLICE = 0.1  # seconds: the longest wait inside the driver when nothing is in flight
-BATCH = 999  # rows taken at once
+BATCH = 1000  # messages taken at once
 PATIENCE = 1.0  # seconds to wait for room before pausing, which throws away what the driver has fetched ahead
 KEEP = 3600.0  # seconds between two commits of everything: Kafka forgets what nobody commits for offsets.retention.minutes
 FLIGHT_BYTES = 8 * 1024 * 1024  # bytes of one partition in flight, at least one message
@@ -85,14 +85,14 @@ class KafkaLog(KafkaMember):
         return found
 
     def _poll(self, wait: float, more: int = BATCH) -> list[Any]:
-        """A message, waiting for it, and so many more. The driver's `consume` alone would wait until it has them all."""
+        """So many messages, waiting for the first. The driver's `consume` alone would wait until it has them all."""
         try:
             if more and ((found := self._consumer.consume(more, 0)) or not wait):  # `poll` lets go of the interpreter: at a
                 return found  # type: ignore[no-any-return]                        # backlog, for the handler's turn
             first = self._consumer.poll(wait)
             if first is None:
                 return []
-            return [first, *self._consumer.consume(more, 0)] if more else [first]
+            return [first, *self._consumer.consume(more - 1, 0)] if more > 1 else [first]
         except KafkaException as error:
             raise explain(error.args[0], f"group {self.group!r}", self.home) from error
 
