@@ -173,13 +173,13 @@ class Job:
         bound.apply_defaults() if kwargs else None
         return bound.args
 
-    def _new_id(self, now: bool) -> tuple[str, Future[str] | None]:
+    def _new_id(self, now: bool, call: Mapping[str, Any] = _NONE) -> tuple[str, Future[str] | None]:
         """An id: derived from its cause inside a handler (with the future that is held back there), else at random."""
         hand = CURRENT.get()
         if hand is not None and hand.open and not now:
             future: Future[str] = hand.future(derived_jid)
             return future.id, future  # type: ignore[return-value]
-        return new_jid(), None
+        return call["batch"].new_jid() if "batch" in call else new_jid(), None
 
     def _outgoing(
         self, args: tuple[Any, ...], at: float | None, call: Mapping[str, Any], jid: str, future: Any
@@ -263,7 +263,7 @@ class Job:
     def _enqueue(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], at: float | None, call: Mapping[str, Any] = _NONE
     ) -> Future[str]:
-        jid, held = self._new_id("now" in call)
+        jid, held = self._new_id("now" in call, call)
         future = held if held is not None else self._future(jid, call) if call or self._more else Future(jid)
         out = self._outgoing(self._positions(args, kwargs), at, call, jid, future)
         if out is None:
@@ -464,7 +464,7 @@ class Options:
         while chunk := [
             args if least <= len(args := tuple(each)) <= most else job._positions(args, _NONE) for each in islice(calls, 1000)
         ]:
-            ids = [job._new_id(False)[0] for _ in chunk] if held else new_jids(len(chunk))
+            ids = [job._new_id(not held, call)[0] for _ in chunk] if held or "batch" in call else new_jids(len(chunk))
             out += job._alike(chunk, call, ids)
         jids = [made[3] for made in out]
         if not out:

@@ -121,7 +121,7 @@ class Member(LockedJob):
 
 def member(batch: str, job: OutgoingJob) -> Member:
     """A job as a member of that batch."""
-    out = Member(*job)
+    out = tuple.__new__(Member, job)  # a third of the price
     out.__dict__.update(getattr(job, "__dict__", {}))
     out.batch = batch
     return out

@@ -19,8 +19,8 @@ class Part:
     """
 
     __slots__ = (
-        "alone", "attempts", "cells", "closed", "crashes", "done", "group", "held", "id", "lanes", "marked", "partition",
-        "paused", "retries", "room", "runner", "topic", "until",
+        "alone", "attempts", "batches", "cells", "closed", "crashes", "done", "group", "held", "id", "lanes", "marked",
+        "partition", "paused", "retries", "room", "runner", "topic", "until",
     )  # fmt: skip
 
     def __init__(self, topic: str, partition: int, id: int, group: str = "") -> None:
@@ -37,6 +37,7 @@ class Part:
         self.runner: Any = None
         self.done = 0
         self.attempts: dict[int, int] = {}
+        self.batches: dict[int, tuple[str, str]] = {}  # of jobs in hand that are of one: the batch, the job's id
         self.crashes: dict[int, int] = {}
         # Told the offset of what is about to run alone, and then that nothing does (-1); False: it could not be stored yet.
         self.alone: Callable[[int], bool] | None = None
@@ -233,7 +234,7 @@ class Backend(Sink, Protocol):
         """Store a note and jobs that are due in one step, if the note still is `old`; whether it was."""
 
     # Batches: see `jobs.batch`. A member joins with `message.Member`, and leaves "open" as its job is settled, told by
-    # `Result.cells`; each is a member once, whatever is repeated.
+    # `Part.batches`; each is a member once, whatever is repeated.
 
     ripe: Callable[[str], None]  # told of batches without an open member, or with a new dead one, after the commit
 

@@ -11,9 +11,8 @@ from typing import Any
 from zlib import crc32
 
 from barnabas.backends.memory_admin import MemoryAdmin
-from barnabas.backends.shares import NOTES, Notes, QueueOrder, close_books, noted, open_account, over, spread
+from barnabas.backends.shares import NOTES, Notes, QueueOrder, close_books, members_ended, noted, open_account, over, spread, tell
 from barnabas.errors import DeclarationError, UnknownTopic
-from barnabas.jobs.beyond import BATCHES
 from barnabas.jobs.unique import answer
 from barnabas.message import LockedJob, Member, Outgoing, OutgoingJob, Row, note
 from barnabas.ports import Listener, Part, Result, TopicState
@@ -445,8 +444,10 @@ class MemoryQueues:
         return found
 
     def settle(self, results: Sequence[Result]) -> None:
-        home, ripe = self.home, list[str]()
+        home, batches = self.home, members_ended(results)
         with home.lock:
+            mine = {key: [jid for number, jid in some if number in self.work] for key, some in batches.items()}
+            ripe = [id for (how, batch), jids in mine.items() for id in home.leave(how, batch, *jids)]
             for result in results:
                 for row in result.rows:
                     job = self.work.pop(row[0], None)
@@ -455,8 +456,6 @@ class MemoryQueues:
                     verdict = result.others.get(row[0])
                     unbegun = isinstance(verdict, Again) and verdict.payload is None
                     home.ended(row[0], not unbegun)
-                    if said := result.cells.pop((BATCHES, row[0]), None):
-                        ripe += home.leave(*said.decode().split())
                     if not isinstance(verdict, Again):
                         home.free(row[0])
                     if unbegun:
@@ -470,10 +469,10 @@ class MemoryQueues:
                         heapq.heappush(home.later, (verdict.at, row[0], "retry", again))
                     elif isinstance(verdict, Dead) and verdict.payload is not None:
                         home.buried[row[0]] = job._replace(payload=verdict.payload, at=home.clock.now(), future=None)
-            home.settle(results)
+            for result in results:
+                home.store(result.outputs)
         home.ring()
-        for id in ripe:
-            home.ripe(id)
+        tell(home.ripe, ripe, results)
 
     def close(self) -> None:
         self._unwatch()

@@ -18,10 +18,10 @@ local function key(name)
 end
 
 -- Lua's stack has room for about 8,000 values.
-local function packed(command, name, values)
-  local count = 0
-  for first = 1, #values, 1000 do
-    count = count + redis.call(command, name, unpack(values, first, math.min(first + 999, #values)))
+local function packed(command, name, values, from, to)
+  local count, last = 0, to or #values
+  for first = from or 1, last, 1000 do
+    count = count + redis.call(command, name, unpack(values, first, math.min(first + 999, last)))
   end
   return count
 end
@@ -67,13 +67,22 @@ local function free(lock, jid)
   if redis.call('HDEL', key(lock .. ':LOCKED'), jid) == 1 then redis.call('HDEL', key('barnabas:locks'), lock) end
 end
 
--- Batches: three sets of members' ids, `barnabas:batch:<id>:open`, `:done` and `:dead`. One that has ended; whether somebody is
--- to look at the batch.
-local function leave(id, jid, how)
-  local sets = 'barnabas:batch:' .. id .. ':'
-  local was = redis.call('SMOVE', key(sets .. 'open'), key(sets .. how), jid) == 1
-  if how == 'done' and not was then redis.call('SMOVE', key(sets .. 'dead'), key(sets .. 'done'), jid) end
-  return (was and how == 'dead') or redis.call('EXISTS', key(sets .. 'open')) == 0
+-- Batches: three sets of members' ids, `barnabas:batch:<id>:open`, `:done` and `:dead`. Those in ARGV have ended; whether
+-- somebody is to look at the batch.
+local function leave(id, how, from, to)
+  local sets, died = key('barnabas:batch:' .. id .. ':'), 0
+  if how == 'done' then
+    local moved = packed('SREM', sets .. 'open', ARGV, from, to)
+    if redis.call('EXISTS', sets .. 'dead') == 1 then moved = moved + packed('SREM', sets .. 'dead', ARGV, from, to) end
+    if moved > 0 then packed('SADD', sets .. 'done', ARGV, from, to) end
+  else
+    for i = from, to do
+      local moved = redis.call('SMOVE', sets .. 'open', sets .. 'dead', ARGV[i])
+      if moved == 1 then redis.call('SREM', sets .. 'done', ARGV[i]) end -- (it was repeated)
+      died = died + moved
+    end
+  end
+  return died > 0 or redis.call('EXISTS', sets .. 'open') == 0
 end
 
 --- turn
@@ -83,10 +92,17 @@ end
 local id, now, day = arg(), arg(), arg()
 local work, processed, failed, ripe = key('barnabas:work:' .. id), 0, 0, {}
 
-for _ = 1, number() do -- what they held that end ("end"), are to run again ("again") or did not begin ("back"); or their batch
+for _ = 1, number() do -- members of a batch, the oldest first: while that is ours, so are those that were claimed later
+  local batch, how, count = arg(), arg(), number()
+  local field, last = at + 1, at + 2 * count
+  while field <= at + count and redis.call('HEXISTS', work, ARGV[field]) == 0 do field = field + 1 end
+  if field <= at + count and leave(batch, how, field + count, last) then ripe[#ripe + 1] = batch end
+  at = last
+end
+
+for _ = 1, number() do -- what they held that end ("end"), are to run again ("again") or did not begin ("back")
   local sequence, name, lock, jid, how = arg(), arg(), arg(), arg(), arg()
   if redis.call('HEXISTS', work, sequence .. ':' .. name) == 1 then
-    if (how == 'done' or how == 'dead') and leave(lock, jid, how) then ripe[#ripe + 1] = lock end
     if how == 'end' and lock ~= '' then free(lock, jid) end
     ended(id, sequence, how)
   end
@@ -229,31 +245,9 @@ else
 end
 return ''
 
---- join
--- Store jobs that become members of a batch, where they never were; without a queue their ids alone do.
-local sets, ids = key('barnabas:batch:' .. arg() .. ':'), {}
-local fresh = redis.call('EXISTS', sets .. 'done', sets .. 'dead') == 0
-for _ = 1, number() do
-  local name, jid, payload, due = arg(), arg(), arg(), arg()
-  if fresh or (redis.call('SISMEMBER', sets .. 'done', jid) == 0 and redis.call('SISMEMBER', sets .. 'dead', jid) == 0) then
-    redis.call('SADD', sets .. 'open', jid)
-  end
-  if due ~= '' then
-    redis.call('ZADD', key('schedule'), due, payload)
-  elseif name ~= '' then
-    if name ~= ids[1] then redis.call('SADD', key('queues'), name) end
-    redis.call('LPUSH', key('queue:' .. name), payload)
-    ids[1] = name
-  end
-end
-
 --- leave
 -- Members of a batch have ended, whatever they wait for. Returns whether somebody is to look at it.
-local id, how, ripe = arg(), arg(), 0
-for _ = 1, number() do
-  if leave(id, arg(), how) then ripe = 1 end
-end
-return ripe
+return leave(arg(), arg(), at + 1, #ARGV) and 1 or 0
 
 --- free
 -- A lock whose job is stored nowhere.

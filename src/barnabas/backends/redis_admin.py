@@ -212,7 +212,7 @@ class RedisAdmin:
     def end(self, id: str, members: Sequence[str], how: str) -> None:
         for start in range(0, len(members), PAGE):
             page = members[start : start + PAGE]
-            if self.script("leave", id, how, len(page), *page):
+            if self.script("leave", id, how, *page):
                 self.ripe(id)
 
     def forget(self, id: str, state: str | None = None) -> None:

@@ -327,15 +327,18 @@ class Outbox:
         return commands + notes
 
     def _joining(self, batch: str, jobs: list[OutgoingJob], now: float) -> Command:
-        """The command that stores the jobs of a batch."""
-        args: list[Any] = []
-        dues = [job[2] if job[2] is not None and job[2] > now else None for job in jobs]
-        for (queue, payload, at, jid, _), due in zip(jobs, dues, strict=True):
-            if at is not None and due is None:
-                payload = enqueued(payload, now)
-            args += (queue, jid, payload, "" if due is None else repr(float(due)))
-        soonest = min([due for due in dues if due is not None], default=None)
-        return Command(_pack(self._home.eval("join", batch, len(jobs), *args)), 1, jobs, soonest)
+        """The command that stores the jobs of a batch, their ids first: it may not end before them."""
+        key, queues, later = self._home.key, dict[str, list[bytes]](), list[Any]()
+        for queue, payload, at, _, _ in jobs:
+            if at is not None and at > now:
+                later += (repr(float(at)), payload)
+            elif queue:
+                queues.setdefault(queue, []).append(payload if at is None else enqueued(payload, now))
+        data = [_pack(("SADD", key(f"barnabas:batch:{batch}:open"), *(job[3] for job in jobs)))]
+        data += [_push_command(self._home.prefix, queue, payloads) for queue, payloads in queues.items()]
+        data += [_pack(("ZADD", key("schedule"), *later))] if later else []
+        answers = 1 + 2 * len(queues) + bool(later)
+        return Command(b"".join(data), answers, jobs, min(map(float, later[::2]), default=None))
 
     def _locking(self, job: LockedJob, payload: bytes, now: float) -> Command:
         """The command that stores a job and takes its lock, if that is free."""

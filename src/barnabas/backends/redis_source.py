@@ -16,7 +16,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from barnabas.backends.redis_admin import text
 from barnabas.backends.redis_life import BLOCK, Life
-from barnabas.backends.shares import HOST, QueueOrder
+from barnabas.backends.shares import HOST, QueueOrder, members_ended, tell
 from barnabas.engine.alone import CRASHES
 from barnabas.errors import BackendError
 from barnabas.jobs.unique import marked
@@ -148,6 +148,7 @@ class RedisQueues:
         self._listener = listener
         self._order = QueueOrder(queues)
         self._claimed: Found = []
+        self._ripe: list[str] = []  # batches that are worth a look
         self._limit = 0
         self._sure = True  # that we know what we have in hand; not after an answer that did not come
         self._shut: set[str] = set()
@@ -222,7 +223,7 @@ class RedisQueues:
         home, names = self.home, self._order.next()
         now = home.clock.now()
         if not settled:
-            settled = (0, 0, 0, 0, 0, 0, 0, 0)
+            settled = (0, 0, 0, 0, 0, 0, 0, 0, 0)
         today, first = time.strftime("%Y-%m-%d", time.gmtime(now)), home.reserve(room)
         wanted = [arg for name in names for arg in (name, max(0, min(room, self.parts[name].room)))]
         sure, self._sure = self._sure, False
@@ -235,8 +236,7 @@ class RedisQueues:
                 mine.pop(number, None)
         if self._locked and finished:
             self._unlock(finished)
-        for batch in ripe:
-            home.ripe(text(batch))
+        self._ripe += map(text, ripe)
         if (overtaken := len(finished) - back - count) > 0:
             home.overtaken += overtaken
             log.warning("%d jobs were no longer ours when they had ended, and run again", overtaken)
@@ -374,13 +374,14 @@ class RedisQueues:
         last: dict[int, bytes | None] = {}  # goes behind all others, as this
         finished: list[int] = []
         ends: list[tuple[int, str]] = []
-        left: list[Any] = []  # what a script is to know of those that are of batches
+        batches = members_ended(results)
+        left: list[Any] = [len(batches)]  # what a script is to know of those that are of batches
+        for (how, batch), some in batches.items():
+            some = [each for each in some if each[0] in self.work]
+            left += (batch, how, len(some), *(f"{n}:{self.work[n][0]}" for n, _ in some), *(jid for _, jid in some))
         soonest = None
         for result in results:
             others, tail = result.others, f":{result.part.topic}"
-            for (_, row_number), said in result.cells.items() if result.cells else ():
-                how, batch, jid = (said or b"").decode().split()
-                left += (row_number, result.part.topic, batch, jid, how)
             if not others and not self._locked:
                 numbers = [row[0] for row in result.rows]
                 finished += numbers
@@ -405,13 +406,14 @@ class RedisQueues:
                     done.append(f"{number}{tail}")
         counted = [sha1(self.work[n][1]).hexdigest() for n in finished if n in self._crashes and n in self.work and n not in back]
         oldest, fields = self.home.clock.now() - DEAD_AGE, self._fields([*back, *last], last)
-        locks = self._locks(ends)
-        settled = [locks[0] + len(left) // 5, *left, *locks[1:], len(done), *done, len(later) // 3, *later]
+        settled = [*left, *self._locks(ends), len(done), *done, len(later) // 3, *later]
         settled += (oldest, DEAD_MOST, len(dead) // 2, *dead)
         settled += (len(fields) // 3, *fields, len(counted), *counted)
         room = 0 if self._room() == 0 else min(MOST, max(0, self._limit - len(self.work) + len(finished)))
         with self.home.edge():
             self._claimed += self._claim(room, False, settled, finished, len(back) + len(last))
+        tell(self.home.ripe, self._ripe, results)
+        self._ripe = []
         if self._alone in finished:
             self._alone = None
         if soonest is not None:
@@ -427,7 +429,7 @@ class RedisQueues:
             with self.home.edge():
                 self.landing.end()
                 locks = self._locks((number, "back") for number in back)
-                self._claim(0, True, (*locks, 0, 0, 0, 0, 0, len(back), *self._fields(back), 0))
+                self._claim(0, True, (0, *locks, 0, 0, 0, 0, 0, len(back), *self._fields(back), 0))
                 if not running and not self.life.quiet():  # a quiet process is still to be seen, and to be stopped
                     self.leave()
         finally:

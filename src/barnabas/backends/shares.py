@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from barnabas.engine.ledger import Intervals, Ledger, Straight
 from barnabas.errors import BufferFull, Refused
 from barnabas.ports import Part, Position, Result
+from barnabas.verdict import Dead
 
 HOST = socket.gethostname()
 CONTROL = "barnabas.control"  # the table that keeps what operators have asked for
@@ -212,6 +213,27 @@ class Notes:
                 time.sleep(min(left, 0.005))  # whatever comes meanwhile is one look
         finally:
             end()
+
+
+def members_ended(results: Iterable[Result]) -> dict[tuple[str, str], list[tuple[int, str]]]:
+    """The members of batches among the jobs that have ended, by how ("done", "dead") and batch: row numbers and ids, the oldest
+    first."""
+    found: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for part, rows, _, _, others in results:
+        for number in [row[0] for row in rows if row[0] in part.batches] if part.batches else ():
+            verdict, (batch, jid) = others.get(number), part.batches[number]
+            if verdict is None or isinstance(verdict, Dead):
+                found.setdefault(("dead" if verdict is not None else "done", batch), []).append((number, jid))
+    return {key: sorted(some) for key, some in found.items()}
+
+
+def tell(ripe: Callable[[str], None], batches: Iterable[str], results: Iterable[Result]) -> None:
+    """After the commit: these batches are worth a look."""
+    for part, rows, *_ in results:
+        for row in rows if part.batches else ():
+            part.batches.pop(row[0], None)
+    for batch in batches:
+        ripe(batch)
 
 
 def state_of(part: Part, done: list[tuple[int, int]]) -> str | None:

@@ -213,7 +213,7 @@ class SqliteAdmin(SqliteStore):
             yield from (key.partition("/")[2] for (key,) in rows)
 
     def end(self, id: str, members: Sequence[str], how: str) -> None:
-        for each in self.write(lambda db: self.leave(db, how, id, [(jid, 0) for jid in members])):
+        for each in self.write(lambda db: self.leave(db, how, id, [(0, jid) for jid in members])):
             self.ripe(each)
 
     def forget(self, id: str, state: str | None = None) -> None:

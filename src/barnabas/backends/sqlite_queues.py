@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import apsw
 
-from barnabas.backends.shares import FAIR, QueueOrder
+from barnabas.backends.shares import FAIR, QueueOrder, members_ended, tell
 from barnabas.backends.sqlite_limits import ended, full, take
 from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_sources import Fetcher
@@ -204,14 +204,12 @@ class SqliteQueues(Fetcher):
     def settle(self, results: Sequence[Result]) -> None:
         """Remove what is done, park or bury what failed, claim what there is room for: one transaction."""
         done, back, later, last, dead, outputs = (list[Any]() for _ in range(6))
-        cells: dict[Any, bytes | None] = {}
         finished: set[int] = set()
         ripe, mine = list[str](), "WHERE id = ? AND owner = ?"
         claimed: list[tuple[Part, Sequence[Row]]] = []
-        now, process = self.home.clock.now(), self.home.neighbours.number
+        now, process, batches = self.home.clock.now(), self.home.neighbours.number, members_ended(results)
         for result in results:
             outputs += result.outputs
-            cells.update(result.cells)
             others = result.others
             for row in result.rows:
                 id_ = row[0]
@@ -230,7 +228,7 @@ class SqliteQueues(Fetcher):
             result.part.crashes and [result.part.crashes.pop(row[0], None) for row in result.rows]
 
         def act(db: apsw.Connection) -> list[tuple[Any, Any]]:
-            ripe[:] = self.home.settle_batches(db, cells, process) if cells else ()
+            ripe[:] = [id for (how, id), some in batches.items() for id in self.home.leave(db, how, id, some, process)]
             if done:
                 db.executemany(f"DELETE FROM jobs {mine}", done)
             if later:
@@ -259,8 +257,7 @@ class SqliteQueues(Fetcher):
         self._own(claimed)
         self._claimed += claimed
         self.home.settled(stored)
-        for batch in ripe:
-            self.home.ripe(batch)
+        tell(self.home.ripe, ripe, results)
 
     _closing = False
 

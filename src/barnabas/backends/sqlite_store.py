@@ -1,6 +1,6 @@
 """The writing half of a SQLite file: how messages, jobs and cells become rows, inside a transaction."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -159,15 +159,7 @@ class SqliteStore(SqliteReader):
             db.execute("INSERT OR REPLACE INTO cells VALUES (?, ?, ?)", (tbl, id, msgspec.json.encode(counts)))
         return counts
 
-    def settle_batches(self, db: apsw.Connection, cells: Mapping[Any, bytes | None], process: int) -> list[str]:
-        """Jobs that are of batches have ended, as their results' cells say; the batches that are worth a look."""
-        ended: dict[tuple[str, str], list[tuple[str, int]]] = {}
-        for (_, number), said in cells.items():
-            how, batch, jid = (said or b"").decode().split()
-            ended.setdefault((how, batch), []).append((jid, number))
-        return [each for (how, id), members in ended.items() for each in self.leave(db, how, id, members, process)]
-
-    def leave(self, db: apsw.Connection, how: str, id: str, ended: Sequence[tuple[str, int]], process: int = -1) -> list[str]:
+    def leave(self, db: apsw.Connection, how: str, id: str, ended: Sequence[tuple[int, str]], process: int = -1) -> list[str]:
         """Members of a batch have ended (with the jobs of these numbers, if `process` still has them); the batch, if that is
         worth a look."""
         tbl, counts = self.name_id(db, "table", BATCHES), {"open": 0, "done": 0, "dead": 0}
@@ -176,9 +168,9 @@ class SqliteStore(SqliteReader):
             if state == "open" or self._recount(db, tbl, id, 0, 0, 0)[2]:
                 before = db.total_changes()
                 if process < 0:
-                    db.executemany(sql, [(how, tbl, f"{id}/{jid}", state) for jid, _ in ended])
+                    db.executemany(sql, [(how, tbl, f"{id}/{jid}", state) for _, jid in ended])
                 else:
-                    rows = [(how, tbl, f"{id}/{jid}", state, number, process) for jid, number in ended]
+                    rows = [(how, tbl, f"{id}/{jid}", state, number, process) for number, jid in ended]
                     db.executemany(f"{sql} AND EXISTS (SELECT 1 FROM jobs WHERE id = ? AND owner = ?)", rows)
                 counts[state] -= db.total_changes() - before
                 counts[how] += db.total_changes() - before

@@ -176,7 +176,7 @@ class Crew:
             self.fresh += done - start
             self.given[slot] = done
             if run.outputs or run.cells or run.others:
-                if run.cells and self.handler.tables is not None:
+                if run.cells:
                     self.handler.tables.give(run.part, run.cells)
                 self.results.append(Result(run.part, rows, run.outputs, run.cells, run.others))
                 run.outputs, run.cells, run.others = [], {}, {}

@@ -155,9 +155,12 @@ class End:
                 raise Unneeded("superseded", f"it was asked for again, by job {newest.decode(errors='replace')}")
 
         if more.batch is not None:
-            from barnabas.jobs.batch import standing  # most apps have none
+            until, standing = app.batches_met.get(more.batch, (0.0, ""))
+            if app.clock.monotonic() >= until:
+                from barnabas.jobs import batch  # most apps have none
 
-            if standing(app, more.batch) == "cancelled":
+                standing = batch.standing(app, more.batch)
+            if standing == "cancelled":
                 raise Unneeded("cancelled", f"its batch {more.batch} was cancelled")
 
     def done(self, out: Any) -> None:
@@ -179,12 +182,6 @@ class End:
             raise BadResult(f"what it returned cannot be kept or handed on: {error}") from error
         for ended in self._ended(now):
             hand.add(ended)
-        if more.batch is not None:
-            hand.cells, hand.used = self.mark(hand.row[0], "done"), True
-
-    def mark(self, number: int, how: str) -> dict[tuple[str, Any], bytes | None]:
-        """What a settlement is to know of the end of a job that is of a batch, in the place of a table's cells."""
-        return {(BATCHES, number): f"{how} {self.batch} {self._payload.jid}".encode()} if self.batch else {}
 
     def lost(self, now: float, reason: str) -> Iterator[OutgoingJob]:
         """It will not return: tell who waits for it, or for the end of its chain."""

@@ -126,11 +126,12 @@ def build_many(name: str, calls: Sequence[Sequence[Any]], jids: Sequence[str], *
     gets it in the order of these times."""
     queue, retry, now, extra = fields["queue"], fields["retry"], float(fields["now"]), fields["extra"]
     each = [(args, jid, now + n * 1e-6) for n, (args, jid) in enumerate(zip(calls, jids, strict=True))]
-    if not extra:
-        with suppress(TypeError, ValueError, OverflowError, RecursionError):  # else `build` says which it is
-            made = [_encode(_Job(retry, queue, name, args, jid, at, at)) for args, jid, at in each]
-            if b"".join(made).find(b"null") < 0 and len(max(made, key=len, default=b"")) <= 2 * MAX_DEPTH:
-                return made
+    with suppress(TypeError, ValueError, OverflowError, RecursionError):  # else `build` says which it is
+        made = [_encode(_Job(retry, queue, name, args, jid, at, at)) for args, jid, at in each]
+        if b"".join(made).find(b"null") < 0 and len(max(made, key=len, default=b"")) <= 2 * MAX_DEPTH:
+            head = _encode({"retry": retry, "queue": queue})[:-1] + b","
+            more = head + _encode(extra)[1:-1] + b","
+            return [more + data[len(head) :] for data in made] if extra else made
     return [build(name, args, queue=queue, retry=retry, jid=jid, now=at, extra=extra) for args, jid, at in each]
 
 

@@ -145,6 +145,8 @@ class JobHandler:
             raise why
         if payload.more is not None:
             end = End(entry, payload)
+            if end.batch is not None:
+                run.part.batches[row[0]] = (end.batch, payload.jid)
             end.admit()
             target = (_more_async if self.awaited else _more, end, *args)
         if guarded and entry.job.slots:
@@ -223,9 +225,9 @@ class JobHandler:
 
     def _lost(self, run: Run, row: Row, entry: Entry | None, payload: Payload, now: float, reason: str) -> None:
         if payload.more is not None:
-            end = End(entry, payload)
-            run.outputs += end.lost(now, reason)
-            run.cells |= end.mark(row[0], "dead")
+            run.outputs += End(entry, payload).lost(now, reason)
+            if payload.more.batch is not None:
+                run.part.batches[row[0]] = (payload.more.batch, payload.jid)
 
     def _note(
         self, run: Run, row: Row, name: str, attempt: int, verdict: Again | Dead, error: BaseException | None, outcome: str = ""
