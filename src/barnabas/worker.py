@@ -30,6 +30,7 @@ from barnabas.state.table import Cells
 log = logging.getLogger("barnabas")
 MOST_WORK = 100  # of what is in work, a report names the longest
 RECYCLE = 75  # exit status of a process that makes way for another: a handler hangs, or it uses too much memory
+CANCELLED = 1.0  # seconds that coroutines which were cancelled at a stop may take to end
 
 
 def chosen(app: App, only: Iterable[str] = (), skip: Iterable[str] = ()) -> tuple[list[Consumer], list[str] | dict[str, int]]:
@@ -404,6 +405,8 @@ class Worker:
             runner.finished.wait(max(0.0, deadline - time.monotonic()))
         held = [line for runner in self.runners if not runner.finished.is_set() for line in self._release(runner)]
         for runner in self.runners:
+            if all(isinstance(crew, LoopCrew) for crew in runner.crews if crew.busy()):
+                runner.finished.wait(CANCELLED)  # then what they had is given back now
             runner.overrun.set()
             runner.finished.wait(5.0)
             if runner.ends is not None and runner in self._begun and not held:
