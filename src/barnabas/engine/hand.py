@@ -1,6 +1,6 @@
 """What a handler has sent and written so far: held back until it returns, thrown away if it fails."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,7 +28,7 @@ def id_of(derive: Any, part: Part, row: Row, index: int) -> str:
 class Hand:
     """The sends and table writes of the delivery a worker has in hand. `used` says that there are any."""
 
-    # Defaults on the class: an async worker makes a hand a message, and most messages touch none of these.
+    # Defaults on the class, and nothing to initialize: an async worker makes a hand a message, and most touch none of these.
     open = False
     used = False
     sent = 0
@@ -41,10 +41,6 @@ class Hand:
     cells: Cells = {}  # noqa: RUF012 - with tables each hand has its own
     tables: Any = None
     names: frozenset[str] = frozenset()
-
-    def __init__(self, tables: Any = None) -> None:
-        if tables is not None:
-            self.tables, self.names, self.cells = tables, tables.names, {}
 
     def awaited(self, future: Future[Any], blocking: bool) -> None:
         """Refuse a wait by the handler (or a task it started) whose sends are held back here."""
@@ -115,6 +111,17 @@ class Hand:
         self.forget()
         self.used = False
         self.sent = 0
+
+
+def maker(tables: Any) -> Callable[[], Hand]:
+    """What makes a hand that writes to these tables, if any."""
+
+    def make() -> Hand:
+        hand = Hand()
+        hand.tables, hand.names, hand.cells = tables, tables.names, {}
+        return hand
+
+    return Hand if tables is None else make
 
 
 CURRENT: ContextVar[Hand | None] = ContextVar("barnabas_hand", default=None)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
-from barnabas.engine.hand import CURRENT, Hand
+from barnabas.engine.hand import CURRENT, maker
 from barnabas.engine.handler import not_run
 from barnabas.message import Unread
 
@@ -24,10 +24,10 @@ async def work(crew: "Crew", slot: int) -> None:
     """Run deliveries one at a time until the crew says stop (`take` gives None and there is nothing to wait for)."""
     handler = crew.handler
     function, decode, bind, answer = handler.function, handler.decode, handler.bind, handler.answer
-    awaited, tables = handler.awaited, handler.tables
+    awaited, new_hand = handler.awaited, maker(handler.tables)
     past: Any = crew.cancelled if awaited else crew.late
     take, monotonic, box, at_box = crew.take, crew.monotonic, crew.box, slot * SLOT + crew.base + 1
-    hand = crew.hands[slot] = Hand(tables)
+    hand = crew.hands[slot] = new_hand()
     CURRENT.set(hand)
     while True:
         run = take(slot)
@@ -36,8 +36,7 @@ async def work(crew: "Crew", slot: int) -> None:
                 continue
             return
         hand.run, hand.open = run, True
-        until = crew.begin(slot, run)
-        done, parked = 0, None
+        until, done, parked = crew.begin(slot, run), 0, None
         unread = type(run.rows) is Unread  # sync handlers without a timeout: where they are is asked for rarely
         for row in run.rows.messages if unread else run.rows:
             if monotonic() > until:
@@ -53,7 +52,7 @@ async def work(crew: "Crew", slot: int) -> None:
                 data = row[2]
                 box[at_box] = row[0]
             if awaited:  # a hand a message: tasks that outlive the handler must not send into the next one's
-                hand = Hand(tables)
+                hand = new_hand()
                 hand.run, hand.open = run, True
                 CURRENT.set(hand)
             hand.row = row
@@ -122,7 +121,7 @@ async def _call(crew: "Crew", slot: int, run: Any, rows: Sequence[Any]) -> BaseE
     """Call the batch handler for these rows, without those that cannot be decoded. Those are dead on their own, once
     the others are done: a batch that is retried meets them again."""
     handler = crew.handler
-    hand = Hand(handler.tables)
+    hand = maker(handler.tables)()
     hand.run, hand.row, hand.open, hand.keys = run, rows[0], True, None
     CURRENT.set(hand)
     decode = handler.decoder(run.part.topic)
