@@ -490,3 +490,28 @@ def test_in_memory_as_well():
     drain()
     assert sorted(seen) == [n for n in range(15) if n != 7]
     app.close()
+
+
+def test_batches_are_listed_watched_shown_and_cancelled(tmp_path):
+    shop, app = Shell(tmp_path), App("shop", events=f"sqlite:///{tmp_path}/shop.db", jobs=f"sqlite:///{tmp_path}/shop.db")
+    (tmp_path / "shop.py").write_text(APP)
+    mail = app.job(name="mail", queue="mail")(lambda n: None)
+    with app.batch(description="letters") as letters:
+        letters.enqueue_many(mail, [(n,) for n in (2, 4)])
+    with app.batch() as later:
+        later.enqueue_many(mail, [(n,) for n in range(3)])
+    assert "there is no batch" in shop("batches", "show", "b-0", status=1).stderr
+    listed = {each["id"]: each for each in shop.json("batches", "list")}
+    assert listed.keys() == {letters.id, later.id} and listed[letters.id]["description"] == "letters"
+    assert "there are more than 1" in shop("batches", "list", "--limit", "1").stderr
+    assert shop.json("batches", "cancel", later.id) == [{"id": later.id, "cancelled": True}]
+    watched = shop.start("batches", "watch", letters.id)
+    shop("run", "--drain", "--only", "mail")
+    watched.until("2 of 2, 0 dead: success\n")
+    assert watched.process.wait(20) == 0
+    (shown,) = shop.json("batches", "show", later.id)
+    assert (shown["state"], shown["open"], shown["dead"]) == ("cancelled", 0, 3)
+    assert "state        cancelled" in shop("batches", "show", later.id).stdout
+    assert "has ended" in shop("batches", "cancel", letters.id, status=1).stderr
+    assert shop("batches", "watch", later.id, status=1).stdout == "3 of 3, 3 dead: cancelled\n"
+    app.close()
