@@ -133,10 +133,13 @@ class SqliteQueues(Fetcher):
             said = {"owner": self.home.neighbours.number, "queue": gid, "room": room - len(rows), "mixed": json.dumps(mixed)}
             which = "SELECT value FROM json_each(:mixed)" if mixed else f"SELECT id {READY} ORDER BY rank, id LIMIT :room"
             claim = f"UPDATE jobs SET state = 1, owner = :owner, run = NULL WHERE id IN ({which})"
-            claimed: list[Any] = db.execute(f"{claim} RETURNING rank, id, jid, payload, crashes", said).fetchall()
-            claimed.sort()
+            claimed: list[Any] = db.execute(f"{claim} RETURNING id, jid, payload, crashes", said).fetchall()
+            claimed.sort()  # first come, first served
+            if mixed:
+                by_id = {row[0]: row for row in claimed}
+                claimed = [by_id[id_] for id_ in mixed]
             before, mark = len(rows), None
-            for _, id_, jid, payload, crashes in claimed:
+            for id_, jid, payload, crashes in claimed:
                 if self._guard is not None:
                     waits, mark = self._admit(db, id_, payload, now)
                     if waits:
@@ -155,15 +158,16 @@ class SqliteQueues(Fetcher):
         rank, last = one(db, ends, said)
         if rank == last:
             return []
-        said["count"], self._turns = divmod(self._turns + room, FAIR)
+        first = [row[0] for row in db.execute(f"SELECT id {READY} ORDER BY rank, id LIMIT :room", said)]
+        said["count"], self._turns = divmod(self._turns + len(first), FAIR)
         longest: list[int] = []
         while said["count"] and rank is not None:
             said["rank"] = rank
             longest += [row[0] for row in db.execute(f"SELECT id {READY} AND rank = :rank ORDER BY id LIMIT :count", said)]
             rank = one(db, f"SELECT min(rank) {READY} AND rank > :rank", said)[0]
-        longest = sorted(longest)[: said["count"]]
-        first = [row[0] for row in db.execute(f"SELECT id {READY} ORDER BY rank, id LIMIT :room", said)]
-        return [*longest, *(id_ for id_ in first if id_ not in {*longest})][:room]
+        known = {*first}
+        others = [id_ for id_ in sorted(longest)[: said["count"]] if id_ not in known]
+        return first[: room - len(others)] + others
 
     def _admit(self, db: apsw.Connection, id_: int, payload: bytes, now: float) -> tuple[bool, Any]:
         """Take the slots a claimed job needs; whether it has to wait for one, and what its row is to say."""
