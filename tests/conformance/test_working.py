@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -21,6 +22,16 @@ def topic(app):
     return app.topic("steps", Step, key="key", partitions=6)
 
 
+@pytest.fixture(params=["uvloop", "asyncio"])
+def loop(request, monkeypatch):
+    """The event loop of a worker is uvloop's where that is installed."""
+    if request.param == "asyncio":
+        monkeypatch.setitem(sys.modules, "uvloop", None)
+    else:
+        pytest.importorskip("uvloop")
+    return request.param
+
+
 def parts(worker: Worker) -> int:
     return sum(not part.retries for runner in worker.runners for part in runner.parts)
 
@@ -28,11 +39,12 @@ def parts(worker: Worker) -> int:
 # Timeouts.
 
 
-def test_an_async_handler_past_its_timeout_is_cancelled_and_has_failed(place, app, topic):
+def test_an_async_handler_past_its_timeout_is_cancelled_and_has_failed(place, app, topic, loop):
     log = []
 
     @app.consumer(topic, timeout=0.1, retry=Retry(1, backoff=0.01))
     async def read(step: Step, delivery: Delivery):
+        assert type(asyncio.get_running_loop()).__module__.startswith(loop)
         try:
             await asyncio.sleep(0 if step.n else 60)
         except asyncio.CancelledError:
@@ -49,7 +61,7 @@ def test_an_async_handler_past_its_timeout_is_cancelled_and_has_failed(place, ap
     assert all(isinstance(f.error, TimedOut) for f in failures(app))
 
 
-def test_an_async_handler_that_ignores_its_cancellation_has_failed_all_the_same(place, app, topic):
+def test_an_async_handler_that_ignores_its_cancellation_has_failed_all_the_same(place, app, topic, loop):
     ends = []
 
     @app.consumer(topic, timeout=0.1, retry=Retry(0))
@@ -351,7 +363,7 @@ def test_a_stop_waits_for_what_is_in_work(place, app, topic):
 
 
 @pytest.mark.parametrize("who", ["hook", "handler"])
-def test_what_a_stop_cancelled_is_not_done_whoever_swallows_that(place, app, topic, who):
+def test_what_a_stop_cancelled_is_not_done_whoever_swallows_that(place, app, topic, who, loop):
     entered, done = threading.Event(), []
 
     @app.around
