@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import lru_cache
 from time import monotonic, sleep
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ By = str | Sequence[str] | Callable[..., Any] | None
 WAIT = 60.0  # seconds until a job that waits looks for itself; before that, whoever ends wakes it
 APART = 0.01  # seconds between those looks: of a hundred thousand that wait, never all at once
 WANT = 1.0  # seconds that the wish of who waits by hand is good for; he asks again sooner
+PLAIN = {str, int, bool, type(None)}  # of these, what is equal and of one type has the same JSON
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
 
@@ -32,12 +34,8 @@ class Need(NamedTuple):
     key: str
     most: int
     span: float
-    waits: bool
-
-    @property
-    def text(self) -> str:
-        """For scripts."""
-        return f"{self.key},{self.most},{self.span!r},{'' if self.waits else '!'}"
+    waits: bool = True
+    text: str = ""  # all of it, for scripts
 
     def base(self, now: float, oldest: float | None) -> float:
         """When the first who waits may look again; `oldest`: the start that has to be over first, None if a slot is free."""
@@ -57,6 +55,11 @@ class Need(NamedTuple):
 def slack(span: float) -> float:
     """How long after the time in the log a function may begin; a quarter of it may have passed when its slot is taken."""
     return min(1.0, max(0.25, span / 11))
+
+
+def slot(key: str, most: int, span: float, waits: bool = True) -> Need:
+    """A need."""
+    return Need(key, most, span, waits, f"{key},{most},{span!r},{'' if waits else '!'}")
 
 
 class _Limit(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +95,7 @@ class Rate(_Limit, frozen=True):
 
     def need(self, scope: Sequence[Any], name: str) -> Need:
         key = digest("barnabas:limit", ["rate", self.per, self.name or ["job", name], scope])
-        return Need(key, self.count, self.per + slack(self.per * 1.1), True)
+        return slot(key, self.count, self.per + slack(self.per * 1.1))
 
 
 class Concurrent(_Limit, frozen=True):
@@ -105,7 +108,7 @@ class Concurrent(_Limit, frozen=True):
 
     def need(self, scope: Sequence[Any], name: str) -> Need:
         key = digest("barnabas:limit", ["at once", self.name or ["job", name], scope])
-        return Need(key, self.count, 0.0, True)
+        return slot(key, self.count, 0.0)
 
 
 def digest(prefix: str, of: Any) -> str:
@@ -160,12 +163,15 @@ class Limit:
             raise DeclarationError(f"{owner}: limit={type(limit).__name__}({option}): {way_out}")
 
         self.limit, self._name = limit, name
+        self._known = lru_cache(1 << 14, typed=True)(lambda *scope: limit.need(scope, name))
         self._kind = Kind(limit.by, signature, refuse)
 
     def need(self, args: Sequence[Any]) -> Need | None:
         """The slot that a job with these arguments needs."""
         scope = self._kind.scope(args)
-        return None if scope is None else self.limit.need(scope, self._name)
+        if scope is None or not all(type(value) in PLAIN for value in scope):
+            return None if scope is None else self.limit.need(scope, self._name)
+        return self._known(*scope)
 
 
 def limits(owner: str, name: str, signature: inspect.Signature, given: Any) -> list[Limit]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from barnabas.errors import BarnabasError, Conflict, DeclarationError
-from barnabas.jobs.limit import By, Kind, Need, digest, slack
+from barnabas.jobs.limit import By, Kind, Need, digest, slack, slot
 from barnabas.jobs.payload import Failed, PayloadError, failed, parse
 from barnabas.message import LockedJob
 
@@ -189,7 +189,7 @@ class Guard:
         try:
             args = job.decode_args(payload.args)
             if lock is not None and lock.runs and (key := lock.key(args)) is not None:
-                needs.append(Need(key + RUN, 1, 0.0, lock.queued or lock.on_conflict == "wait"))
+                needs.append(slot(key + RUN, 1, 0.0, lock.queued or lock.on_conflict == "wait"))
             option = "limit"
             needs += [need for limit in job.limits if (need := limit.need(args)) is not None]
         except (msgspec.DecodeError, UnicodeDecodeError):
