@@ -90,7 +90,7 @@ end
 -- process's hands. Returns whether the process is still among the living, the paused queues, the claimed payloads queue by
 -- queue, and of those that had crashes: number and count.
 local id, now, day = arg(), arg(), arg()
-local work, processed, failed, ripe, runs = key('barnabas:work:' .. id), 0, 0, {}, {}
+local work, processed, failed, ripe = key('barnabas:work:' .. id), 0, 0, {}
 
 for _ = 1, number() do -- members of a batch, the oldest first: while that is ours, so are those that were claimed later
   local batch, how, count = arg(), arg(), number()
@@ -104,11 +104,9 @@ for _ = 1, number() do -- what they held that end ("end"), are to run again ("ag
   local sequence, name, lock, jid, how = arg(), arg(), arg(), arg(), arg()
   if redis.call('HEXISTS', work, sequence .. ':' .. name) == 1 then
     if how == 'end' and lock ~= '' then free(lock, jid) end
-    runs[#runs + 1] = sequence
-    runs[#runs + 1] = how
+    ended(id, sequence, how)
   end
 end
-ended(id, runs)
 
 local done = {}
 for i = 1, number() do done[i] = arg() end
@@ -287,8 +285,7 @@ end
 if crashed and #jobs > 0 then redis.call('EXPIRE', crashes, 604800) end
 local there, running = {}, redis.call('HGETALL', key('barnabas:running:' .. id))
 for _, job in ipairs(jobs) do there[string.format('%d', job[1])] = true end
-for i = 1, #running, 2 do running[i + 1] = there[running[i]] and 'front' or 'end' end
-if not stays then ended(id, running) end
+for i = 1, stays and 0 or #running, 2 do ended(id, running[i], there[running[i]] and 'front' or 'end') end
 for name, payloads in pairs(back) do
   redis.call('SADD', key('queues'), name)
   packed('RPUSH', key('queue:' .. name), payloads)

@@ -2,30 +2,14 @@
 -- of tokens, by hand, and until when they are good), or of a rate `:STARTS` (by the time of their start). `:WANTS`: who asks by
 -- hand, and until when that counts. Who waits: `barnabas:waiting:` (job ids by age), `barnabas:parked:` (id -> when it is due,
 -- queue, payload); `barnabas:turns:`: whose turn it is, until when. All by the server's clock.
-local time
-
 local function clock()
-  if not time then
-    local t = redis.call('TIME')
-    time = t[1] + t[2] / 1e6
-  end
-  return time
-end
-
-local function many(command, keys) -- a count over keys
-  local count = 0
-  for first = 1, #keys, 1000 do count = count + redis.call(command, unpack(keys, first, math.min(first + 999, #keys))) end
-  return count
+  local t = redis.call('TIME')
+  return t[1] + t[2] / 1e6
 end
 
 local function slots(text) -- "key,count,span,", and "!" if its jobs do not wait
-  local name, most, span, mode = string.match(text, '^([^,]*),(%d+),([^,]*),(!?)$')
+  local name, most, span, mode = string.match(text, '^(.*),(%d+),(.*),(!?)$')
   return {text = text, name = name, most = tonumber(most), span = tonumber(span), waits = mode == ''}
-end
-
--- `barnabas:crowded` is there as long as anybody may wait anywhere, has a turn, or a slot by hand: else all goes by quickly.
-local function crowd(seconds)
-  if redis.call('TTL', key('barnabas:crowded')) < seconds then redis.call('SET', key('barnabas:crowded'), 1, 'EX', seconds) end
 end
 
 local function nth(place, at) -- the time of the nth last
@@ -61,7 +45,6 @@ end
 -- Those who wait first for free slots go to the front of their queues, and it is their turn for 10 s.
 local function wake(need, now)
   local waiting, parked = key('barnabas:waiting:' .. need.name), key('barnabas:parked:' .. need.name)
-  if redis.call('EXISTS', waiting) == 0 then return end
   while vacant(need, need.most - promised(need, now) - wants(need, now), now) do
     local jid = redis.call('ZPOPMIN', waiting)[1]
     if not jid then return end
@@ -75,42 +58,30 @@ local function wake(need, now)
     if there or (due and tonumber(due) <= now) then -- (it may be on its way already; else somebody has deleted it)
       redis.call('ZADD', key('barnabas:turns:' .. need.name), now + 10, jid)
       redis.call('EXPIRE', key('barnabas:turns:' .. need.name), 60)
-      crowd(60)
     end
   end
 end
 
--- Runs have, given as number, how, number, how... `how`: one has not begun ("back"), or maybe it has ("front"), and its job is
--- in front of its queue again, so it is still that one's turn.
-local function ended(id, runs)
-  local mine, numbers, over, waiting = key('barnabas:running:' .. id), {}, {}, {}
-  for i = 1, #runs, 2 do numbers[#numbers + 1] = runs[i] end
-  if #numbers == 0 then return end
-  local now, said = clock(), redis.call('HMGET', mine, unpack(numbers))
-  local crowded = redis.call('EXISTS', key('barnabas:crowded')) == 1
-  for i, number in ipairs(numbers) do
-    local needs, jid = string.match(said[i] or '', '^([^\n]*)\n(.*)$')
-    for text in string.gmatch(needs or '', '%S+') do
-      local need, how = slots(text), runs[2 * i]
-      if need.span == 0 then
-        redis.call('HDEL', key(need.name .. ':LOCKED'), jid)
-        if how == 'back' or how == 'front' then
-          redis.call('ZADD', key('barnabas:turns:' .. need.name), now + 10, jid)
-          redis.call('EXPIRE', key('barnabas:turns:' .. need.name), 60)
-          crowd(60)
-        end
-        if crowded then
-          over[#over + 1] = need
-          waiting[#waiting + 1] = key('barnabas:waiting:' .. need.name)
-        end
-      elseif how == 'back' then
-        redis.call('ZREM', key(need.name .. ':STARTS'), id .. '/' .. number)
+-- A run has. `how`: it has not begun ("back"), or maybe it has ("front"), and its job is in front of its queue again, so it is
+-- still that one's turn.
+local function ended(id, sequence, how)
+  local mine = key('barnabas:running:' .. id)
+  local needs, jid = string.match(redis.call('HGET', mine, sequence) or '', '^(.-)\n(.*)$')
+  if not jid then return end
+  local now = clock()
+  redis.call('HDEL', mine, sequence)
+  for text in string.gmatch(needs, '%S+') do
+    local need = slots(text)
+    if need.span == 0 then
+      redis.call('HDEL', key(need.name .. ':LOCKED'), jid)
+      if how == 'back' or how == 'front' then
+        redis.call('ZADD', key('barnabas:turns:' .. need.name), now + 10, jid)
+        redis.call('EXPIRE', key('barnabas:turns:' .. need.name), 60)
       end
+      wake(need, now)
+    elseif how == 'back' then
+      redis.call('ZREM', key(need.name .. ':STARTS'), id .. '/' .. sequence)
     end
-  end
-  packed('HDEL', mine, numbers)
-  if #waiting > 0 and many('EXISTS', waiting) > 0 then
-    for _, need in ipairs(over) do wake(need, now) end
   end
 end
 
@@ -150,18 +121,9 @@ end
 local id, answers, soonest = arg(), {}, ''
 local work, mine, now = key('barnabas:work:' .. id), key('barnabas:running:' .. id), clock()
 
--- Whether there is no slot, and if so behind whom it waits; how much too early it comes, by its own time. Mostly nobody waits.
-local calm = false -- nobody waits for any
-
+-- Whether there is no slot, and if so behind whom it waits; how much too early it comes, by its own time.
 local function crowded(need, jid, created)
   local waiting, parked = key('barnabas:waiting:' .. need.name), key('barnabas:parked:' .. need.name)
-  local locked, hands = key(need.name .. ':LOCKED'), key(need.name .. ':HANDS')
-  if calm or redis.call('EXISTS', waiting, key('barnabas:turns:' .. need.name), key(need.name .. ':WANTS'), hands) == 0 then
-    need.easy = true
-    if need.span > 0 then return not vacant(need, need.most, now), nil, 0 end
-    local taken = redis.call('HLEN', locked)
-    return taken >= need.most or (taken > 0 and redis.call('HEXISTS', locked, jid) == 1), nil, 0
-  end
   local ahead, before, early, oldest = 0, nil, 0, nil
   if redis.call('EXISTS', waiting) == 1 then
     if redis.call('ZREM', waiting, jid) == 1 then
@@ -184,32 +146,17 @@ local function crowded(need, jid, created)
   end
   local left = need.most - ahead - promised(need, now, jid)
   if left > 0 then left = left - wants(need, now) end
-  local twin = need.span == 0 and redis.call('HEXISTS', locked, jid) == 1
+  local twin = need.span == 0 and redis.call('HEXISTS', key(need.name .. ':LOCKED'), jid) == 1
   return twin or not vacant(need, left, now), before, early
 end
 
-local name, jobs, fields, numbers, begun, all = arg(), {}, {}, {}, {}, {}
-local crowds = redis.call('EXISTS', key('barnabas:crowded')) == 1
 for i = 1, number() do
-  local job = {arg(), arg(), arg(), arg(), {}}
-  for n = 1, number() do
-    local need = slots(arg())
-    job[5][n] = need
-    for _, kept in ipairs(crowds and {'barnabas:waiting:%s', 'barnabas:turns:%s', '%s:WANTS', '%s:HANDS'} or {}) do
-      all[#all + 1] = key(string.format(kept, need.name))
-    end
-  end
-  jobs[i], numbers[i], fields[i] = job, job[1], job[1] .. ':' .. name
-end
-calm = #all == 0 or many('EXISTS', all) == 0
-local there, known = redis.call('HMGET', work, unpack(fields)), redis.call('HMGET', mine, unpack(numbers))
-
-for i, job in ipairs(jobs) do
-  local sequence, jid, lock, created, needs = unpack(job)
-  local field, payload, answer = fields[i], there[i], 1
-  if not there[i] then
+  local sequence, name, jid, lock, created, payload, needs = arg(), arg(), arg(), arg(), arg(), arg(), {}
+  for n = 1, number() do needs[n] = slots(arg()) end
+  local field, answer = sequence .. ':' .. name, 1
+  if redis.call('HEXISTS', work, field) == 0 then
     answer = 0
-  elseif #needs > 0 and not known[i] then
+  elseif #needs > 0 and redis.call('HEXISTS', mine, sequence) == 0 then
     local full, before, early, of
     for _, need in ipairs(needs) do
       local is, behind, soon = crowded(need, jid, created)
@@ -222,19 +169,16 @@ for i, job in ipairs(jobs) do
         said = said .. need.text .. ' '
       end
       occupy(needs, now, jid, id .. '/' .. sequence)
-      begun[#begun + 1] = sequence
-      begun[#begun + 1] = said .. '\n' .. jid
+      redis.call('HSET', mine, sequence, said .. '\n' .. jid)
     elseif of.waits then
       local due = turn_of(of, now, before) + early
       local waiting, parked = key('barnabas:waiting:' .. of.name), key('barnabas:parked:' .. of.name)
       local at = string.format('%.6f', due)
-      calm = false
       redis.call('HDEL', work, field)
       redis.call('ZADD', key('schedule'), at, payload)
       redis.call('ZADD', waiting, created, jid)
       redis.call('HSET', parked, jid, at .. ' ' .. name .. ' ' .. payload)
       local last = math.ceil(due - now) + 600
-      crowd(last)
       if redis.call('TTL', waiting) < last then
         redis.call('EXPIRE', waiting, last)
         redis.call('EXPIRE', parked, last)
@@ -245,13 +189,12 @@ for i, job in ipairs(jobs) do
       answer = holder(of.name) or redis.call('ZRANGE', key('barnabas:turns:' .. of.name), 0, 0)[1] or '?'
     end
     for _, need in ipairs(needs) do -- it needs its turns no more; those it could not use are others'
-      if need == of or (not need.easy and redis.call('ZREM', key('barnabas:turns:' .. need.name), jid) == 1) then wake(need, now) end
+      if redis.call('ZREM', key('barnabas:turns:' .. need.name), jid) == 1 or need == of then wake(need, now) end
     end
   end
   if answer == 1 and lock ~= '' then free(lock, jid) end
   answers[i] = answer
 end
-packed('HSET', mine, begun)
 return {soonest == '' and '' or string.format('%.6f', soonest), answers}
 
 --- hold
@@ -264,13 +207,11 @@ if vacant(need, need.most - promised(need, now), now) then
   if need.span == 0 then
     redis.call('ZADD', key(need.name .. ':HANDS'), now + lease, token)
     redis.call('EXPIRE', key(need.name .. ':HANDS'), lease + 60)
-    crowd(lease + 60)
   end
   return '0'
 end
 redis.call('ZADD', key(need.name .. ':WANTS'), now + want, token)
 redis.call('EXPIRE', key(need.name .. ':WANTS'), 60)
-crowd(60)
 return string.format('%.6f', math.max(0.01, turn_of(need, now) - now))
 
 --- keep
@@ -280,7 +221,6 @@ local hands = key(need.name .. ':HANDS')
 if (tonumber(redis.call('ZSCORE', hands, token)) or 0) < now then return 0 end
 redis.call('ZADD', hands, now + lease, token)
 redis.call('EXPIRE', hands, lease + 60)
-crowd(lease + 60)
 return 1
 
 --- drop

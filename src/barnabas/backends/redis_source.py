@@ -289,10 +289,11 @@ class RedisQueues:
         if not asks:
             return jobs, asks, marks
         args: list[Any] = []
-        for number, ask in asks.items():
-            needs = [need.text for need in ask.needs]
-            args += (number, ask.jid, ask.free, repr(ask.created), len(needs), *needs)
-        soonest, answers = self.home.script("admit", self.name, queue, len(asks), *args)
+        for number, payload in jobs:
+            if (ask := asks.get(number)) is not None:
+                needs = [need.text for need in ask.needs]
+                args += (number, queue, ask.jid, ask.free, repr(ask.created), payload, len(needs), *needs)
+        soonest, answers = self.home.script("admit", self.name, len(asks), *args)
         gone, has = set(), {}
         for (number, ask), answer in zip(asks.items(), answers, strict=True):
             if answer == 0:

@@ -5,7 +5,6 @@ import logging
 from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from time import monotonic
 from types import CoroutineType
 from typing import Any
 
@@ -113,13 +112,7 @@ class JobHandler:
         self.timed = any(e.job.timeout for e in entries.values())
         self.function: Callable[..., Any] = _call  # (an async job's coroutine is awaited by who calls)
         self.guard = Guard({name: entry.job for name, entry in entries.items()})
-        self._guarded, self._next = bool(self.guard), 0.0
-
-    def _soon(self) -> None:
-        """A slot is free: others may wait for it. A look every 2 ms is enough, or each job would be settled alone."""
-        if (now := monotonic()) >= self._next:
-            self._next = now + 0.002
-            self.hurry()
+        self._guarded = bool(self.guard)
 
     def job(self, row: Row) -> Any:
         """The declared job of a row."""
@@ -157,7 +150,7 @@ class JobHandler:
             end.admit()
             target = (_more_async if self.awaited else _more, end, *args)
         if guarded and entry.job.slots:
-            return (_then_async if self.awaited else _then, self._soon, *target)
+            return (_then_async if self.awaited else _then, self.hurry, *target)
         return target
 
     def _delivery(self, run: Run, row: Row, payload: Payload, args: tuple[Any, ...]) -> Delivery[Any]:
