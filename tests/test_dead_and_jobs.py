@@ -509,6 +509,7 @@ def test_batches_are_listed_watched_shown_and_cancelled(tmp_path):
     shop("run", "--drain", "--only", "mail")
     watched.until("2 of 2, 0 dead: success\n")
     assert watched.process.wait(20) == 0
+    watched.close()
     (shown,) = shop.json("batches", "show", later.id)
     assert (shown["state"], shown["open"], shown["dead"]) == ("cancelled", 0, 3)
     assert "state      cancelled" in shop("batches", "show", later.id).stdout
