@@ -404,15 +404,15 @@ class Keeper:
         """Find members that are stored nowhere (an operator of Sidekiq has deleted them) or dead, and what followed from none."""
         app, home, now = self._app, self._app.jobs, self._app.clock.now()
         ids, failed = ([*home.batch_members(ALL, state)] for state in ("open", "dead"))
-        if not ids and not failed and now < self._purge:
-            return
-        leader = home.note("batches")
-        if leader not in (None, self._name) or not home.swap("batches", leader, self._name, now + 4 * LOOK, ()):
-            return
         if now >= self._purge:
             self._purge = now + HOUR
             for id in [id for id in (*failed, *home.batch_members(ALL, "done")) if _find(app, id) is None]:
                 home.forget(id)
+        if not ids and not failed:
+            return
+        leader = home.note("batches")
+        if leader not in (None, self._name) or not home.swap("batches", leader, self._name, now + 4 * LOOK, ()):
+            return
         stored, dead = set[str](), set[str]()
         for job in home.find_jobs() if any(home.batch(id)[0] for id in ids) else ():
             if b'"batch"' in job.payload:
