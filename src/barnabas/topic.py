@@ -205,7 +205,7 @@ class Topic(Generic[T]):
             headers=headers or (),
             timestamp=timestamp,
             partition=partition,
-            offset=offset,
+            offset=-1 if offset is None else offset,  # a broker that has it from an earlier try does not say where
         )
 
 
