@@ -261,7 +261,7 @@ def check(herd: Herd) -> int:
 def test_a_herd_under_fire(herd: Herd, kills: int) -> None:
     while herd.done["kill"] < kills:
         herd.volley()
-    assert check(herd) < 300 * sum(herd.done.values()) and herd.rebalances >= 20
+    assert check(herd) < 300 * sum(herd.done.values()) and herd.rebalances >= kills / 3  # (blows in a row are one)
 
 
 @protocols
