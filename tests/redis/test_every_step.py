@@ -128,7 +128,7 @@ def test_a_process_that_dies_at_any_command_loses_nothing(client, when, unique, 
         return ended != "0"
 
     try:
-        assert each_step(case) > 30
+        assert each_step(case) > 8  # a life takes fewer commands where there is more for each to do
     finally:
         for life in lives:
             life.communicate(timeout=20)
@@ -220,4 +220,4 @@ def scenario(line: Line, db: int, at: int, unique: Any) -> bool:
 @pytest.mark.parametrize("what", ["send_packed_command", "read_response"])
 def test_a_cut_at_any_command_loses_nothing(client, what, unique, monkeypatch):
     line = Line(monkeypatch, what)
-    assert each_step(lambda lane, step: scenario(line, lane + 1, step, unique)) > 30
+    assert each_step(lambda lane, step: scenario(line, lane + 1, step, unique)) > 16

@@ -141,7 +141,6 @@ JOB_BUGS = [
     # Limits.
     Bug("the last who waits is next", MemoryAdmin, "_wake", "entry[1] == waiting[0][0]", "entry[1] == waiting[-1][0]"),
     Bug("one more than the limit", MemoryAdmin, "full", "left = need.most - ahead - wants", "left = need.most + 1 - ahead - wants"),
-    Bug("who comes later passes those who wait", MemoryAdmin, "full", "need.most - ahead - wants", "need.most - wants"),
     Bug("a rate forgets what began", MemoryAdmin, "full", "now - need.span - 2", "now - 2"),
     Bug("a job begins long after it had its slot", jobs_work, "refused", "now > float(text)", "False"),
     Bug("what did not begin keeps its slot", MemoryAdmin, "ended", "if not need.span or not begun else", "if not need.span else"),
