@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from barnabas import queues
 from barnabas.backends import shares
 from barnabas.backends.memory import MemoryBackend, MemoryQueues
 from barnabas.backends.memory_admin import MemoryAdmin
@@ -143,14 +144,13 @@ JOB_BUGS = [
     Bug("one more than the limit", MemoryAdmin, "full", "left = need.most - ahead - wants", "left = need.most + 1 - ahead - wants"),
     Bug("a rate forgets what began", MemoryAdmin, "full", "now - need.span - 2", "now - 2"),
     Bug("a job begins long after it had its slot", jobs_work, "refused", "now > float(text)", "False"),
-    Bug("what did not begin keeps its slot", MemoryAdmin, "ended", "if not need.span or not begun else", "if not need.span else"),
     # Batches of jobs.
     Bug("a batch is complete before its last job", batch, "look", "not is_open and", ""),
     Bug("a batch with dead jobs is a success", batch, "look", "ended and not dead", "ended"),
-    Bug("a member's end is not noted", MemoryQueues, "settle", "result.cells.pop((BATCHES, row[0]), None)", "b''"),
+    Bug("a member's end is not noted", MemoryQueues, "settle", "members_ended(results)", "{}"),
     Bug("a dead member is forgotten", MemoryAdmin, "leave", "sets[how].add(each)", "pass"),
     Bug("a member is open for ever", MemoryAdmin, "leave", "sets[before].remove(each)", "pass"),
-    Bug("what an operator drops counts as done", batch, "bury", '"dead"', '"done"'),
+    Bug("what an operator drops counts as done", queues, "bury", '"dead"', '"done"'),
     Bug("what others delete keeps a batch open", Keeper, "_reconcile", "if lost:", "if False:"),
     Bug("what is stored counts as lost", Keeper, "_lost", "if jid in stored:", "if False:"),
     Bug("a job that is added comes too late", MemoryAdmin, "enter", 'sets["open"].add(job.jid)', "pass"),
