@@ -113,15 +113,20 @@ class Load:
         self.wait_for(lambda: copies() == {3}, "copies are missing")
 
     def check(self) -> None:
-        """What was promised is stored, once, and all of it was handled."""
+        """What was promised is stored, once, and all of it was handled. (A broker may lose count of a producer's messages, in
+        which case the driver gives up on it: those that it had fail, and may be stored nevertheless.)"""
         self.end.set()
         self.sender.join()
-        promised = {(m.partition, m.offset): m.value for m in (future.result(60) for future in self.futures)}
-        stored = {}
+        errors = {n: error for n, future in enumerate(self.futures) if (error := future.exception(60)) is not None}
+        assert all("SEQUENCE" in str(error) or "FATAL" in str(error).upper() for error in errors.values()), errors
+        kept = [future.result() for n, future in enumerate(self.futures) if n not in errors]
+        promised, stored = {(m.partition, m.offset): m.value for m in kept if m.offset >= 0}, {}
+        assert len(errors) < len(self.futures) / 10
         for number in range(6):
             rows = self.app.events.read("orders", number, 0, len(self.futures))
             stored |= {(number, row[0]): int(row[2]) for row in rows}
-        assert stored == promised and sorted(stored.values()) == list(range(len(self.futures)))
+        assert stored.items() >= promised.items() and len(set(stored.values())) == len(stored)
+        assert {m.value for m in kept} <= set(stored.values()) <= {m.value for m in kept} | errors.keys()
         self.wait_for(lambda: len(set(self.seen)) == len(stored) and self.worker.drained(), "not all is handled")
 
 

@@ -89,8 +89,14 @@ class _Line:
             busy, seen = home.sent - seen > SERVE // 2, home.sent
             if busy:
                 end.wait(0.001)
-            else:
+                continue
+            try:
                 self.producer.poll(0.2)
+            except KafkaException as error:  # of no use any more: what it has fails, the next send opens another
+                self.fatal = True
+                home.drop(self)
+                log.error("%s: %s; sends go on with a new producer", home.servers, error.args[0].str())
+                end.wait(0.05)
 
 
 class _Chunk:
@@ -269,11 +275,15 @@ class KafkaBackend(KafkaDoors):
         name = name.removeprefix(self.prefix)
         if error.code() in (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART):
             self.names.pop(name, None)
-        if error.code() == KafkaError._FATAL:
-            with self._lock:
-                if self.line is not None and self.line.fatal:  # of no use any more; the next send opens another
-                    self.line = self._producer = None
+        if error.code() == KafkaError._FATAL and self.line is not None and self.line.fatal:
+            self.drop(self.line)
         return explain(error, f"a message for topic {name!r}", self, sending=True)
+
+    def drop(self, line: _Line) -> None:
+        """This one is of no use any more; the next send opens another."""
+        with self._lock:
+            if self.line is line:
+                self.line = self._producer = None
 
     def _wait_for_room(self, producer: Any, count: int, full: bool = False) -> None:
         """On an event-loop thread nobody may block: twice the limit is the end there."""
