@@ -42,7 +42,7 @@ def test_another_program_holds_the_write_lock(shop: Shop) -> None:
     acked = len(shop.ids("acked"))
     logs = ("worker0", "worker1", "sender0", "sender1")
     until(lambda: any("another program holds it locked" in shop.log(name) for name in logs), "somebody to say so")
-    assert len(shop.ids("acked")) - acked < 5
+    assert len(shop.ids("acked")) - acked < 25  # what was stored before, and said a little later
     ended(other)
     acked = len(shop.ids("acked"))
     until(lambda: len(shop.ids("acked")) > acked + 100, "sends to be stored again")
