@@ -72,8 +72,9 @@ def check(folder: Path, backend: str, blows: int, times: str, freeze: float, mon
         assert len(dead) <= 3, f"seed {seed}: {dead}"
         assert len(ran) >= blows * LOAD - len(dead) - len(met), f"seed {seed}: {blows * LOAD - len(ran)} jobs did not run\n{tail}"
         strangers = [pair for pair in met if not frozen_pids & set(pair)]
-        # (a frozen run is met by each that comes meanwhile)
         assert not strangers and (backend == "redis" or not met), f"seed {seed}: {met}\n{tail}"
+        thawed = [pair for pair in met if pair[0] in frozen_pids]  # (its own run is met by each that comes meanwhile)
+        assert len(thawed) <= len(frozen_pids), f"seed {seed}: {thawed}\n{tail}"
         assert refused <= 2 * blows and refused > blows / 4
         assert all(app.jobs.holder(once.lock.key((n,))) is None for n in range(blows * 10))
         if server is not None:
