@@ -40,7 +40,7 @@ unit: setup ## the quick tests
 	$(PY) -m pytest -q -m 'not slow and not soak'
 
 soak: setup data ## the long tests
-	$(PY) -m pytest -q -m soak -o faulthandler_timeout=3600
+	$(PY) -m pytest -q -m soak --timeout=7200
 
 bench: setup ## the table of ratios to raw loops and peers
 	-$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

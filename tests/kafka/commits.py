@@ -44,13 +44,13 @@ def history(servers: str) -> tuple[dict[str, int], dict[str, dict[Place, list[tu
     rebalances: dict[str, int] = defaultdict(int)
     commits: dict[str, dict[Place, list[tuple[int, str]]]] = defaultdict(lambda: defaultdict(list))
     try:
-        left = len(reader.list_topics("__consumer_offsets", timeout=10).topics["__consumer_offsets"].partitions)
-        reader.assign([TopicPartition("__consumer_offsets", n, 0) for n in range(left)])
+        left = set(reader.list_topics("__consumer_offsets", timeout=10).topics["__consumer_offsets"].partitions)
+        reader.assign([TopicPartition("__consumer_offsets", n, 0) for n in left])
         while left:
             for message in reader.consume(1000, 0.5):
                 if message.error() is not None:
                     assert message.error().code() == KafkaError._PARTITION_EOF
-                    left -= 1
+                    left.discard(message.partition())  # (its end comes again when more is written)
                 elif message.value() is not None:
                     _enter(_Bytes(message.key()), _Bytes(message.value()), rebalances, commits)
     finally:
