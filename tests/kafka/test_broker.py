@@ -212,6 +212,22 @@ def test_what_was_paused_for_want_of_room_goes_on_after_a_doubt_about_its_claim(
     assert sorted(set(seen)) == list(range(6000))
 
 
+@pytest.mark.parametrize("options", [{}, {"partition.assignment.strategy": "range"}, {"group.protocol": "consumer"}])
+def test_nothing_begins_of_partitions_that_were_given_back(make, options) -> None:
+    """A worker may have such runs in hand: what it did of them would be done again by whoever has them now."""
+    apps = [make(kafka=options) for _ in range(2)]
+    for app in apps:
+        app.consumer(app.topic("orders", int, partitions=6), name="read")(lambda n: None)
+    with running(apps[0]) as worker:
+        claims = worker.runners[0].source._claims
+        wait_for(lambda: len(claims) == 12, "assigned")  # with those of its retry topic
+        parts = [claim.part for claim in claims.values()]
+        with running(apps[1]):
+            wait_for(lambda: sum(part.closed for part in parts) >= 6, "given back")
+            wait_for(lambda: len(claims) == 6, "rebalanced")
+            assert [part.until for part in parts if part.closed] == [0.0] * sum(part.closed for part in parts)
+
+
 def test_statistics_of_the_clients_reach_observers_if_asked_for(make) -> None:
     app, told = make(kafka={"statistics.interval.ms": 200}), []
     app.observe(told.append)

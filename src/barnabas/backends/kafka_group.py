@@ -361,7 +361,8 @@ class KafkaMember:
     def _renew(self) -> None:
         self._until = self.home.clock.monotonic() + self._session / 2
         for claim in self._claims.values():
-            claim.part.until = self._until
+            if not claim.part.closed:  # what a worker still has in its haul of those that go is not to begin
+                claim.part.until = self._until
 
     def _lapse(self) -> None:
         """The loop stood still for half a session: nothing goes on until the group has confirmed that the claims hold."""
