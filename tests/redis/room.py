@@ -8,7 +8,7 @@ import time
 from barnabas import App, RetryAfter
 
 app = App("room", events="memory:", queues=["notes", "tasks"], stop_timeout=5.0)
-WITNESS = os.open(os.environ["KILL_WITNESS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+WITNESS = os.open(f"{os.environ['KILL_FOLDER']}/witness", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
 
 def ran(n: int) -> None:

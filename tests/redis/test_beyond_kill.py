@@ -1,21 +1,14 @@
 """Chains, results, schedules, debounced calls, deadlines and steps keep their promises, all at once, whatever is killed, frozen
 or restarted: seen by an outside witness."""
 
-import importlib
 import json
-import os
-import random
-import signal
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import RedisServer
-from test_redis_kill import HERE, WORKERS, Team, blow
-from test_unique_kill import QUICK, NoProxy
+from team import QUICK, Team
 
 from barnabas.errors import JobFailed
 
@@ -34,70 +27,41 @@ def enqueue(room: Any, number: int, futures: list[Any], chains: dict[int, Any]) 
         futures += [room.walk.enqueue(number, ITEMS), room.walk_awaited.enqueue(number + 1, ITEMS)]
 
 
-def check(folder: Path, backend: str, blows: int, times: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed = int(os.environ.get("BARNABAS_SEED", random.SystemRandom().randrange(1 << 32)))
-    print(f"kill test of what jobs can on {backend}: seed {seed}")
-    dice, kinds, done = random.Random(seed), ["worker"] * 6 + ["frozen"] + ["redis"] * (backend == "redis"), Counter[str]()
-    for name, value in {"KILL_FOLDER": folder, "KILL_TIMES": times}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
-    server = RedisServer(folder, durable=True) if backend == "redis" else None
-    url = server.url if server is not None else f"sqlite:///{folder}/jobs.db"
-    sys.modules.pop("beyond_room", None)
-    with monkeypatch.context() as here:  # the quick times are the workers' alone
-        here.delenv("KILL_TIMES")
-        room: Any = importlib.import_module("beyond_room")
-    app = room.app
-    app.settings = app.settings.override(jobs=url)
-    app.jobs.queue_states()
-    team = Team(url, folder, "beyond_room:app")
-    witness = folder / "witness"
+def check(folder: Path, backend: str, blows: int) -> None:
+    team = Team(folder, backend, "beyond_room", QUICK)
+    room, kinds = team.room(), ["worker"] * 6 + ["frozen"] + ["redis"] * (backend == "redis")
+    app, dice, witness = room.app, team.dice, folder / "witness"
     futures: list[Any] = []
     chains: dict[int, Any] = {}
-    try:
+
+    def stored() -> list[Any]:
+        jobs = [(job.state, json.loads(job.payload)) for job in app.jobs.find_jobs()]
+        return [(state, job["class"], job["args"], job["jid"]) for state, job in jobs]
+
+    def left() -> Any:
+        ticks = len({numbers for what, numbers in room.lines(folder) if what == "tick"})
+        return [job for job in stored() if job[0] != "dead" and job[1] != "tick"] or (f"{ticks} ticks" if ticks < TICKS else None)
+
+    with team.at_work(app):
         for number in range(blows):
             enqueue(room, number, futures, chains)
             until, size = time.monotonic() + 4, witness.stat().st_size + dice.randrange(100, 2500)
             while time.monotonic() < until and witness.stat().st_size < size:  # else nothing but starts would be hit
                 time.sleep(0.01)
-            kind = dice.choice(kinds)
-            done[kind] += 1
-            if kind == "worker":
-                team.watch()
-                team.kill(dice.randrange(WORKERS))
-            else:
-                blow(kind, team, server, NoProxy(), dice)  # type: ignore[arg-type]
+            team.blow(kind := dice.choice(kinds), within=0.0 if kind == "worker" else 0.3)
         for future in [*futures, *chains.values()]:
             future.result(60)
-
-        def stored() -> list[Any]:
-            jobs = [(job.state, json.loads(job.payload)) for job in app.jobs.find_jobs()]
-            return [(state, job["class"], job["args"], job["jid"]) for state, job in jobs]
-
-        end = time.monotonic() + 120
-        while time.monotonic() < end:
-            left = [job for job in stored() if job[0] != "dead" and job[1] != "tick"]
-            if not left and len({numbers for what, numbers in room.lines(folder) if what == "tick"}) >= TICKS:
-                break
-            team.watch()
-            time.sleep(0.2)
-        team.end()
-        tail = (folder / "workers.log").read_text()[-3000:]
-        assert not left, f"seed {seed}: {left} are stuck\n{tail}"
+        team.drain(left, 120)
         dead, ticks = [job for job in stored() if job[0] == "dead"], [job[2][0] for job in stored() if job[1] == "tick"]
-        assert len(dead) <= 1 + blows // 10, f"seed {seed}: {dead} are dead\n{tail}"
+        assert len(dead) <= 1 + blows // 10, f"{dead} are dead\n{team.tail}"
         said: dict[str, list[Any]] = {}
         for what, numbers in room.lines(folder):
             said.setdefault(what, []).append(numbers)
-        print({what: f"{len(set(all_))} and {len(all_) - len(set(all_))} again" for what, all_ in said.items()}, dict(done), dead)
-        verify(room, blows, said, dead, ticks, chains, seed)
+        again = {what: f"{len(set(all_))} and {len(all_) - len(set(all_))} again" for what, all_ in said.items()}
+        print(again, dict(team.blows), dead)
+        verify(room, blows, said, dead, ticks, chains, team.seed)
         names = {f"steps:{jid}" for _, _, _, jid in dead}
         assert notes(app, "steps:") <= names
-    finally:
-        team.end() if not team._log.closed else None
-        app.close()
-        if server is not None:
-            server.end(signal.SIGKILL)
 
 
 def verify(room: Any, blows: int, said: Any, dead: list[Any], ticks: list[str], chains: dict[int, Any], seed: int) -> None:
@@ -139,11 +103,11 @@ def notes(app: Any, prefix: str) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["redis", "sqlite"])
-def test_twenty_five_blows(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(tmp_path, backend, 25, QUICK, monkeypatch)
+def test_twenty_five_blows(tmp_path: Path, backend: str) -> None:
+    check(tmp_path, backend, 25)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", ["redis", "sqlite"])
-def test_hundreds_of_blows(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(tmp_path, backend, 250, QUICK, monkeypatch)
+def test_hundreds_of_blows(tmp_path: Path, backend: str) -> None:
+    check(tmp_path, backend, 250)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from servers import RedisServer, shared_redis
-from test_redis_kill import HERE
+from team import HERE
 
 from barnabas import App, until_executed, while_executing
 from barnabas.backends import redis_life
