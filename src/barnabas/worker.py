@@ -393,8 +393,6 @@ class Worker:
         """
         timeout = self.app.settings.stop_timeout if timeout is None else timeout
         self._stopping.set()
-        if self.batches is not None:
-            self.batches.ripe("")  # it is to see that
         deadline = time.monotonic() + timeout
         for runner in self.runners:
             runner.stop()
@@ -413,8 +411,8 @@ class Worker:
                 self._end(f"{runner.name}: its tear_down()", runner.crews[0].call, runner.ends)
             for crew in runner.crews:
                 crew.leave()
-        if self.batches is not None and self.queues:
-            self.batches.step()
+        if self.batches is not None:
+            self.batches.end()
         hangs = bool(held) or self.recycling is not None  # maybe on the loop
         for hook in self.app.stop_hooks:
             self._end(f"the on_stop hook {hook!r}", partial(self._hook, timeout=5.0 if hangs else 60.0), hook)

@@ -290,6 +290,7 @@ def test_a_job_run_again_after_its_batch_has_ended_adds_nothing(place, shop):
 
 def test_members_that_others_deleted_and_callbacks_that_were_lost_are_found(place, shop, monkeypatch):
     monkeypatch.setattr(batches, "LOOK", 0.05)
+    monkeypatch.setattr(batches, "MISSING", 1)  # one at a time
     with shop.batch(**shop.callbacks) as batch:
         ids = [shop.work.options(batch=batch).enqueue_in(1000, n).result(5) for n in range(3)]
     with shop.batch(**shop.callbacks) as lost:
@@ -301,6 +302,17 @@ def test_members_that_others_deleted_and_callbacks_that_were_lost_are_found(plac
         wait_for(lambda: len(names(shop)) == 4, "callbacks", worker)
     assert sorted(names(shop)) == ["all", "all", "dead", "good"]
     assert (batch.status().dead, lost.status().state) == (3, "success")
+
+
+def test_what_a_look_has_seen_takes_no_room():
+    seen, ids = batches.Seen(), [f"{n:024x}" for n in range(200_000)]
+    for id in ids[::2]:
+        seen.add(id)
+    assert all(id in seen for id in ids[::2]) and sum(id in seen for id in ids[1::2]) < 2_500
+    again = batches.Seen()
+    for id in ids[::2]:
+        again.add(id)
+    assert sum(id in seen and id in again for id in ids[1::2]) < 100
 
 
 def test_ended_batches_are_forgotten_after_30_days(place, shop):

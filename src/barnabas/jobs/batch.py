@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from itertools import count
+from itertools import count, islice
 from typing import Any, Optional
 
 import msgspec
@@ -28,6 +28,7 @@ CALLBACKS = ("on_death", "on_complete", "on_success")
 LINK = -1.0  # as job.LINK
 LOOK = 15.0  # seconds between two looks for members that are stored nowhere
 MISSES = 3  # so many looks in a row have to miss one: a job may move while we look
+MISSING = 100_000  # of those, and of the dead, so many are kept in mind
 OBEYED = 1.0  # seconds after which every process knows that a batch was cancelled
 HOUR, DAY = 3600.0, 86400.0
 
@@ -189,7 +190,8 @@ def statuses(app: Any) -> Iterator[Status]:
 
 def cancel(app: Any, id: str) -> None:
     """Let those of a batch's jobs that have not begun be skipped, as every process meets them from a second later on, and
-    those of the batches inside it; no callback runs. Raises UnknownBatch, and Refused where it has ended."""
+    those of the batches inside it; loops of steps() end between two items; no callback runs. Raises UnknownBatch, and Refused
+    where it has ended."""
 
     def change(record: Record) -> None:
         if record.complete is not None:
@@ -348,6 +350,21 @@ def _link(app: Any, option: str, target: Any) -> dict[str, Any]:
     return {"class": job.name, "queue": queue, "retry": retry, **extra, "takes": bool(job._most or job._rest)}
 
 
+class Seen:
+    """Ids that one look has met, in 8 MiB at most, however many there are. One that was met is known; of those that were not,
+    some are taken for others (of a million every ninth), which another look, with other places for all, does not."""
+
+    def __init__(self) -> None:
+        self._salt, self._places = new_jid(), bytearray(1 << 23)
+
+    def add(self, id: str) -> None:
+        """This one was met."""
+        self._places[hash((self._salt, id)) % len(self._places)] = 1
+
+    def __contains__(self, id: str) -> bool:
+        return self._places[hash((self._salt, id)) % len(self._places)] == 1
+
+
 class Keeper:
     """What a process does for batches: it looks at those whose last job it has settled, at once, and one process looks at all,
     from time to time, for members that nobody will settle."""
@@ -360,6 +377,7 @@ class Keeper:
         self._name = new_jid().encode()
         self._next, self._purge = app.clock.monotonic() + LOOK, 0.0
         self._missed: dict[tuple[str, str], int] = {}
+        self._ends = False
 
     def ripe(self, id: str) -> None:
         """This one is worth a look. From any thread."""
@@ -377,6 +395,12 @@ class Keeper:
             self._bell.clear()
             self.step()
 
+    def end(self) -> None:
+        """Let what follows from what this process has settled be done, and no more; its `run` ends."""
+        self._ends = True
+        self.step()
+        self._bell.set()
+
     def step(self) -> bool:
         """Look at what is worth it; whether there was anything."""
         moved = False
@@ -386,19 +410,18 @@ class Keeper:
                     look(self._app, self._ripe[0])
                     self._ripe.popleft()
                     moved = True
-                if self._app.clock.monotonic() >= self._next:
+                if self._app.clock.monotonic() >= self._next and not self._ends:
                     began = self._app.clock.monotonic()
                     self._reconcile()
-                    self._next = self._app.clock.monotonic() + max(LOOK, 20 * (self._app.clock.monotonic() - began))
+                    pause = max(LOOK, 20 * (self._app.clock.monotonic() - began))
+                    self._next = self._app.clock.monotonic() + pause
+                    if pause > LOOK:
+                        self._leads(pause + 3 * LOOK)
             except Exception as error:
                 log.error("batches: trying again: %s", error, exc_info=None if isinstance(error, BackendError) else error)
                 self._next = self._app.clock.monotonic() + LOOK
-                self._stop_turning()
+                self._ripe.rotate(-1)  # others first
         return moved
-
-    def _stop_turning(self) -> None:
-        if self._ripe:
-            self._ripe.rotate(-1)
 
     def _reconcile(self) -> None:
         """Find members that are stored nowhere (an operator of Sidekiq has deleted them) or dead, and what followed from none."""
@@ -410,18 +433,20 @@ class Keeper:
                 home.forget(id)
         if not ids and not failed:
             return
-        leader = home.note("batches")
-        if leader not in (None, self._name) or not home.swap("batches", leader, self._name, now + 4 * LOOK, ()):
+        if not self._leads(4 * LOOK):
             return
-        stored, dead = set[str](), set[str]()
+        stored, dead = Seen(), set[str]()
         for job in home.find_jobs() if any(home.batch(id)[0] for id in ids) else ():
-            if b'"batch"' in job.payload:
+            if self._ends:
+                return
+            if b'"batch"' in job.payload and (job.state != "dead" or len(dead) < MISSING):
                 (dead if job.state == "dead" else stored).add(job.jid)
         before, self._missed = self._missed, {}
         for id in ids:
-            lost = [jid for jid in home.batch_members(id, "open") if self._lost(id, jid, stored, dead, before)]
-            if lost:
-                home.end(id, lost, "dead")
+            lost = (jid for jid in home.batch_members(id, "open") if self._lost(id, jid, stored, dead, before))
+            while some := list(islice(lost, 1000)):
+                home.end(id, some, "dead")
+                log.warning("batch %s: %d jobs that others have deleted or buried count as dead: %s...", id, len(some), some[0])
             if (found := _find(app, id)) is None:
                 if self._misses(id, "", before):
                     home.forget(id)
@@ -433,7 +458,13 @@ class Keeper:
             if not home.batch(id)[2]:
                 look(app, id)
 
-    def _lost(self, id: str, jid: str, stored: set[str], dead: set[str], before: dict[tuple[str, str], int]) -> bool:
+    def _leads(self, seconds: float) -> bool:
+        """Whether this process is the one that looks, for so many seconds."""
+        home, until = self._app.jobs, self._app.clock.now() + seconds
+        leader = home.note("batches")
+        return leader in (None, self._name) and home.swap("batches", leader, self._name, until, ())
+
+    def _lost(self, id: str, jid: str, stored: Seen, dead: set[str], before: dict[tuple[str, str], int]) -> bool:
         if jid in stored:
             return False
         if jid in dead:
@@ -445,7 +476,7 @@ class Keeper:
         return self._misses(id, jid, before)
 
     def _misses(self, id: str, jid: str, before: dict[tuple[str, str], int]) -> bool:
-        misses = self._missed[id, jid] = before.get((id, jid), 0) + 1
-        if misses >= MISSES and jid:
-            log.warning("job %s of batch %s is stored nowhere: somebody has deleted it, so it counts as dead", jid, id)
+        if len(self._missed) >= MISSING and (id, jid) not in before:
+            return False
+        self._missed[id, jid] = misses = before.get((id, jid), 0) + 1
         return misses >= MISSES
