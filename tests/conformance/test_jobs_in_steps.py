@@ -143,6 +143,28 @@ def test_a_slice_that_is_over_lets_others_go_first(place, app, source):
     assert not list(jobs(app))
 
 
+@pytest.mark.parametrize("source", ["range", "awaited pages"])
+def test_a_loop_whose_batch_is_cancelled_ends_between_two_items(place, app, source, monkeypatch):
+    monkeypatch.setattr("barnabas.jobs.steps.SAVE", 0.05)
+    seen, sent = [], []
+    child = app.job(name="child", queue="later")(sent.append)
+
+    def pause(item):
+        if item == expected(source)[99]:
+            child.enqueue(item)
+        if item == expected(source)[100]:
+            app.cancel_batch(batch.id)
+        time.sleep(0.001 * (len(seen) > 100))
+
+    loop = looping(app, seen, source, pause, queue="first")
+    with app.batch(on_complete=child) as batch:
+        jid = batch.enqueue(loop).result(5)
+    place.drain(app)
+    assert 101 <= len(seen) < 1000 and seen == expected(source)[: len(seen)] and sent == [expected(source)[99]]
+    assert [failure.job for failure in failures(app, "cancelled")] == [jid] and app.jobs.note(f"steps:{jid}") is None
+    assert (batch.status().state, batch.status().dead) == ("cancelled", 1) and waiting(app)["dead"] == 0
+
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_what_the_items_send_leaves_with_the_cursor_and_keeps_its_ids(place, app, kind, monkeypatch):
     monkeypatch.setattr("barnabas.jobs.steps.HELD", 30)

@@ -13,8 +13,9 @@ import pytest
 import redis
 from servers import RedisServer, need
 
-from barnabas import App, steps, until_executed
+from barnabas import App, progress, steps, until_executed
 from barnabas.backends import redis_life
+from barnabas.errors import JobFailed, NoOutcome
 from barnabas.jobs import batch
 from barnabas.jobs.payload import backtrace
 from barnabas.worker import Worker
@@ -237,6 +238,7 @@ def test_a_foreign_job_is_enqueued_here_and_run_there(server, client, tmp_path):
     finally:
         app.close()
 
+
 def test_what_sidekiq_has_no_word_for_survives_its_hands(app: App, server: RedisServer, client: Any, tmp_path: Path) -> None:
     seen = []
 
@@ -348,3 +350,48 @@ def test_loops_deadlines_and_locks_keep_their_promises_in_ruby_s_hands(server, c
         ruby(server, f"Sidekiq::Queue.new('elsewhere').find_job('{jids[0]}').delete; Sidekiq::ScheduledSet.new.clear")
         wait_for(lambda: [app.jobs.holder(unique.lock.key((n,))) for n in (1, 2)] == [None, None])
     assert len(unique.enqueue(1).result(10)) == 24 and client.zcard("retry") == client.zcard("dead") == 0
+
+
+def test_members_in_steps_that_ruby_retries_or_deletes_end_their_batches(server, client, app, monkeypatch):
+    monkeypatch.setattr(batch, "LOOK", 0.3)
+    told, seen = list[str](), list[tuple[str, int]]()
+
+    @app.job(queue="mine", result_ttl=60)
+    def walk(name: str) -> str:
+        for n in steps(range(10)):
+            if n == 5 and not client.sismember("mended", name):
+                raise ValueError("no")
+            seen.append((name, n))
+            progress(n + 1, 10, name)
+        return f"{name} is done"
+
+    for event in ("on_complete", "on_success"):
+        app.job(lambda id, event=event: told.append(f"{event} {app.batch_status(id).description}"), name=event, queue="mine")
+    app.settings = app.settings.override(queues=["mine"])
+    futures, batches = {}, {}
+    for name, retry in (("retried", 3), ("deleted", 3), ("dead", 0), ("mine", 3)):
+        callbacks = {event: app.job_handlers[event] for event in ("on_complete", "on_success")}
+        with app.batch(**callbacks, description=name) as batches[name]:
+            futures[name] = batches[name].enqueue(walk.options(retry=retry), name)
+    with python(app):
+        wait_for(lambda: (client.zcard("retry"), client.zcard("dead")) == (3, 1) and told == ["on_complete dead"])
+        with pytest.raises(JobFailed, match="ValueError: no"):
+            futures["dead"].outcome(5)
+        client.sadd("mended", "retried", "dead", "mine")
+        found = "each { |job| job.%s if job.args == ['%s'] }; "
+        ruby(server, "set = Sidekiq::RetrySet.new; " + "".join(
+            f"set.{found % pair}" for pair in (("retry", "retried"), ("delete", "deleted"), ("kill", "mine"))
+        ))  # fmt: skip
+        wait_for(lambda: {"on_success retried", "on_complete deleted", "on_complete mine"} <= set(told))
+        ruby(server, "Sidekiq::DeadSet.new.each(&:retry)")
+        wait_for(lambda: {"on_success dead", "on_success mine"} <= set(told))
+        assert [futures[name].outcome(20) for name in ("retried", "dead", "mine")] == [
+            f"{name} is done" for name in ("retried", "dead", "mine")
+        ]
+        with pytest.raises(NoOutcome):  # nobody can tell
+            futures["deleted"].outcome(0.1)
+    good = ("success", 1, 0)
+    states = {name: (each.status().state, each.status().done, each.status().dead) for name, each in batches.items()}
+    assert states == {"retried": good, "deleted": ("complete", 0, 1), "dead": good, "mine": good}
+    assert sorted(seen) == sorted((name, n) for name in batches for n in range(5 if name == "deleted" else 10))
+    assert {*told} == {f"{event} {name}" for name in batches for event in callbacks} - {"on_success deleted"}

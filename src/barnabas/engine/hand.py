@@ -74,7 +74,7 @@ class Hand:
         """The handler succeeded: what it sent and wrote becomes part of its run's result."""
         run = self.run
         if self.outputs:
-            run.outputs += self.marked() if run.part.marked else self.outputs
+            run.outputs += self.marked(self.outputs) if run.part.marked else self.outputs
             self.outputs = ()
         cells = self.cells
         if cells:
@@ -85,12 +85,12 @@ class Hand:
         self.used = False
         self.sent = 0
 
-    def marked(self) -> list[Outgoing | OutgoingJob]:
-        """The outputs, each message with its id as a header: where outputs and position are not stored in one step, a
-        repeat is told by it."""
+    def marked(self, outputs: Sequence[Outgoing | OutgoingJob]) -> list[Outgoing | OutgoingJob]:
+        """These, each message with its id as a header: where outputs and position are not stored in one step, a repeat is told
+        by it."""
         cause = cause_of(self.run.part, self.row)
         found: list[Outgoing | OutgoingJob] = []
-        for index, out in enumerate(self.outputs, 1):
+        for index, out in enumerate(outputs, 1):
             if len(out) == 7:
                 future = out[6]
                 id = (future.id if type(future) is Future else None) or f"{cause}/+{index}"

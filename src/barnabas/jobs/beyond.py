@@ -153,15 +153,20 @@ class End:
             newest = app.jobs.note(more.debounce)
             if newest is not None and newest != self._payload.jid.encode():
                 raise Unneeded("superseded", f"it was asked for again, by job {newest.decode(errors='replace')}")
+        if (cancelled := self.cancelled()) is not None:
+            raise cancelled
 
-        if more.batch is not None:
-            until, standing = app.batches_met.get(more.batch, (0.0, ""))
-            if app.clock.monotonic() >= until:
-                from barnabas.jobs import batch  # most apps have none
+    def cancelled(self) -> Unneeded | None:
+        """What to raise if its batch was cancelled."""
+        if self.batch is None:
+            return None
+        app = self._entry.job.app
+        until, standing = app.batches_met.get(self.batch, (0.0, ""))
+        if app.clock.monotonic() >= until:
+            from barnabas.jobs import batch  # most apps have none
 
-                standing = batch.standing(app, more.batch)
-            if standing == "cancelled":
-                raise Unneeded("cancelled", f"its batch {more.batch} was cancelled")
+            standing = batch.standing(app, self.batch)
+        return Unneeded("cancelled", f"its batch {self.batch} was cancelled") if standing == "cancelled" else None
 
     def done(self, out: Any) -> None:
         """It returned: what follows leaves as it is settled. Raises BadResult."""

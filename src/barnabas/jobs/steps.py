@@ -15,8 +15,8 @@ import msgspec
 
 from barnabas.engine.checkpoint import flush
 from barnabas.engine.hand import CURRENT, Hand
-from barnabas.errors import BarnabasError, SendError
-from barnabas.jobs.beyond import KEPT, SAID, Progress, steps_note
+from barnabas.errors import BackendError, BarnabasError, SendError
+from barnabas.jobs.beyond import KEPT, SAID, Progress, Unneeded, in_hand, steps_note
 from barnabas.jobs.payload import PayloadError, dumps
 from barnabas.message import OutgoingJob, note
 from barnabas.ports import FOREVER
@@ -32,11 +32,12 @@ class BadSteps(BarnabasError):
 
 
 class Interrupted(CancelledError):
-    """A job lets itself go between two items. `over`: its slice is, and others go first; else its process stops."""
+    """A job lets itself go between two items. `over`: its slice is, and others go first; else its process stops. `unneeded`: it
+    is not to go on at all."""
 
-    def __init__(self, over: bool) -> None:
+    def __init__(self, over: bool, unneeded: Unneeded | None = None) -> None:
         super().__init__("the job goes on from its cursor, in another slice or process")
-        self.over = over
+        self.over, self.unneeded = over, unneeded
 
 
 class Saved(msgspec.Struct, omit_defaults=True):
@@ -158,13 +159,15 @@ class Steps(Generic[T]):
         return self._crew.stopping or self._clock() >= self._next or self._mark >= self._start + HELD
 
     def _breathe(self) -> None:
-        """Save how far it is, if it is time for that; raise Interrupted if it is time to let go."""
+        """Save how far it is, if it is time for that; raise Interrupted if it is time to let go, or its batch was cancelled."""
         now, stored = self._clock(), self._note()
         stops = self._crew.stopping or self._part.closed or now > self._part.until
         over = stops or now >= self._ends
         if over or now >= self._save_at or self._mark >= self._start + HELD:
-            with suppress(SendError):  # whoever stores says so; an older cursor leaves no item out
+            with suppress(SendError, BackendError):  # whoever stores says so; an older cursor leaves no item out
                 self._flush()
+                if not stops and (job := in_hand()) is not None and (unneeded := job.cancelled()) is not None:
+                    raise Interrupted(False, unneeded)
                 over or self._app.jobs.send([stored])
             self._save_at = now + SAVE
         if over:
@@ -175,9 +178,7 @@ class Steps(Generic[T]):
 
     def _flush(self) -> None:
         """Make durable what the items sent: before the cursor that leaves them behind."""
-        own, hand = Hand(), self._hand
-        own.run, own.row, own.outputs = hand.run, self.row, self._outputs[self._start : self._mark]  # type: ignore[union-attr]
-        sent = own.marked()
+        sent = self._hand.marked(self._outputs[self._start : self._mark])  # type: ignore[union-attr]
         for kind, size in (("events", 7), ("jobs", 5)):
             if some := [out for out in sent if len(out) == size]:
                 flush(getattr(self._app, kind), some)
@@ -194,8 +195,10 @@ class Steps(Generic[T]):
         data = msgspec.json.encode(Saved(msgspec.Raw(cursor), self._done, self._total, self._sent))
         return note(self._name, data, self._app.clock.now() + KEPT)
 
-    def left(self) -> list[OutgoingJob]:
-        """What is to be stored as a run ends and the job does not. (Items come again if what they sent is not stored yet.)"""
+    def left(self, error: BaseException) -> list[OutgoingJob]:
+        """What is to be stored as a run ends in this. (Items come again if what they sent is not stored yet.)"""
+        if isinstance(error, Interrupted) and error.unneeded is not None:
+            return [note(self._name, b"", self._app.clock.now())]
         if self._fresh and self._mark == self._start:
             with suppress(BadSteps):
                 return [self._note()]

@@ -170,10 +170,11 @@ class JobHandler:
             return
         steps = at_work(row)
         if steps is not None:
-            run.outputs += steps.left()
-            if isinstance(error, Interrupted):
+            run.outputs += steps.left(error)
+            if isinstance(error, Interrupted) and error.unneeded is None:
                 run.others[row[0]] = Again(0.0, enqueued(data, now)) if error.over else Again(now, None)
                 return self.observers.count(payload.name, "steps")
+            error = getattr(error, "unneeded", error)
         entry = self._entries.get(payload.name)
         if isinstance(error, Unneeded):
             self._note(run, row, payload.name, payload.attempt, Dead(str(error), None), error, error.outcome)
