@@ -359,10 +359,10 @@ class Seen:
 
     def add(self, id: str) -> None:
         """This one was met."""
-        self._places[hash((self._salt, id)) % len(self._places)] = 1
+        self._places[hash(self._salt + id) % len(self._places)] = 1
 
     def __contains__(self, id: str) -> bool:
-        return self._places[hash((self._salt, id)) % len(self._places)] == 1
+        return self._places[hash(self._salt + id) % len(self._places)] == 1
 
 
 class Keeper:
