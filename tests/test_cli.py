@@ -264,6 +264,9 @@ def test_an_app_whose_code_fails_shows_the_line_of_its_author(shell):
     assert "JSONDecodeError" in error
     assert "loading.py" not in error
     assert "bad cannot be imported" in shell("flow", "--app", "bad:app", status=1).stderr
+    (shell.folder / "bad.py").write_text("import sys\nsys.exit(0)\n")
+    assert 'bad.py:2): put that under if __name__' in shell("flow", "--app", "bad:app", status=1).stderr
+    assert "did you mean shop:app?" in shell("flow", "--app", "./shop:app", status=2).stderr
 
 
 def test_a_declaration_that_cannot_work_says_where(shell):

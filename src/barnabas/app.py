@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from barnabas import backends
 from barnabas.clock import Clock
-from barnabas.consumer import Consumer, refuse_unknown
+from barnabas.consumer import Consumer, check_name, refuse_unknown
 from barnabas.engine.hooks import after, before, check_function, check_hook, refuse_async
 from barnabas.engine.observe import Observer, Observers
 from barnabas.errors import DeclarationError, SendError
@@ -37,8 +37,7 @@ class App:
     """
 
     def __init__(self, name: str, *, events: str | None = None, jobs: str | None = None, **settings: Any) -> None:
-        if not isinstance(name, str) or not name or any(c in name for c in "/\n\x00"):
-            raise DeclarationError(f"App: name={name!r}: give the app a name without slashes: its groups carry it")
+        check_name("App", "name", name)
         self.name = name
         self.settings = Settings({"events": events, "jobs": jobs, **settings})
         self.clock: Clock = Clock()
@@ -266,8 +265,9 @@ class App:
 
     def table(self, name: str, type: Any = None) -> Table[Any]:
         """Declare a table: keyed values of `type`, settled together with the position of the consumer that owns it."""
-        if not isinstance(name, str) or not name or name.startswith("barnabas."):
-            raise DeclarationError(f"table {name!r}: give it a name, a text that does not begin with 'barnabas.'")
+        check_name("table", "name", name, slashes=True)
+        if name.startswith("barnabas."):
+            raise DeclarationError(f"table {name!r}: give it a name that does not begin with 'barnabas.'")
         if name in self.tables:
             raise DeclarationError(f"table {name!r} is declared twice; declare it once and import it")
         table: Table[Any] = Table(self, name, type)

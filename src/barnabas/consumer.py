@@ -10,6 +10,7 @@ from barnabas.engine.observe import Observers
 from barnabas.engine.respond import RespondTo, respond_to
 from barnabas.errors import DeclarationError
 from barnabas.retry import Retry
+from barnabas.settings import QUEUE_NAME
 from barnabas.state.table import Table
 from barnabas.topic import Topic
 
@@ -43,6 +44,14 @@ def refuse_unknown(what: str, options: dict[str, Any], known: Sequence[str]) -> 
             raise DeclarationError(f"{what}: unknown option {option}={value!r}; {hint}")
 
 
+def check_name(owner: str, option: str, name: Any, slashes: bool = False) -> None:
+    """Refuse a name that no line of a table or a log could show."""
+    fits = isinstance(name, str) and name.strip() and name.isprintable() and len(name) <= 200 and (slashes or "/" not in name)
+    if not fits:
+        what = "a text of up to 200 printable characters" + " without slashes" * (not slashes)
+        raise DeclarationError(f"{owner}: {option}={name!r}: give {what}")
+
+
 def check_timeout(owner: str, timeout: Any) -> None:
     """Refuse what is no number of seconds."""
     fits = isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 < timeout < float("inf")
@@ -68,8 +77,8 @@ def check_priority(owner: str, priority: Any) -> None:
 
 def check_queue(owner: str, queue: Any, option: str = "queue") -> None:
     """Refuse a queue's name that Sidekiq's web page could not show."""
-    if not isinstance(queue, str) or not queue or not all(c.isascii() and (c.isalnum() or c in "_:.-") for c in queue):
-        raise DeclarationError(f"{owner}: {option}={queue!r}: a queue's name has letters, digits and _ : . - only")
+    if not isinstance(queue, str) or not QUEUE_NAME.fullmatch(queue):
+        raise DeclarationError(f"{owner}: {option}={queue!r}: a queue's name has up to 200 letters, digits and _ : . -")
 
 
 def _given(options: dict[str, Any], option: str, default: Any) -> Any:
@@ -132,9 +141,7 @@ class Consumer:
 
     def _check(self, options: dict[str, Any]) -> None:
         for option in ("name", "group"):
-            value = getattr(self, option)
-            if not isinstance(value, str) or not value or any(c in value for c in "/\n\x00"):
-                self._refuse(option, value, "give a text without slashes and line breaks")
+            check_name(self.owner, option, getattr(self, option))
         if self.group == f"{self.app.name}-dead":
             self._refuse("group", self.group, "there `barnabas dead` keeps what was dealt with; give another name= or group=")
         if not self.topics or not all(isinstance(t, Topic) for t in self.topics):

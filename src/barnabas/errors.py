@@ -112,8 +112,23 @@ class RetryAfter(Exception):
     """Raised by a handler: run this message or job again in `seconds`; it counts as an attempt."""
 
     def __init__(self, seconds: float, reason: str = "") -> None:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 10**9:
+            raise ValueError(f"RetryAfter({seconds!r}): give seconds, from 0 to 1,000,000,000")
         super().__init__(reason or f"retry after {seconds} s")
         self.seconds = seconds
+
+
+def text(error: BaseException) -> str:
+    """What an error says. Its own __str__ must not cost the message or job that it failed."""
+    try:
+        return str(error)
+    except Exception as second:
+        return f"({type(second).__name__} while reading the message of {type(error).__name__})"
+
+
+def told(error: BaseException) -> str:
+    """The same after its kind: "ValueError: a negative total"."""
+    return f"{type(error).__name__}: {text(error)}"
 
 
 def own_part(error: BaseException) -> TracebackType | None:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from barnabas.codec import known, make_codec
-from barnabas.consumer import check_call, check_priority, check_queue, check_timeout, refuse_unknown
+from barnabas.consumer import check_call, check_name, check_priority, check_queue, check_timeout, refuse_unknown
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.handler import refuse_generator
 from barnabas.engine.hooks import check_hooks, refuse_async
@@ -23,6 +23,7 @@ from barnabas.jobs.payload import PayloadError, build, build_many, derived_jid, 
 from barnabas.jobs.unique import Claim, Lock
 from barnabas.message import LockedJob, OutgoingJob, note, ranked
 from barnabas.ports import FOREVER
+from barnabas.topic import END
 
 STORED = ("retry_for", "retry_queue", "backtrace", "dead", "tags")  # options that travel with a job, for whoever runs it
 CALLED = ("retry_delay", "on_exhausted", "on_death")
@@ -89,8 +90,7 @@ class Job:
     def _check(self) -> None:
         if not callable(self.function) or inspect.isclass(self.function):
             self._refuse("function", self.function, "decorate a function, sync or async")
-        if not isinstance(self.name, str) or not self.name or self.name == "<lambda>":
-            self._refuse("name", self.name, "give the job a name: it is what the queue stores")
+        check_name("job", "name", "" if self.name == "<lambda>" else self.name, slashes=True)
         check_queue(self.owner, self.queue)
         if not isinstance(self.retry, int) or self.retry < 0:
             self._refuse("retry", self.retry, "give the number of retries (0: none), True for 25, or False")
@@ -305,7 +305,7 @@ class Job:
 
     def _after(self, delay: float | timedelta) -> float:
         seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds != seconds:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds < END - 1e10:
             raise SendError(f"enqueue_in({delay!r}): give seconds or a timedelta")
         return float(self.app.clock.now() + max(0.0, seconds))
 
@@ -492,8 +492,8 @@ def _speak(last: Future[Any], future: Future[Any], value: Any) -> None:
 
 def _at(when: float | datetime) -> float:
     at = when.timestamp() if isinstance(when, datetime) else when
-    if isinstance(at, bool) or not isinstance(at, int | float) or at != at:
-        raise SendError(f"enqueue_at({when!r}): give epoch seconds or a datetime")
+    if isinstance(at, bool) or not isinstance(at, int | float) or not at < END:
+        raise SendError(f"enqueue_at({when!r}): give epoch seconds (not milliseconds), up to the year 9999, or a datetime")
     return float(at)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from barnabas.errors import DeclarationError, Reject, ResponderError, RetryAfter
+from barnabas.errors import DeclarationError, Reject, ResponderError, RetryAfter, told
 from barnabas.verdict import Again, Dead
 
 Errors = type[BaseException] | tuple[type[BaseException], ...]
@@ -58,7 +58,15 @@ class Retry:
             rand = random
         backoff = self.backoff
         if callable(backoff):
-            seconds = float(backoff(retry))
+            try:
+                seconds = float(backoff(retry))
+                if not seconds <= 10**9:
+                    raise ValueError(f"it gave {seconds}")
+            except Exception:  # must not cost the message
+                import logging
+
+                logging.getLogger("barnabas").exception("Retry(backoff=%r) failed; the default is taken", backoff)
+                seconds = exponential(retry)
         elif isinstance(backoff, Sequence):
             seconds = float(backoff[min(retry, len(backoff)) - 1])
         else:
@@ -80,13 +88,13 @@ def decide(
     if isinstance(error, ResponderError):  # a retry cannot mend a broken declaration
         return Dead(f"responder: {error}")
     if isinstance(error, policy.give_up_on):
-        return Dead(f"gave up on {type(error).__name__}: {error}")
+        return Dead(f"gave up on {told(error)}")
     on = (policy.on, RetryAfter) if isinstance(policy.on, type) else (*policy.on, RetryAfter)
     # No Exception: a CancelledError that the handler raised itself (ours is no failure), a failure as any other.
     if not isinstance(error, on) and (isinstance(error, Exception) or Exception not in on):
-        return Dead(f"not retried: {type(error).__name__}: {error}")
+        return Dead(f"not retried: {told(error)}")
     if attempt > policy.times:
-        return Dead(f"failed {attempt} times, last with {type(error).__name__}: {error}")
+        return Dead(f"failed {attempt} times, last with {told(error)}")
     if isinstance(error, RetryAfter):
         return Again(now + error.seconds)
     return Again(now + policy.wait(attempt, rand))

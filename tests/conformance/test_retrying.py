@@ -266,6 +266,44 @@ def test_a_cancellation_that_the_handler_raised_itself_is_a_failure_and_retried(
     assert len(attempts) == 4 and len(place.dead(topic)) == 2
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("nothing to say")
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "batch", "job", "async job"])
+@pytest.mark.parametrize(("error", "said"), [(Mute(), "Mute: (RuntimeError while reading"), (SystemExit(3), "SystemExit: 3")])
+def test_an_error_that_cannot_be_printed_or_wants_the_process_to_end_is_a_failure(place, app, topic, kind, error, said):
+    runs, nothing = [], Retry(1, backoff=lambda n: "soon")  # a backoff that fails must not cost the message either
+
+    def fail(step):
+        runs.append(step)
+        raise error
+
+    async def fail_async(step):
+        fail(step)
+
+    def fail_batch(steps: list[Step]):
+        fail(steps)
+
+    job = kind.endswith("job")
+    function = fail_async if "async" in kind else fail_batch if kind == "batch" else fail
+    if job:
+        app.job(name="read", retry=1, retry_delay=lambda *given: 0.01)(function).enqueue(1).result(5)
+    else:
+        app.consumer(topic, name="read", retry=nothing)(function)
+        topic.send(Step("k")).result(5)
+    with place.running(app) as worker:
+        wait_for(lambda: [f.outcome for f in failures(app)] == ["again"] * (not job or 1), worker=worker)
+        assert said in failures(app)[0].reason and worker.failed() is None
+
+
+@pytest.mark.parametrize("seconds", ["5", -1, float("nan"), float("inf"), None])
+def test_retry_after_no_time_is_an_error_of_the_handler(seconds):
+    with pytest.raises(ValueError, match="give seconds"):
+        RetryAfter(seconds)
+
+
 def test_a_message_that_cannot_be_decoded_is_dead_at_once_with_all_headers(place, app, topic):
     seen = []
 

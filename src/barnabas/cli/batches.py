@@ -10,7 +10,7 @@ from msgspec.structs import asdict
 
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.jobs import limit_option, when
+from barnabas.cli.jobs import limit_option
 from barnabas.cli.loading import AppGroup, options
 from barnabas.jobs.batch import Status, cancel, status, statuses
 
@@ -24,7 +24,7 @@ def batches() -> None:
 
 
 def _row(of: Status) -> tuple[Any, ...]:
-    return (of.id, of.state, of.done, of.open, of.dead, of.total, when(of.created), of.description)
+    return (of.id, of.state, of.done, of.open, of.dead, of.total, draw.when(of.created), of.description)
 
 
 @batches.command("list")
@@ -48,7 +48,7 @@ def _show(of: Status, as_json: bool) -> None:
     if as_json:
         return draw.json_line(of)
     times = ("created", "death", "complete", "success", "cancelled")
-    said = {name: when(value) if value and name in times else value for name, value in asdict(of).items() if value != ""}
+    said = {name: draw.when(value) if value and name in times else value for name, value in asdict(of).items() if value != ""}
     draw.pairs({"batch": said.pop("id"), **said})
 
 

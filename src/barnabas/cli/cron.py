@@ -6,7 +6,6 @@ import click
 
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.jobs import when
 from barnabas.cli.loading import AppGroup, Wrong, known
 from barnabas.inspect import meant
 from barnabas.jobs.cron import Schedule
@@ -35,7 +34,7 @@ def list_(app: App, as_json: bool) -> None:
     found = [fields(schedule, app.clock.now()) for schedule in app.crons.values()]
     columns = ("name", "schedule", "job", "queue", "last", "next", "state")
     times = ("last", "next")
-    row = lambda f: [when(f[name]) if name in times else f[name] for name in columns]  # noqa: E731
+    row = lambda f: [draw.when(f[name]) if name in times else f[name] for name in columns]  # noqa: E731
     draw.listing(as_json, found, columns, row, "the app declares no schedule")
 
 

@@ -10,7 +10,7 @@ from barnabas import dead as letters
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.jobs import dry_option, fields, limit_option, short, show_job, when
+from barnabas.cli.jobs import dry_option, fields, limit_option, short, show_job
 from barnabas.cli.loading import AppGroup, Wrong, known, options
 from barnabas.cli.read import as_fields, as_time, shown, text_of
 from barnabas.dead import Letter
@@ -79,7 +79,7 @@ def _summary(letter: Letter) -> dict[str, Any]:
 
 def _row(letter: Letter) -> tuple[Any, ...]:
     key = text_of(letter.key)[0]
-    return (letter.address, when(letter.time), letter.source, letter.name, key, letter.runs, short(letter.reason))
+    return (letter.address, draw.when(letter.time), letter.source, letter.name, key, letter.runs, short(letter.reason))
 
 
 @dead.command()
@@ -109,7 +109,7 @@ def _show_message(message: inspect.Stored) -> None:
     lines = {"letter": f"{message.topic}[{message.partition}]@{message.offset}", "of": source, "key": text_of(message.key)[0]}
     for name in ("time", "timestamp"):
         if name in said:
-            said[name] = when(float(said[name]))
+            said[name] = draw.when(float(said[name]))
     own = {name: text_of(data)[0] for name, data in message.headers if not name.startswith(letters.MARK)}
     draw.pairs(lines | said | {"headers": own or None, "traceback": trace or None, "value": value})
     click.echo()

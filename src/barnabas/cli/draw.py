@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import click
@@ -88,6 +89,14 @@ def size(count: float) -> str:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
         count /= 1024
     return f"{count:,.1f} GiB"
+
+
+def when(time: float | None, digits: str = "seconds") -> str:
+    """A point in time (epoch seconds), local; one that no calendar has, which others can store, as the number it is."""
+    try:
+        return "-" if not time else datetime.fromtimestamp(time).isoformat(" ", digits)
+    except (OverflowError, ValueError, OSError):
+        return f"{time:g}"
 
 
 def span(seconds: float) -> str:

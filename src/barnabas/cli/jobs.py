@@ -1,7 +1,6 @@
 """`barnabas queues` and `barnabas jobs`: what waits, what is in work, what failed, and what is to become of it."""
 
 from collections import Counter
-from datetime import datetime
 from itertools import chain, islice
 from typing import Any
 
@@ -72,11 +71,6 @@ def list_(app: App, as_json: bool, limit: int, **which: Any) -> None:
         click.echo(f"there are more than {limit}: add --limit N, or filters; --json streams them", err=True)
 
 
-def when(time: float | None) -> str:
-    """A point in time for people."""
-    return "-" if not time else datetime.fromtimestamp(time).isoformat(" ", "seconds")
-
-
 def short(text: str) -> str:
     """As much of a text as a table bears."""
     line = text.partition("\n")[0]
@@ -85,7 +79,7 @@ def short(text: str) -> str:
 
 def _row(entry: Entry) -> tuple[Any, ...]:
     job = entry.job
-    at = when(job.at if job.at is not None else entry.time)
+    at = draw.when(job.at if job.at is not None else entry.time)
     return (job.jid, job.queue, job.state, entry.name, short(entry.args), entry.runs, at, short(entry.error))
 
 
@@ -117,7 +111,7 @@ def show_job(entry: Entry, progress: str = "", locks: dict[str, str] | None = No
     job = entry.job
     lines: dict[str, Any] = {"job": job.jid, "state": job.state, "progress": progress or None}
     lines |= {"queue": job.queue, "owner": job.owner, "crashes": job.crashes or None}
-    lines |= {"due" if job.state in ("scheduled", "retry") else "died": when(job.at)} if job.at is not None else {}
+    lines |= {"due" if job.state in ("scheduled", "retry") else "died": draw.when(job.at)} if job.at is not None else {}
     said = msgspec.json.decode(job.payload) if entry.name != "?" else {"payload": entry.args, "error": entry.error}
     if trace := backtrace(said.get("error_backtrace")):
         said["error_backtrace"] = "\n".join(trace)

@@ -5,6 +5,7 @@ import difflib
 import functools
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -36,8 +37,8 @@ def load(spec: str | None) -> App:
         there = 'give --app MODULE:NAME (such as --app shop:app), put app = "MODULE:NAME" into barnabas.toml, or set BARNABAS_APP'
         raise Wrong(f"no app is named: {there}", misuse=True)
     module_name, _, name = spec.partition(":")
-    if not module_name or not name:
-        guess = f"{module_name.removesuffix('.py').replace('/', '.') or 'shop'}:{name or 'app'}"
+    if not name or not re.fullmatch(r"\w+(\.\w+)*", module_name):
+        guess = f"{module_name.removesuffix('.py').replace('/', '.').strip('.') or 'shop'}:{name or 'app'}"
         raise Wrong(f"{spec!r} is not MODULE:NAME; did you mean {guess}?", misuse=True)
     module = _module(module_name, name)
     found: Any = getattr(module, name, None)
@@ -52,7 +53,7 @@ def load(spec: str | None) -> App:
 def _module(module_name: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             close = difflib.get_close_matches(module_name, [path.stem for path in Path.cwd().glob("*.py")], 1)
             hint = f"did you mean {close[0]}:{name}?" if close else "go to the folder that has it, or check PYTHONPATH"
@@ -61,6 +62,9 @@ def _module(module_name: str, name: str) -> ModuleType:
         ours = os.path.dirname(os.path.dirname(__file__))
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if not frame.filename.startswith(ours) and "importlib" not in frame.filename]
+        if isinstance(error, SystemExit) and own:
+            why = f"ends itself when it is imported (sys.exit at {own[-1].filename}:{own[-1].lineno})"
+            raise Wrong(f'{module_name} {why}: put that under if __name__ == "__main__"') from None
         if isinstance(error, BarnabasError):
             if own:
                 error.add_note(f"(declared at {own[-1].filename}:{own[-1].lineno})")

@@ -14,7 +14,7 @@ from types import FrameType
 
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.errors import BackendError, BarnabasError, Replaced, SettingError
+from barnabas.errors import BackendError, BarnabasError, Replaced, SettingError, told
 from barnabas.supervisor import STOPS, Lifeline
 from barnabas.worker import RECYCLE, Worker, memory
 
@@ -86,7 +86,8 @@ def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
         log.warning("%s: this process starts anew with that one", error)
         return ANEW
     if error is not None:
-        log.error("this process ends: %s", error)
+        shown = None if isinstance(error, BarnabasError) else error
+        log.error("this process ends: %s", told(error) if shown else error, exc_info=shown)
         if lifeline is not None:
             lifeline.say("failed")
     if why == "drained" and lifeline is not None:

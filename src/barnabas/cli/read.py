@@ -88,7 +88,7 @@ def as_text(message: inspect.Stored) -> bytes:
     if encoding == "base64":
         text = f"({len(message.value or b'')} bytes) {text}"
     where = f"{message.topic}[{message.partition}]@{message.offset}"
-    time = datetime.fromtimestamp(message.timestamp or 0.0).isoformat(" ", "milliseconds")
+    time = draw.when(message.timestamp, "milliseconds")
     return f"{where} {time} {'-' if key is None else key} {'(null)' if text is None else text}".encode()
 
 

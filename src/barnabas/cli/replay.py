@@ -10,7 +10,7 @@ import click
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw, logs
-from barnabas.cli.jobs import fields, when
+from barnabas.cli.jobs import fields
 from barnabas.cli.loading import Wrong, command, known
 from barnabas.cli.read import as_fields
 from barnabas.errors import UnknownTopic, own_part
@@ -74,7 +74,7 @@ def _show(came: Replay) -> None:
         key = "-" if said["key"] is None else said["key"]
         click.echo(f"{what}: {said['topic']} {key} {draw.text(said['value'])}")
     for entry in came.jobs:
-        at = f" at {when(entry.job.at)}" if entry.job.at is not None else ""
+        at = f" at {draw.when(entry.job.at)}" if entry.job.at is not None else ""
         click.echo(f"enqueued: {entry.name}{entry.args} to {entry.job.queue}{at}")
     for write in came.writes:
         click.echo(f"written: {write.table}[{write.key}] {draw.text(write.before)} -> {draw.text(write.after)}")

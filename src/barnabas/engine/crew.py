@@ -13,7 +13,7 @@ from typing import Any
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.lanes import Lanes, Run
 from barnabas.engine.work import SLOT, work, work_batches
-from barnabas.errors import BackendError, TimedOut
+from barnabas.errors import BackendError, TimedOut, told
 from barnabas.message import Row, Unread, offset_of
 from barnabas.ports import Part, Result
 
@@ -228,7 +228,7 @@ class Crew:
                 error = TimedOut(f"ran longer than its timeout of {self.handler.limit(run)} s")
         if (id(run), row[0]) in self.late:
             self.late.discard((id(run), row[0]))
-            error = TimedOut(f"ran longer than its timeout of {self.handler.limit(run)} s, then: {error!r}")
+            error = TimedOut(f"ran longer than its timeout of {self.handler.limit(run)} s, then: {told(error)}")
         if isinstance(error, BackendError):  # a table could not be read: not the message's fault, and no attempt of it
             return float(self.monotonic() + AWAY)
         now = self.clock.now()

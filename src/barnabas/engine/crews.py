@@ -51,7 +51,7 @@ class ThreadCrew(Crew):
             self.body(self, slot).send(None)
         except StopIteration:
             pass
-        except BaseException as error:  # SystemExit and the like: the run in hand is settled by nobody
+        except BaseException as error:  # GeneratorExit and the like: the run in hand is settled by nobody
             self.died(slot, error)
             self.take(slot)  # nothing but calls
 

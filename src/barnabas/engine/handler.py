@@ -12,7 +12,7 @@ from barnabas.engine.hooks import wrap
 from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
 from barnabas.engine.respond import Respond, make_answer
-from barnabas.errors import BarnabasError, DeclarationError, own_part
+from barnabas.errors import BarnabasError, DeclarationError, own_part, told
 from barnabas.message import Delivery, Headers, Outgoing, Row
 from barnabas.retry import decide
 from barnabas.verdict import Again, Dead
@@ -254,7 +254,7 @@ class Handler:
             if consumer.retry.ordered:
                 for failed in run.rows if whole else (row,):
                     part.attempts[failed[0]] = part.attempts.get(failed[0], 0) + 1
-                self._say(part, offset, attempt, "again", f"{type(error).__name__}: {error}", error)
+                self._say(part, offset, attempt, "again", told(error), error)
                 return verdict.at
             if whole:  # each alone, at once: only the culprits go through the retry topic
                 return None
@@ -263,7 +263,7 @@ class Handler:
             topic = self.routes[part.topic].topic
             run.outputs.append(to_retry(topic, self.group, at, attempt, verdict.at, row, first.headers))
             run.others[offset] = verdict
-            self._say(part, offset, attempt, "retry topic", f"{type(error).__name__}: {error}", error)
+            self._say(part, offset, attempt, "retry topic", told(error), error)
             return None
         if whole:
             for other in run.rows:  # one more run for each alone: only the culprits die
@@ -292,7 +292,7 @@ class Handler:
         try:
             self.routes[part.topic].decode(data)
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            return told(error)
         return None
 
     def _say(self, part: Any, offset: int, attempt: int, outcome: str, reason: str, error: BaseException | None) -> None:

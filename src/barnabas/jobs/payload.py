@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from barnabas.errors import BarnabasError, own_part
+from barnabas.errors import BarnabasError, own_part, text
 
 MAX_DEPTH = 100  # Ruby's parser refuses deeper nesting; the job's own braces and the list of arguments are two of them
 MAX_MESSAGE = 10_000  # characters of `error_message` that Sidekiq keeps
@@ -437,11 +437,7 @@ def backtrace(stored: object) -> list[str]:
 
 
 def _message(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception as second:  # an error's own __str__ must not cost the job
-        text = f"({type(second).__name__} while reading the message of {type(error).__name__})"
-    return _surrogates.sub("\ufffd", text[:MAX_MESSAGE])
+    return _surrogates.sub("\ufffd", text(error)[:MAX_MESSAGE])
 
 
 def _class(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from barnabas.errors import BarnabasError, Conflict, DeclarationError
+from barnabas.errors import BarnabasError, Conflict, DeclarationError, told
 from barnabas.jobs.limit import By, Kind, Need, digest, slack, slot
 from barnabas.jobs.payload import Failed, PayloadError, failed, parse
 from barnabas.message import LockedJob
@@ -195,7 +195,7 @@ class Guard:
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None  # nor does that
         except Exception as error:
-            return Ask((), "", f"{type(error).__name__} in the by= of its {option}=: {error}", payload.jid, 0.0)
+            return Ask((), "", f"in the by= of its {option}=: {told(error)}", payload.jid, 0.0)
         free = held(data) if lock is not None and lock.starts else ""
         return Ask(tuple(needs), free, "", payload.jid, payload.created_at or 0.0) if needs or free else None
 

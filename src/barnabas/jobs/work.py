@@ -15,7 +15,7 @@ from barnabas.engine.handler import Stop, as_it_is
 from barnabas.engine.hooks import wrap
 from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
-from barnabas.errors import BarnabasError, Reject, RetryAfter, TimedOut
+from barnabas.errors import BarnabasError, Reject, RetryAfter, TimedOut, told
 from barnabas.jobs.beyond import BadResult, End, Unneeded, leave
 from barnabas.jobs.payload import Payload, PayloadError, Wait, enqueued, failed, parse
 from barnabas.jobs.steps import BadSteps, Interrupted, at_work
@@ -81,7 +81,7 @@ class Entry:
             answer = function(msgspec.json.decode(data), error)
             hand.keep()
             return answer
-        except (Exception, CancelledError):
+        except (Exception, CancelledError, SystemExit):
             hand.drop()
             log.exception("%s: %s failed; the job goes where it went without it", self.job.owner, option)
             return None
@@ -235,7 +235,7 @@ class JobHandler:
     ) -> None:
         run.others[row[0]] = verdict
         if isinstance(verdict, Again):
-            outcome, reason = outcome or "again", f"{type(error).__name__}: {error}"
+            outcome, reason = outcome or "again", told(error)  # type: ignore[arg-type]  # there is one
         else:
             outcome, reason = outcome or ("dead" if verdict.payload is not None else "dropped"), verdict.reason
         shown = error if not isinstance(error, _OURS) else None
