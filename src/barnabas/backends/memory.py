@@ -469,8 +469,7 @@ class MemoryQueues:
                         heapq.heappush(home.later, (verdict.at, row[0], "retry", again))
                     elif isinstance(verdict, Dead) and verdict.payload is not None:
                         home.buried[row[0]] = job._replace(payload=verdict.payload, at=home.clock.now(), future=None)
-            for result in results:
-                home.store(result.outputs)
+            home.settle(results)
         home.ring()
         tell(home.ripe, ripe, results)
 
