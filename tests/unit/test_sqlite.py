@@ -42,6 +42,23 @@ def test_a_partition_whose_bytes_in_flight_are_at_their_bound_lets_its_fetch_wai
         app.close()
 
 
+def test_stored_jobs_are_found_in_time_in_proportion_to_their_number(tmp_path: Path) -> None:
+    app = App("shop", events="memory:", jobs=f"sqlite:///{tmp_path}/shop.db")
+    mail, took, turns = app.foreign_job("mail"), [], []
+    try:
+        for _ in range(2):  # all of one rank
+            mail.enqueue_many((n,) for n in range(2000)).result(30)
+            reader = app.jobs.file.reader
+            reader.set_progress_handler(lambda: turns.append(1) or False, 100)
+            assert len(list(app.jobs.find_jobs())) == 2000 * (len(took) + 1)
+            reader.set_progress_handler(None)
+            took.append(len(turns))
+            turns.clear()
+        assert took[0] > 10 and took[1] < 2.5 * took[0]
+    finally:
+        app.close()
+
+
 OPEN = """
 import sys, time
 from barnabas import App

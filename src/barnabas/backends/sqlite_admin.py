@@ -156,14 +156,14 @@ class SqliteAdmin(SqliteStore):
     def _pages(self, kind: str, gid: int | None) -> Iterator[Any]:
         """The jobs of a state (and queue), a page at a time: the file is not held meanwhile."""
         where, by = _FOUND[kind]
-        sql = (
+        same, beyond = (
             f"SELECT j.id, j.at, j.died, j.rank, j.jid, h.topic, j.state, j.crashes, j.payload, {_PROCESS} FROM jobs j "
             "CROSS JOIN heads h ON h.gid = j.queue LEFT JOIN processes r ON r.id = j.owner "  # CROSS: jobs are the outer loop
-            f"WHERE {where} {'' if gid is None else 'AND j.queue = :queue'} "
-            f"AND j.{by} >= :from AND (j.{by}, j.id) > (:from, :id) ORDER BY j.{by}, j.id LIMIT {PAGE}"
+            f"WHERE {where} {'' if gid is None else 'AND j.queue = :queue'} AND {follow} ORDER BY j.{by}, j.id LIMIT {PAGE}"
+            for follow in (f"j.{by} = :from AND j.id > :id", f"j.{by} > :from")  # (no index helps with both in one)
         )
         last = {"queue": gid, "from": -1e18, "id": -1}
-        while rows := self.query(sql, last):
+        while rows := self.query(same, last) or self.query(beyond, last):
             yield from rows
             last |= {"from": rows[-1][("id", "at", "died", "rank").index(by)], "id": rows[-1][0]}
 
