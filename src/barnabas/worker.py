@@ -19,7 +19,7 @@ from barnabas.consumer import Consumer
 from barnabas.engine.alone import Gate
 from barnabas.engine.crew import Crew
 from barnabas.engine.crews import LoopCrew, ThreadCrew
-from barnabas.engine.runner import Pauses, Runner
+from barnabas.engine.runner import CANCELLED, Pauses, Runner
 from barnabas.errors import BackendError, DeclarationError
 from barnabas.jobs.beyond import SAID
 from barnabas.jobs.cron import Cron
@@ -30,7 +30,6 @@ from barnabas.state.table import Cells
 log = logging.getLogger("barnabas")
 MOST_WORK = 100  # of what is in work, a report names the longest
 RECYCLE = 75  # exit status of a process that makes way for another: a handler hangs, or it uses too much memory
-CANCELLED = 1.0  # seconds that coroutines which were cancelled at a stop may take to end
 
 
 def chosen(app: App, only: Iterable[str] = (), skip: Iterable[str] = ()) -> tuple[list[Consumer], list[str] | dict[str, int]]:

@@ -13,8 +13,9 @@ from confluent_kafka.admin import NewTopic
 from test_broker import drain, make_anew, running, sent, wait_for
 
 from barnabas import App, Delivery
+from barnabas.backends.kafka_log import KafkaLog
 from barnabas.backends.kafka_options import COMMON
-from barnabas.errors import PositionLost
+from barnabas.errors import BackendError, PositionLost
 from barnabas.worker import Worker
 
 MARKS = "reason exception traceback attempts group topic partition offset timestamp time"
@@ -154,7 +155,16 @@ def left_behind(app: App) -> tuple:
 
 
 @pytest.mark.parametrize("policy", [None, "earliest", "latest"])
-def test_a_position_no_longer_stored_goes_on_by_policy_and_says_so(make, caplog, policy) -> None:
+def test_a_position_no_longer_stored_goes_on_by_policy_and_says_so(make, monkeypatch, caplog, policy) -> None:
+    tries, found = [], KafkaLog._out_of_range
+
+    def out_of_range(source: KafkaLog, *args: object) -> None:
+        tries.append(args)
+        if len(tries) == 1:  # the driver tells of it but once
+            raise BackendError("the ends of topics: it did not answer in time")
+        found(source, *args)
+
+    monkeypatch.setattr(KafkaLog, "_out_of_range", out_of_range)
     app = make(kafka={"auto.offset.reset": policy} if policy else {})
     topic, seen = left_behind(app)
     with running(app) as worker:

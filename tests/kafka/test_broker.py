@@ -1,5 +1,6 @@
 """What only a real Kafka shows: its own tools' records, transactions, compaction, topics that go away, brokers that die."""
 
+import asyncio
 import json
 import os
 import signal
@@ -17,12 +18,15 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.admin import NewTopic
 from servers import murmur2
 
-from barnabas import App, Delivery
+from barnabas import App, Delivery, Message
 from barnabas.backends import kafka_log
 from barnabas.backends.kafka_group import KafkaMember
+from barnabas.backends.kafka_log import KafkaLog
 from barnabas.backends.kafka_options import COMMON
 from barnabas.engine.observe import Statistics
-from barnabas.errors import DeclarationError, SendError, UnknownTopic, ValueTooLarge
+from barnabas.engine.runner import Runner
+from barnabas.errors import BackendError, DeclarationError, SendError, UnknownTopic, ValueTooLarge
+from barnabas.ports import Part
 from barnabas.worker import Worker
 
 DEV = [sys.executable, str(Path(__file__).parents[2] / "dev" / "kafka")]
@@ -226,6 +230,148 @@ def test_nothing_begins_of_partitions_that_were_given_back(make, options) -> Non
             wait_for(lambda: sum(part.closed for part in parts) >= 6, "given back")
             wait_for(lambda: len(claims) == 6, "rebalanced")
             assert [part.until for part in parts if part.closed] == [0.0] * sum(part.closed for part in parts)
+
+
+@pytest.mark.parametrize("order", ["partition", "key"])
+def test_what_is_kept_goes_on_when_what_goes_took_longer_than_a_term(make, monkeypatch, order) -> None:
+    """The claims on all partitions end while one is waited for: what workers had in hand of the others is not forgotten."""
+    apps, seen, going, since = [make(session_timeout=3.0) for _ in range(2)], [], set(), [0.0]
+
+    def revoked(runner: Runner, parts: list[Part]) -> None:
+        if not going and len(parts) < 12:
+            since[0] = time.monotonic()
+            going.update(part.partition for part in parts)
+        return told(runner, parts)
+
+    def read(n: int, delivery: Delivery) -> None:
+        seen.append(n)
+        time.sleep(0.005)
+        while delivery.partition in going and time.monotonic() < since[0] + 2.5:
+            time.sleep(0.005)
+
+    told = Runner.revoked
+    monkeypatch.setattr(Runner, "revoked", revoked)
+    topics = [app.topic("orders", int, key=str, partitions=6) for app in apps]
+    for app, topic in zip(apps, topics, strict=True):
+        app.consumer(topic, name="read", concurrency=6, order=order)(read)
+    with running(apps[0]) as worker:
+        wait_for(lambda: len(worker.runners[0].source._claims) == 12, "assigned")
+        topics[0].send_many(range(6000)).result(10)
+        wait_for(lambda: len(seen) > 100, "at work")
+        with running(apps[1]):
+            wait_for(lambda: len(worker.runners[0].source._claims) == 6, "rebalanced")
+            wait_for(worker.drained, "drained")
+    assert going and len(set(seen)) == 6000
+
+
+def test_a_freeze_before_a_claim_is_renewed_is_no_less_a_freeze(make, monkeypatch) -> None:
+    app, ahead, doubts = make(), [0.0], []
+    clock, lapse, renew = app.clock.monotonic, KafkaMember._lapse, KafkaMember._renew
+    monkeypatch.setattr(app.clock, "monotonic", lambda: clock() + ahead[0], raising=False)
+
+    def frozen(source: KafkaMember, *since: float) -> None:
+        if source._claims and not ahead[0]:
+            ahead[0] += source._session
+        renew(source, *since)
+        if ahead[0] and not doubts:
+            doubts.append(max(claim.part.until for claim in source._claims.values()) - app.clock.monotonic())
+
+    monkeypatch.setattr(KafkaMember, "_renew", frozen)
+    monkeypatch.setattr(KafkaMember, "_lapse", lambda source: (doubts.append(0.0), lapse(source)))
+    app.consumer(app.topic("orders", int, partitions=1), name="read")(lambda n: None)
+    with running(app):
+        wait_for(lambda: len(doubts) > 1, "doubted")
+    assert doubts[0] < 0
+
+
+def test_partitions_that_come_while_the_claims_are_in_doubt_come_once(make, monkeypatch) -> None:
+    app, told, fetch = make(), [], KafkaLog.fetch
+
+    def doubtful(source: KafkaLog, *args: object) -> object:
+        source._lapsed = not told
+        return fetch(source, *args)
+
+    monkeypatch.setattr(KafkaLog, "fetch", doubtful)
+
+    @app.consumer(app.topic("orders", int, partitions=2), name="read")
+    class Read:
+        def process(self, n: int) -> None: ...
+
+        def assigned(self, where: list[tuple[str, int]]) -> None:
+            told.append(1)
+
+        def revoked(self, where: list[tuple[str, int]]) -> None:
+            told.append(-1)
+
+    with running(app) as worker:
+        runner = worker.runners[0]
+        wait_for(lambda: told and not runner.source._lapsed, "assigned")
+        assert len(runner.parts) == 4 and sum(told) == 1
+        parts = list(runner.parts)
+    runner.revoked(parts)  # as it may come twice: once in doubt, and once for good
+    assert told in ([1, -1], [1, -1, 1, -1])
+
+
+def test_what_was_done_before_a_handler_that_outlasts_its_grace_is_not_done_again(make) -> None:
+    apps, done, stuck, over = [make() for _ in range(2)], ([], []), set(), threading.Event()
+
+    async def read(n: int, delivery: Delivery) -> None:
+        while n == 8 and not over.is_set():
+            stuck.add(delivery.partition)
+            await asyncio.sleep(0.01)
+        done[0].append((delivery.partition, n))
+
+    def read_on(n: int, delivery: Delivery) -> None:
+        done[1].append((delivery.partition, n))
+
+    topics = [app.topic("orders", int, key=str, partitions=2) for app in apps]
+    apps[0].consumer(topics[0], name="read", concurrency=2, order="partition")(read)
+    apps[1].consumer(topics[1], name="read")(read_on)
+    keys = {murmur2(key.encode()) % 2**31 % 2: key for key in "abcdefgh"}
+    topics[0].send_many(Message(value=n, key=keys[number]) for n in range(10) for number in range(2)).result(10)
+    with running(apps[0]) as worker:
+        worker.runners[0].grace = 0.2
+        wait_for(lambda: len(stuck) == 2, "stuck")
+        with running(apps[1]):
+            wait_for(lambda: len(done[1]) >= 2, "handed over")
+            over.set()
+            wait_for(worker.drained, "drained")
+    assert sorted(done[0] + done[1]) == [(number, n) for number in range(2) for n in range(10)]
+
+
+def test_what_was_taken_before_an_error_is_handed_out_after_it(make, monkeypatch) -> None:
+    app, seen, failed, hand_out = make(), [], [], KafkaLog._hand_out
+
+    def failing(source: KafkaLog, now: float) -> None:
+        hand_out(source, now)
+        if source._found and not failed:
+            failed.append(now)
+            raise BackendError("away")
+
+    monkeypatch.setattr(KafkaLog, "_hand_out", failing)
+    topic = app.topic("orders", int, partitions=1)
+    app.consumer(topic, name="read")(seen.append)
+    topic.send_many(range(100)).result(10)
+    drain(app)
+    assert failed and seen == list(range(100))
+
+
+def test_a_member_that_has_to_join_anew_repeats_nothing(make, monkeypatch) -> None:
+    monkeypatch.setattr(kafka_log, "COMMIT", 60.0)
+    monkeypatch.setattr(kafka_log, "QUIET", 60.0)
+    app, seen = make(), []
+    topic = app.topic("orders", int, partitions=1)
+    app.consumer(topic, name="read")(seen.append)
+    with running(app) as worker:
+        source = worker.runners[0].source
+        for begin in (0, 10):
+            topic.send_many(range(begin, begin + 10)).result(10)
+            wait_for(lambda begin=begin: len(seen) >= begin + 10, "handled")
+            source._broken, source._error = True, BackendError("refused")
+            wait_for(lambda: not source._broken and source._claims, "joined anew")
+        topic.send(20).result(10)
+        wait_for(lambda: 20 in seen, "goes on")
+    assert seen == list(range(21))
 
 
 def test_statistics_of_the_clients_reach_observers_if_asked_for(make) -> None:

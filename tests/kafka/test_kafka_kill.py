@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +25,9 @@ from barnabas.backends.kafka_words import unpack
 HERE = Path(__file__).parent
 SESSION = 3.0
 STUCK = SESSION + 3.0  # seconds after the last blow in which every partition moves again, four times in five:
-AT_MOST = 30.0  # a machine that has other things to do may take so long
-BUSY = 4 * (os.cpu_count() or 1)  # where its load is above this, seconds say nothing
+UNCOMMITTED = 3.0  # seconds that something handled may wait for its commit
+AT_MOST = 20.0  # a machine that has other things to do may take so long
+BUSY = 4 * (os.cpu_count() or 1)  # where its load is above this, more may take longer than STUCK
 RATE, KEYS, PARTITIONS = 100, 40, 6  # messages a second
 NAMES = ("straight", "lanes")
 GROUPS = {f"herd-{name}": ["items"] for name in NAMES}
@@ -131,8 +133,7 @@ class Herd:
                 if at > blow and place in self.where and self.where[place][2] > blow:
                     still.discard((what, place[0]))
             waited = time.monotonic() - blow
-            limit = AT_MOST if os.getloadavg()[0] < BUSY else 60.0
-            assert waited < limit, f"stuck for {waited:.1f} s: {sorted(still)} (seed {self.seed})"
+            assert waited < AT_MOST, f"stuck for {waited:.1f} s: {sorted(still)} (seed {self.seed})"
             time.sleep(0.1)
         self.calm.append(waited)
         self.thaw(time.monotonic())
@@ -189,19 +190,25 @@ class Herd:
                     finished = now
         return min(rebalances[events.prefix + group] for group in GROUPS)
 
+    def lost(self, pid: int) -> list[float]:
+        """When this process said that Kafka took partitions from it (having had no sign of it for a session, or a freeze)."""
+        lines = [line for line in self.logs[pid].read_text().splitlines() if "may run again" in line]
+        return [datetime.fromisoformat(line[:23]).timestamp() - time.time() + time.monotonic() for line in lines]
+
     def judge(self, name: str) -> int:
         """Nothing lost, first handlings of a key in order (but what a frozen process had in hand); the number of repeats, all
         of them of what a process had in work, or not committed yet, when it was hit."""
         handled: dict[tuple[int, int], tuple[int, float]] = {}
         first: dict[str, list[int]] = defaultdict(list)
-        repeats, oldest = 0, 0.0
+        repeats, excused, oldest = 0, 0, 0.0
         for what, pid, at, place, key, n in self.handled():
             if what != name:
                 continue
             if place in handled:
                 before, when = handled[place]
                 age = min((hit - when for hit in self.hit[before] if hit > when - 0.1), default=None)
-                if age is None and "may run again" in self.logs[before].read_text():  # Kafka had no sign of it for a session
+                if age is None and any(when < lost < when + SESSION + UNCOMMITTED for lost in self.lost(before)):
+                    excused += 1
                     continue
                 repeats += 1
                 assert age is not None, f"{name}: {place} again, though process {before} was not harmed (seed {self.seed})"
@@ -214,7 +221,9 @@ class Herd:
         assert len(handled) == self.sent, f"{name}: {len(handled)} of {self.sent} (seed {self.seed})"
         for key, numbers in first.items():
             assert numbers == sorted(numbers), f"{name}: order of {key} (seed {self.seed})"
-        print(f"{name}: {self.sent} sent, {repeats} repeats, of handlings up to {oldest:.1f} s before a blow")
+        assert oldest < UNCOMMITTED, f"{name}: what was handled {oldest:.1f} s before a blow came again (seed {self.seed})"
+        told = f"{name}: {self.sent} sent, {repeats} repeats, of handlings up to {oldest:.1f} s before a blow"
+        print(f"{told}, and {excused} of what was taken away")
         return repeats
 
 
@@ -252,7 +261,8 @@ def check(herd: Herd) -> int:
     herd.settle()
     rebalances = herd.witness()
     late = [waited for waited in herd.calm if waited > STUCK]
-    told = f"{dict(herd.done)}, {rebalances} rebalances, partitions moved {max(herd.calm, default=0):.1f} s after a last blow"
+    calm = [f"{waited:.1f}" for waited in sorted(herd.calm)[-5:]]
+    told = f"{dict(herd.done)}, {rebalances} rebalances, after {len(herd.calm)} volleys partitions moved, the last in {calm} s"
     assert len(late) <= len(herd.calm) / 5 or os.getloadavg()[0] > BUSY, f"slow to move: {late} (seed {herd.seed})"
     print(f"\n{herd.room.app.settings.kafka['group.protocol']}: {told}")
     herd.rebalances = rebalances
@@ -266,7 +276,7 @@ def check(herd: Herd) -> int:
 def test_a_herd_under_fire(herd: Herd, kills: int) -> None:
     while herd.done["kill"] < kills:
         herd.volley()
-    assert check(herd) < 300 * sum(herd.done.values()) and herd.rebalances >= kills / 3  # (blows in a row are one)
+    assert check(herd) < 50 * sum(herd.done.values()) and herd.rebalances >= len(herd.calm)  # (blows in a row are one)
 
 
 @protocols

@@ -97,6 +97,8 @@ BUGS = [
     Bug("a batch that hung to its end is called again", crew, "work_batches", "attempts.get(row[0], 0) > times", "attempts.get(row[0], 0) > times + 1"),
     # Workers and settlement.
     Bug("the claim's end is ignored", Crew, "begin", "if part.until < until or self.stopping:", "if self.stopping:"),
+    Bug("what stopped at a claim's end is lost", Lanes, "give", "stopped = at is None", "stopped = at is None\n        if stopped:\n            return False"),
+    Bug("what was revoked as it was fetched is handed over", Runner, "step", "if not batch[0].closed", "if batch"),
     Bug("a haul is returned twice", Crew, "take", "return haul.popleft()", "return haul[0]"),
     Bug("a haul that is given back is lost", Crew, "_unload", "*((run, 0, now) for run in haul)", ""),
     Bug("what is done is given twice", Crew, "_give", "else run.rows[start:done]", "else run.rows[:done]"),

@@ -264,7 +264,10 @@ class Source:
         sim, home, now = self.sim, self.home, self.sim.clock.monotonic()
         if sim.chance(0.03):
             raise Away("fetch")
-        if any(now > p.until for p in self.parts.values()):  # we were silent for too long: claim everything anew
+        late = any(now > p.until for p in self.parts.values())  # we were silent for too long: confirm all, or claim all anew
+        ours = all(home.owners.get(at, ())[:2] == (self.member, self._hold(at).epoch) for at in self.parts)
+        sure = late and ours and sim.rng.random() < 0.5
+        if late and not sure:
             for part in self.parts.values():
                 part.until = 0.0
             self._give_up(list(self.parts))
@@ -278,10 +281,13 @@ class Source:
         if came:
             self.member.runner.assigned(came)
         for at, part in self.parts.items():
-            if now <= part.until:
+            if sure or now <= part.until:
                 part.until = self._hold(at).claim = now + LEASE
                 home.owners[at] = (*home.owners[at][:2], part.until)
-        return [found for at, part in self.parts.items() if (found := self._read(at, part, limit))]
+        batches = [found for at, part in self.parts.items() if (found := self._read(at, part, limit))]
+        if sim.chance(0.01):  # as Kafka does: within a fetch that has found something
+            self._give_up([at for at in self.parts if sim.chance(0.5)])
+        return batches
 
     def _hold(self, at: Any) -> "Hold":
         return self.sim.holds[self.parts[at]]
@@ -796,6 +802,7 @@ class Member:
         self.crew = crew
         crew.pace = sim.rng.choice((0.0, 1e-5, 1e-3, 3e-4))
         crew.monotonic = self.monotonic
+        crew.end = self.ended
         if sim.awaited:
             crew.loop = self.loop
         self.runner = Runner(
@@ -977,6 +984,12 @@ class Member:
         """Close the coroutines of a dead process now, not whenever the garbage collector comes by."""
         for task in getattr(self.crew, "tasks", ()):
             task.task.get_coro().close()
+
+    def ended(self, slot: int, run: Any, done: int, parked: float | None) -> None:
+        """A batch that is stopped among the last runs of its messages is called again, as after any assignment."""
+        if parked is None and self.crew.current[slot] is run:
+            self.sim.holds[run.part].alone.difference_update(row[0] for row in run.rows[done:])
+        type(self.crew).end(self.crew, slot, run, done, parked)
 
     def check_empty(self) -> None:
         """Nothing is left behind when all is settled."""

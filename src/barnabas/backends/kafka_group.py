@@ -110,6 +110,7 @@ class KafkaMember:
         self._numbers = 0
         self._dirty: dict[Claim, None] = {}
         self._sent: list[Claim] = []  # a commit is on its way
+        self._found: list[tuple[Part, Sequence[Row]]] = []  # to be handed out, whatever fails beside it
         self._committed_at = 0.0
         self._until = 0.0
         self._lapsed = False
@@ -163,13 +164,13 @@ class KafkaMember:
         return call
 
     def _join_anew(self) -> None:
-        """This consumer is of no use any more: leave without a commit, and begin again."""
+        """This consumer is of no use any more: leave, and begin again."""
         self._broken = False
-        claims = list(self._claims.values())
-        for claim in claims:
-            claim.part.closed = True
+        claims = [claim for claim in self._claims.values() if not claim.part.closed]
         self._listener.revoked([claim.part for claim in claims])
-        self._forget(claims)
+        if (error := self._commit_now(claims, NOTHING)) is not None:
+            log.warning("%s: what was done since the last commit may run again: %s", self.group, error.str())
+        self._forget(list(self._claims.values()))
         self._closing = True
         self._consumer.close()
         self._closing, self._lapsed, self._sent = False, False, []
@@ -242,6 +243,7 @@ class KafkaMember:
     # Rebalances: called by the driver inside poll or close, on the fetch thread.
 
     def _on_assign(self, consumer: Any, where: list[TopicPartition]) -> None:
+        began = self.home.clock.monotonic()
         roots = {(tp.topic, tp.partition): (tp.topic, tp.partition) for tp in where}
         roots |= self._with_retries(where)
         where = [TopicPartition(*at) for at in roots]
@@ -251,10 +253,8 @@ class KafkaMember:
         (consumer.assign if self._eager else consumer.incremental_assign)(where)
         consumer.resume(where)  # the driver keeps a pause that was made before they went
         if came:
-            self._until = self.home.clock.monotonic() + self._session / 2
-            for claim in came:
-                claim.part.until = self._until
-                self._claims[claim.at] = claim
+            self._claims.update({claim.at: claim for claim in came})
+            self._renew(began)
             self._listener.assigned([claim.part for claim in came])
 
     def _with_retries(self, where: list[TopicPartition]) -> dict[tuple[str, int], tuple[str, int]]:
@@ -321,11 +321,12 @@ class KafkaMember:
         claims = self._going(where)
         if claims:
             self._listener.revoked([claim.part for claim in claims])
+            asked = self.home.clock.monotonic()
             error = self._commit_now(claims, NOTHING)
             if error is not None:
                 log.warning("%s: what was done of revoked partitions may run again: %s", self.group, error.str())
             else:
-                self._renew()  # however long the grace took, we are members
+                self._renew(asked)  # however long the grace took, we are members
         self._let_go(where, claims)
 
     def _on_lost(self, consumer: Any, where: list[TopicPartition]) -> None:
@@ -358,8 +359,9 @@ class KafkaMember:
 
     # Doubts about the claim.
 
-    def _renew(self) -> None:
-        self._until = self.home.clock.monotonic() + self._session / 2
+    def _renew(self, since: float) -> None:
+        """The claims hold for half a session from `since`, when they were known to hold (what comes after it may be a freeze)."""
+        self._until = since + self._session / 2
         for claim in self._claims.values():
             if not claim.part.closed:  # what a worker still has in its haul of those that go is not to begin
                 claim.part.until = self._until
@@ -370,19 +372,18 @@ class KafkaMember:
             self._lapsed = True
             self._listener.revoked([claim.part for claim in self._claims.values()])
         self._consumer.poll(BUSY)  # may say that they are lost; whatever else comes will come again
-        claims = list(self._claims.values())
+        claims, asked = list(self._claims.values()), self.home.clock.monotonic()
+        if came := [claim.part for claim in claims if not claim.part.closed]:  # just now: they are taken anew as well
+            self._listener.revoked(came)
         error = self._commit_now(claims)
         if error is not None:
             if error.code() in _AGAIN:  # it will say, or take the claims away
                 return
             raise explain(error, f"group {self.group!r}", self.home)
         self._lapsed = False
-        came = []
-        for old in claims:
-            came.append(self._again(old))
-        self._renew()
-        if came:
-            self._listener.assigned([claim.part for claim in came])
+        if parts := [self._again(old).part for old in claims]:
+            self._renew(asked)
+            self._listener.assigned(parts)
 
     def _again(self, old: Claim) -> Claim:
         """The claim holds: go on from its position."""

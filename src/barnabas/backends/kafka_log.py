@@ -36,6 +36,11 @@ class KafkaLog(KafkaMember):
     # Fetching.
 
     def fetch(self, limit: int, timeout: float) -> list[tuple[Part, Sequence[Row]]]:
+        self._fetch(limit, timeout)
+        found, self._found = self._found, []
+        return found
+
+    def _fetch(self, limit: int, timeout: float) -> None:
         if self._error is not None:
             error, self._error = self._error, None
             if self._broken:
@@ -45,21 +50,20 @@ class KafkaLog(KafkaMember):
         now = self.home.clock.monotonic()
         if self._lapsed or (self._claims and now > self._until - self._session / 20):
             self._lapse()
-            return []
+            return
         if now > self._until - self._session * 0.4:  # about once a second
-            self._renew()
+            self._renew(now)
             self._see_new_topics()
             if now - self._kept_at > KEEP:
                 self._kept_at = now
                 self._dirty.update(dict.fromkeys(self._claims.values()))
-        found, wait = self._hand_out(now), timeout
+        self._hand_out(now)
         busy = any(claim.part.held for claim in self._claims.values())
         careful = any(claim.ends for claim in self._dirty)
         if self._dirty and (careful or now - self._committed_at >= (COMMIT if busy else QUIET)):
             self._commit()
         careful = careful or any(claim.ends for claim in self._sent)
-        if found:
-            wait = 0.0
+        wait = 0.0 if self._found else timeout
         choked = self._choked(now)
         if choked is not None:
             if wait > 0:
@@ -67,22 +71,21 @@ class KafkaLog(KafkaMember):
             self._woken.clear()
             if careful:  # that a window was committed is told by the driver's poll alone
                 self._take(self._poll(0, 0))
-            return found
+            return
         self._woken.clear()
         slice = BUSY if busy or self._dirty else min(self._session / 10, SLICE * max(1, self._many / 10))
         messages = self._poll(min(wait, slice))
         if self._broken:
-            return found
+            return
         if messages:
             self._take(messages)
             now = self.home.clock.monotonic()
             if now > self._until - self._session / 20:  # frozen in between: others may have these by now
                 self._lapse()
-                return found
-            found += self._hand_out(now)
+                return
+            self._hand_out(now)
         elif not busy and self._claims:
             self._pass_gaps()
-        return found
 
     def _poll(self, wait: float, more: int = BATCH) -> list[Any]:
         """So many messages, waiting for the first. The driver's `consume` alone would wait until it has them all."""
@@ -119,15 +122,14 @@ class KafkaLog(KafkaMember):
                 claim.behind = claim.behind + rows if claim.behind else rows
             start = end
         for message in bad:
-            self._problem(message)
+            self._safe(self._problem)(message)  # the driver tells of it but once
 
     def bare(self, unread: bool) -> Callable[[Any], Row]:
         """Rows are to have no more than offset and value, from now on, or are left unread; returns what makes them whole."""
         self._rows = Unread if unread else as_bare_rows
         return whole
 
-    def _hand_out(self, now: float) -> list[tuple[Part, Sequence[Row]]]:
-        found: list[tuple[Part, Sequence[Row]]] = []
+    def _hand_out(self, now: float) -> None:
         for claim in self._claims.values():
             rows, account = claim.behind, claim.part.held
             if not rows and claim.full is None:
@@ -153,13 +155,12 @@ class KafkaLog(KafkaMember):
                 if claim.ends:
                     claim.part.crashes.update({row[0]: sum(end > row[0] for end in claim.ends) for row in todo})
                 if todo:
-                    found.append((claim.part, todo))
+                    self._found.append((claim.part, todo))
                 elif not len(account):
                     self._dirty[claim] = None
             claim.full = now if len(account) >= self._limit or claim.behind else None
             if claim.paused and claim.full is None:
                 self._resume(claim)
-        return found
 
     def _within(self, claim: Claim) -> int:
         """How many rows are within reach; if that is not all, and can be more, the next commit says so."""

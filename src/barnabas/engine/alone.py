@@ -76,8 +76,9 @@ class Alone:
         """The partition is no longer ours."""
         self._behind.pop(part, None)
         for crew in self._runner.crews:
-            if crew.solo is not None and crew.solo.part is part:
-                crew.solo = None
+            with crew.lanes.lock:  # a worker may be taking it
+                if crew.solo is not None and crew.solo.part is part:
+                    crew.solo = None
         if self._running is None:  # else it opens when that run is over, whoever owns its partition by then
             self._gate.open(self)
 

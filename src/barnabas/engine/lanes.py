@@ -17,6 +17,7 @@ from barnabas.ports import Part
 
 WHOLE: Any = ("whole partition",)  # the lane key of partition order
 LOOSE: Any = ("no order",)  # rows with no order among each other
+MOMENT = 0.05  # seconds until what was stopped is looked at again
 _ABSENT: Any = object()
 
 
@@ -157,31 +158,31 @@ class Lanes:
     def give(self, run: Run, done: int, at: float | None = None) -> bool:
         """Take a run back of which `done` rows are settled by the worker; True if its lane became ready.
 
-        The rest goes back to the head of its lane: parked until `at` (monotonic seconds), or dropped if that is None
-        (a stop or a revocation: the source gives those back).
+        The rest goes back to the head of its lane: parked until `at` (monotonic seconds); if that is None for a moment (a
+        stop, a revocation, which drops it, or the end of a claim that may be renewed).
         """
         part, key = run.part, run.key
         if part.closed:
             return False
-        rest = run.rows[done:]
-        if key is LOOSE:
-            if rest and at is not None:
-                head = Run(part, LOOSE, rest[:1])
-                self._park(head, at)
-                if len(rest) > 1:
-                    self.ready.append(Run(part, LOOSE, rest[1:]))
-                    return True
-            return False
-        lanes = part.lanes
-        behind = lanes.get(key)
+        rest, lanes = run.rows[done:], part.lanes
         if rest:
-            if at is None:
-                return False
+            stopped = at is None
+            at = self._monotonic() + MOMENT if at is None else at
+            if key is LOOSE:
+                head = len(rest) if stopped else 1
+                self._park(Run(part, LOOSE, rest[:head]), at)
+                if len(rest) > head:
+                    self.ready.append(Run(part, LOOSE, rest[head:]))
+                return len(rest) > head
+            behind = lanes.get(key)
             if behind is not None:
                 rest += behind.rows
             lanes[key] = behind = Run(part, key, rest)
             self._park(behind, at)
             return False
+        if key is LOOSE:
+            return False
+        behind = lanes.get(key)
         if behind is None:
             lanes.pop(key, None)
             return False

@@ -17,6 +17,7 @@ from barnabas.ports import FOREVER, Part, Result, Source
 from barnabas.verdict import Again
 
 log = logging.getLogger("barnabas")
+CANCELLED = 1.0  # seconds that coroutines which were cancelled may take to end
 
 
 class Pauses(NamedTuple):
@@ -153,6 +154,7 @@ class Runner:
             self._hand_over(behind)  # before the fetch, which may fail or revoke
             wait = 0.0 if behind else min(wait, 0.01)
         batches = self.source.fetch(0 if self._pauses.all or self.quiet else self._room(), wait)
+        batches = [batch for batch in batches if not batch[0].closed]  # revoked while others were fetched
         if batches:
             if self._pauses.keys:
                 batches = self._hold(batches)
@@ -292,13 +294,11 @@ class Runner:
         """Partitions go: drop what waits of them, give what runs a bounded grace, settle it, discard the rest."""
         for part in parts:
             part.until = 0.0  # workers stop before their next delivery
-        deadline = self.clock.monotonic() + (min(0.5, self.grace) if self.overrun.is_set() else self.grace)
-        while any(crew.busy(parts) for crew in self.crews) and self.clock.monotonic() < deadline:
-            self.finished.wait(0.005)
-        for crew in self.crews:
-            for slot, run in enumerate(crew.current):
-                if run is not None and run.part in parts:
-                    crew.cancel(slot, run, "release")
+        self._wait(parts, min(0.5, self.grace) if self.overrun.is_set() else self.grace)
+        work = [(crew, slot, run) for crew in self.crews for slot, run in enumerate(crew.current) if run and run.part in parts]
+        cancelled = [crew.cancel(slot, run, "release") for crew, slot, run in work]
+        if any(cancelled):
+            self._wait(parts, CANCELLED)  # what they had done before is settled with the rest
         try:
             self.settle()
         except Exception as error:
@@ -308,9 +308,16 @@ class Runner:
                 crew.lanes.drop(part)
             self._alone.forget(part)
             self._held.pop(part, None)
+        known = [part for part in parts if part in self.parts]  # the others were revoked before: in doubt, or at an end
         self.parts = [p for p in self.parts if p not in parts]
         if self._on_parts is not None:
-            self._on_parts("revoked", parts)
+            self._on_parts("revoked", known)
+
+    def _wait(self, parts: list[Part], seconds: float) -> None:
+        """Until nobody has anything of these in hand, at most so long."""
+        deadline = self.clock.monotonic() + seconds
+        while any(crew.busy(parts) for crew in self.crews) and self.clock.monotonic() < deadline:
+            self.finished.wait(0.005)
 
     # Stopping.
 
