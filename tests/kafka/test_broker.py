@@ -312,6 +312,25 @@ def test_partitions_that_come_while_the_claims_are_in_doubt_come_once(make, monk
     assert told in ([1, -1], [1, -1, 1, -1])
 
 
+def test_a_hook_that_takes_longer_than_a_term_is_called_once(make) -> None:
+    app, told, seen = make(session_timeout=3.0), [], []
+    topic = app.topic("orders", int, partitions=1)
+
+    @app.consumer(topic, name="read")
+    class Read:
+        def process(self, n: int) -> None:
+            seen.append(n)
+
+        def assigned(self, where: list[tuple[str, int]]) -> None:
+            told.append(where)
+            time.sleep(2)
+
+    with running(app):
+        topic.send(1).result(10)
+        wait_for(lambda: seen, f"handled: {told}")
+    assert len(told) == 1
+
+
 def test_what_was_done_before_a_handler_that_outlasts_its_grace_is_not_done_again(make) -> None:
     apps, done, stuck, over = [make() for _ in range(2)], ([], []), set(), threading.Event()
 

@@ -248,14 +248,22 @@ class KafkaMember:
         roots |= self._with_retries(where)
         where = [TopicPartition(*at) for at in roots]
         came = self._begin(where, roots) if where and not self._closing else []
-        if self._commit_now(came) is not None:  # before anything is in work: from now on a crash leaves its mark
-            self._dirty.update(dict.fromkeys(came))
         (consumer.assign if self._eager else consumer.incremental_assign)(where)
         consumer.resume(where)  # the driver keeps a pause that was made before they went
         if came:
             self._claims.update({claim.at: claim for claim in came})
-            self._renew(began)
-            self._listener.assigned([claim.part for claim in came])
+            self._tell(came, began)
+
+    def _tell(self, came: list[Claim], since: float) -> None:
+        """These came, and hold since then at least. A user's hook may take long, so Kafka is asked once more: before anything is
+        in work, so that from now on a crash leaves its mark."""
+        self._listener.assigned([claim.part for claim in came])
+        asked = self.home.clock.monotonic()
+        if self._commit_now(came) is None:
+            since = asked
+        else:
+            self._dirty.update(dict.fromkeys(came))
+        self._renew(since)
 
     def _with_retries(self, where: list[TopicPartition]) -> dict[tuple[str, int], tuple[str, int]]:
         """The partitions of retry topics that go with these, and with which."""
@@ -381,9 +389,8 @@ class KafkaMember:
                 return
             raise explain(error, f"group {self.group!r}", self.home)
         self._lapsed = False
-        if parts := [self._again(old).part for old in claims]:
-            self._renew(asked)
-            self._listener.assigned(parts)
+        if claims:
+            self._tell([self._again(old) for old in claims], asked)
 
     def _again(self, old: Claim) -> Claim:
         """The claim holds: go on from its position."""
