@@ -17,7 +17,7 @@ from barnabas.errors import SettingError
 
 FILE = "barnabas.toml"
 URL = "sqlite:///barnabas.db"
-SCHEMES = ("sqlite", "memory", "kafka", "redis", "rediss", "jobs")
+SCHEMES = ("sqlite", "memory", "kafka", "redis", "rediss")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 QUEUE_NAME = re.compile(r"[A-Za-z0-9_:.-]{1,200}")  # Sidekiq's web page answers 404 for any other (facts/sidekiq.md 1.0)
 _SECRET = re.compile(r"passw|passphrase|secret|token|jaas|\.pem$", re.IGNORECASE)
@@ -70,7 +70,7 @@ def _url(option: "Option", value: Any) -> Any:
     scheme, colon, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
     if not colon or scheme not in SCHEMES:
         raise ValueError(f"a URL such as {URL}; the schemes are {', '.join(SCHEMES)}{_meant(scheme, SCHEMES)}")
-    if scheme == "sqlite" and not re.match(r"///(?!:memory:)[^?]", rest):
+    if scheme == "sqlite" and not re.fullmatch(r"///(?!:memory:)[^?]+", rest):
         raise ValueError("sqlite:///FILE.db (relative), sqlite:////FOLDER/FILE.db (absolute) or memory: (no file)")
     if scheme in ("kafka", "redis", "rediss") and not re.match(r"//[^/]", rest):
         raise ValueError(f"{scheme}://HOST:PORT")

@@ -309,7 +309,7 @@ def test_unknown_variables_warn() -> None:
 
 WHOLE, NUMBER = "must be a whole number", "must be a number of seconds"
 SHAPE = "must be sqlite:///FILE.db (relative), sqlite:////FOLDER/FILE.db (absolute) or memory: (no file)"
-A_URL = "must be a URL such as sqlite:///barnabas.db; the schemes are sqlite, memory, kafka, redis, rediss, jobs"
+A_URL = "must be a URL such as sqlite:///barnabas.db; the schemes are sqlite, memory, kafka, redis, rediss"
 NAMES = 'must be a list of queues (strict order), or queues with weights; names use letters, digits and "_:.-"'
 WEIGHTS = "must be queues with whole weights from 1 to 1000, such as {mail = 5, low = 1}"
 
@@ -348,6 +348,7 @@ WEIGHTS = "must be queues with whole weights from 1 to 1000, such as {mail = 5, 
         ("events", "sqlite://x.db", SHAPE),
         ("events", "sqlite:///", SHAPE),
         ("events", "sqlite:///:memory:", SHAPE),
+        ("events", "sqlite:///x.db?mode=ro", SHAPE),
         ("events", "kafka:", "must be kafka://HOST:PORT"),
         ("jobs", "redis:///0", "must be redis://HOST:PORT"),
         ("queues", [], NAMES),

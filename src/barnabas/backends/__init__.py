@@ -28,7 +28,7 @@ def open_url(url: str, settings: Any, kind: str, clock: Any) -> Backend:
     except ModuleNotFoundError as error:
         if error.name != _EXTRAS.get(scheme):
             raise
-        raise SettingError(f"{kind}={url!r}: {error.name} is not installed; pip install 'barnabas[{scheme}]'") from None
+        raise SettingError(f"{kind}={url!r}: {error.name} is not installed; pip install 'barnabas[{_FILES[scheme]}]'") from None
     backend: Backend = module.open_backend(url, settings, clock)
     if scheme != "memory":
         _open.add(backend)

@@ -9,6 +9,7 @@ set, or in exactly one process's hands.
 """
 
 import logging
+import re
 import threading
 import time
 from array import array
@@ -51,6 +52,8 @@ class Where:
         if "@" in parts.path + parts.fragment + parts.query.partition("=")[0] or not all(map(str.isdigit, ports)):
             # what the driver would say of it quotes a part of the password
             raise ValueError("its port is no number; in a password, / ? # and @ are written %2F %3F %23 and %40")
+        if not re.fullmatch(r"/?\d*/?", parts.path):  # the driver would take 0
+            raise ValueError(f"after host and port comes the number of a database, as in /0, not {parts.path!r}")
         self.name = f"redis at {hosts}{parts.path.rstrip('/')}" + (f" ({self.prefix}*)" if self.prefix else "")
         more = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "socket_keepalive": True, **more}  # we repeat what may be
         if own["sentinel"]:

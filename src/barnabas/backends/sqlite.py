@@ -187,8 +187,8 @@ class SqliteBackend(Notes, SqliteAdmin):
             known = self.parts.get(topic.name)
             if known is not None and topic.partitions is not None and len(known) != topic.partitions:
                 raise DeclarationError(
-                    f"topic {topic.name!r}: partitions={topic.partitions}, but {self.path} has it with {len(known)}; leave "
-                    f"partitions out, or change it on purpose: barnabas topics apply"
+                    f"topic {topic.name!r}: partitions={topic.partitions}, but {self.path} has it with {len(known)}, and a topic "
+                    "of a file keeps its number: leave partitions out, or declare a topic of another name"
                 )
         missing = [t for t in topics if t.name not in self.parts]
         if missing:

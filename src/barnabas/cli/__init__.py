@@ -24,7 +24,7 @@ COMMANDS = {
     "lag": ("groups", "Show how far each consumer group is."),
     "reset": ("groups", "Let a consumer group go on elsewhere."),
     "queues": ("jobs", "Show the queues."),
-    "jobs": ("jobs", "List, show, retry and drop stored jobs."),
+    "jobs": ("jobs", "List, show, retry, move and drop stored jobs."),
     "batches": ("batches", "List, show, watch and cancel batches of jobs."),
     "cron": ("cron", "List, run and pause what is enqueued by the clock."),
     "dead": ("dead", "List, show, retry, drop and export dead letters."),

@@ -32,7 +32,7 @@ _filters = options(
     click.option("--class", "name", metavar="NAME", help="Only jobs of this name.", shell_complete=known("jobs")),
     click.option("--error", metavar="TEXT", help="Only those with this text in their reason or exception."),
     click.option("--key", metavar="K", help="Only messages with this key."),
-    click.option("--since", callback=as_time, metavar="TIME", help="Only those that died since then (ISO 8601)."),
+    click.option("--since", callback=as_time, metavar="TIME", help="Only those that died since then (ISO 8601; local)."),
 )
 
 

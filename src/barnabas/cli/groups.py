@@ -59,7 +59,10 @@ def _topics(group: groups.GroupLag) -> str:
 
 @command()
 @click.argument("group", metavar="GROUP|CONSUMER", shell_complete=known("consumers", "groups"))
-@click.option("--to", callback=as_start, metavar="earliest|latest|OFFSET|TIME", help="An OFFSET needs --partition; ISO 8601.")
+@click.option(
+    "--to", callback=as_start, metavar="earliest|latest|OFFSET|TIME",
+    help="Where it goes on. An OFFSET needs --partition; a TIME is ISO 8601, local unless it says otherwise.",
+)
 @click.option("--forget", is_flag=True, help="Forget its positions: a group that is no more, or is to begin as a new one.")
 @click.option("--topic", metavar="T", help="Only this topic. [default: all but those of retries]")
 @click.option("--partition", type=click.IntRange(0), metavar="N", help="Only this partition.")
@@ -67,7 +70,13 @@ def _topics(group: groups.GroupLag) -> str:
 @click.option("--dry-run", is_flag=True, help="Only show what would change.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def reset(app: App, group: str, dry_run: bool, yes: bool, clear_tables: bool, as_json: bool, **where: Any) -> None:
-    """Let a consumer group go on elsewhere. It must be stopped; what it has finished there will be handled again."""
+    """Let a consumer group go on elsewhere. It must be stopped; what it has finished there will be handled again.
+
+    \b
+    barnabas reset bill --to 2026-01-31T12:00 --dry-run
+    barnabas reset bill --to 1200 --partition 3
+    barnabas reset shop-old --forget
+    """
     to, forget, partition = where["to"], where.pop("forget"), where["partition"]
     if (to is None) != forget:
         raise click.UsageError("say where the group goes on, by --to earliest|latest|OFFSET|TIME, or --forget it")

@@ -47,7 +47,7 @@ _FILTERS = [
     click.option("--class", "name", metavar="NAME", help="Only jobs of this name.", shell_complete=known("jobs")),
     click.option("--tag", metavar="TAG", help="Only jobs with this tag."),
     click.option("--error", metavar="TEXT", help="Only those that failed with this text in class or message."),
-    click.option("--since", callback=as_time, metavar="TIME", help="Only what moved or failed since then (ISO 8601)."),
+    click.option("--since", callback=as_time, metavar="TIME", help="Only what moved or failed since then (ISO 8601; local)."),
 ]
 
 
@@ -168,7 +168,8 @@ def tell(done: str, counts: Counter[str], dry_run: bool, as_json: bool) -> None:
             click.echo(f"not {done}: {counts[key]:,} {text}", err=True)
 
 
-_acting("retry", "Make jobs ready now. --all means those to be retried and the dead, or those in --state.", "ready", "retried")
+_RETRY = "Make jobs ready now: by their ids, or --all of these filters that are to be retried or dead (or in --state)."
+_acting("retry", _RETRY, "ready", "retried")
 _TO = click.option("--to", required=True, metavar="QUEUE", help="The queue.", shell_complete=known("bare queues"))
 _acting("move", "Put jobs into another queue, in the state they are in; they keep their time.", None, "moved", _TO)
 _acting("drop", "Drop jobs for good. Those in work are left alone.", None, "dropped")

@@ -112,6 +112,12 @@ class AppGroup(click.Group):
 
     command_class = AppCommand
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of `--help`: the first sentence of each command, whole."""
+        lines = [(name, (self.commands[name].help or "").partition(". ")[0].split("\n\n")[0]) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, " ".join(line.split()).rstrip(".") + ".") for name, line in lines])
+
 
 def command(**given: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """As click.command, for an AppCommand."""

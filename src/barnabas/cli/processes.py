@@ -110,7 +110,13 @@ _key_option = click.option("--key", metavar="K", help="Only messages with this k
 @click.argument("name", required=False, metavar=f"[{_NAME}]", shell_complete=_complete)
 @_key_option
 def pause(app: App, name: str | None, key: str | None, as_json: bool) -> None:
-    """Pause a consumer, a queue or a key, in all processes, until it is resumed; without a name, list what is paused."""
+    """Pause a consumer, a queue or a key, in all processes, until it is resumed; without a name, list what is paused.
+
+    \b
+    barnabas pause bill
+    barnabas pause bill --key ann
+    barnabas pause queue:mail
+    """
     if name is not None:
         return _change(app, name, key, True, as_json)
     if key is not None:

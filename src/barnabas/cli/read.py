@@ -35,7 +35,7 @@ def as_time(ctx: click.Context, param: click.Parameter, text: str | None, others
 @click.argument("topic", shell_complete=known("topics"))
 @click.option(
     "--from", "start", callback=as_start, metavar="earliest|latest|OFFSET|TIME",
-    help="Where to begin; an OFFSET needs --partition, a TIME is ISO 8601. [default: earliest; with --follow latest]",
+    help="Where to begin; an OFFSET needs --partition, a TIME is ISO 8601 (local). [default: earliest; with --follow latest]",
 )
 @click.option("--partition", type=click.IntRange(0), metavar="N", help="Only this partition.")
 @click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")

@@ -32,6 +32,9 @@ def replay(
     TOPIC OFFSET --partition N, or TOPIC[N]@OFFSET in one, also of a dead letter. on_start, set_up, hooks and the handler
     run as in a worker (but with no timeout). Messages, jobs and table writes are shown and not kept, also those of
     send(..., now=True); what the handler does elsewhere (a database, a call) it does.
+
+    \b
+    barnabas replay 'orders[3]@17' --consumer bill --pdb
     """
     where = inspect.address(topic) if offset is None else (topic, partition, offset)
     if where is None or where[1] is None:

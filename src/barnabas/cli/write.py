@@ -35,6 +35,10 @@ def send(app: App, topic: str, value: str | None, file: Path | None, key: str | 
     """Send VALUE (JSON) to a topic; "-" sends each line of standard input, --file each line of a file.
 
     Values are checked against the topic's type. A file is checked as a whole before its first line is sent.
+
+    \b
+    barnabas send orders '{"id": 1, "customer": "ann"}'
+    barnabas send orders --file orders.jsonl
     """
     if (value is None) == (file is None):
         raise click.UsageError("give a VALUE, or - for standard input, or --file FILE: one of them")
@@ -112,12 +116,17 @@ def _sent(topic: Topic[Any], lines: Iterable[tuple[str, bytes]], key: str | None
 @click.argument("job", shell_complete=known("jobs"))
 @click.argument("args", nargs=-1)
 @click.option("--in", "delay", type=click.FloatRange(0), metavar="SECONDS", help="Run it that much later.")
-@click.option("--at", callback=as_time, metavar="TIME", help="Run it then (ISO 8601).")
+@click.option("--at", callback=as_time, metavar="TIME", help="Run it then (ISO 8601; local).")
 @click.option("--queue", metavar="NAME", help="Another queue than the job's own.")
 def enqueue(
     app: App, job: str, args: tuple[str, ...], delay: float | None, at: datetime | None, queue: str | None, as_json: bool
 ) -> int:
-    """Enqueue a job. Each of ARGS is JSON, or else a text; put -- before negative numbers."""
+    """Enqueue a job. Each of ARGS is JSON, or else a text; put -- before negative numbers.
+
+    \b
+    barnabas enqueue welcome ann --in 60
+    barnabas enqueue refund 42 '{"why": "late"}' -- -9.5
+    """
     if delay is not None and at is not None:
         raise click.UsageError("give --in or --at, not both")
     found = app.job_handlers.get(job)
