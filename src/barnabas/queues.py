@@ -11,7 +11,7 @@ from barnabas.app import App
 from barnabas.inspect import chunks
 from barnabas.jobs.batch import bury
 from barnabas.jobs.limit import WAIT
-from barnabas.jobs.payload import seconds
+from barnabas.jobs.payload import PayloadError, parse, seconds
 from barnabas.jobs.unique import RUN, Guard, held
 from barnabas.ports import QueueState, StoredJob
 
@@ -85,12 +85,22 @@ def entry(job: StoredJob) -> Entry:
         said = _fields(job.payload)
     except _BROKEN as error:
         return Entry(job, "?", job.payload.decode(errors="backslashreplace"), 0, f"not a job: {error}", job.at or 0.0)
-    failure = f"{said.error_class}: {said.error_message}" if said.error_class is not None else ""
+    failure = f"{said.error_class}: {said.error_message}" if said.error_class is not None else _unfit(job)
     stamps = (said.created_at, said.enqueued_at, said.failed_at, said.retried_at)
     time = max([seconds(stamp) or 0.0 for stamp in stamps] + [job.at or 0.0 if job.state == "dead" else 0.0])
     runs = said.retry_count + 1 if type(said.retry_count) is int else 0
     tags = tuple(tag for tag in said.tags if isinstance(tag, str)) if isinstance(said.tags, list) else ()
     return Entry(job, str(said.name), bytes(said.args).decode(errors="backslashreplace"), runs, failure, time, tags)
+
+
+def _unfit(job: StoredJob) -> str:
+    """Why a dead job that has not failed was buried: it is no job that could run."""
+    try:
+        if job.state == "dead":
+            parse(job.payload)
+    except PayloadError as error:
+        return str(error)
+    return ""
 
 
 def locks(app: App, found: Entry) -> dict[str, str]:

@@ -18,6 +18,8 @@ import pytest
 
 from barnabas.errors import BarnabasError
 from barnabas.jobs.payload import Failed, PayloadError, build, derived_jid, enqueued, failed, new_jid, parse, recalled, seconds
+from barnabas.ports import StoredJob
+from barnabas.queues import entry
 
 JID = "0123456789abcdef01234567"
 NOW = 1_700_000_000.25
@@ -521,3 +523,18 @@ def test_an_error_in_delay_passes_through() -> None:
 
     with pytest.raises(LookupError, match="delay"):
         fail(raw(), delay=delay)
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        (b'{"class":"mail"}', "missing required field `args`"),
+        (b'{"class":"mail","args":5}', "`args` must be a list"),
+        (b'{"class":"mail","args":[],"retry":"many"}', "got `str` - at `$.retry`"),
+        (b"zzz", "JSON is malformed"),
+        (b'{"class":"mail","args":[]}', ""),
+    ],
+)
+def test_a_dead_job_that_is_none_says_why(payload, said):
+    shown = entry(StoredJob(None, "", "q", "dead", 1.0, 0, None, payload)).error
+    assert said in shown and bool(said) == bool(shown)
