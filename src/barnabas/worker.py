@@ -86,6 +86,12 @@ def _running(runners: Iterable[Runner]) -> Iterator[tuple[Crew, int, Any, int]]:
                 yield crew, slot, run, crew.at(slot, run)
 
 
+def _place(run: Any, offset: int) -> str:
+    """Where what is in work stands: a message's address, a job's name and id."""
+    row = next((row for row in run.rows if row[0] == offset), None) if run.part.partition < 0 else None
+    return f"job {name_of(row)} {row[1]}" if row else f"{run.part.topic}[{run.part.partition}]@{offset}"
+
+
 class Worker:
     """The runners of one process. `inline=True` makes crews that nobody drives (tests)."""
 
@@ -435,7 +441,7 @@ class Worker:
         """Cancel what can be cancelled, and say what held the stop up."""
         held = []
         for crew, slot, run, offset in _running([runner]):
-            held.append(f"{runner.name}, at {run.part.topic}[{run.part.partition}]@{offset}:\n{self._where(crew, slot)}")
+            held.append(f"{runner.name}, at {_place(run, offset)}:\n{self._where(crew, slot)}")
             crew.cancel(slot, run, "release")
         return held
 
@@ -446,6 +452,9 @@ class Worker:
             return "".join(traceback.format_stack(frame)[-3:]) if frame is not None else "ended"
         if isinstance(crew, LoopCrew):
             frames, awaited = [], crew.tasks[slot].get_coro()
+            if getattr(awaited, "cr_running", False):  # it does not wait for anything: it blocks the loop's thread
+                ident = next((thread.ident for thread in self._threads if thread.name == "barnabas-loop"), 0)
+                return "".join(traceback.format_stack(sys._current_frames().get(ident or 0))[-3:])
             while getattr(awaited, "cr_frame", None) is not None:  # a task's own get_stack knows the outermost only
                 frames.append((awaited.cr_frame, awaited.cr_frame.f_lineno))  # type: ignore[union-attr]
                 awaited = awaited.cr_await  # type: ignore[union-attr]
@@ -466,7 +475,7 @@ class Worker:
                         self._overdue(crew, slot, run, offset, limit, spent)
 
     def _overdue(self, crew: Crew, slot: int, run: Any, offset: int, limit: float, spent: float) -> None:
-        where = f"{run.part.topic}[{run.part.partition}]@{offset}"
+        where = _place(run, offset)
         if not crew.cancel(slot, run, "timeout") and (id(run), offset) not in crew.late:
             crew.late.add((id(run), offset))
             late = f"{crew.handler.name}: {where} runs longer than its timeout of {limit} s"

@@ -149,6 +149,24 @@ def test_a_sync_handler_past_twice_its_timeout_gives_its_delivery_up(place, app)
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_job_that_hangs_is_named_with_the_line_it_is_at(place, app, caplog, kind):
+    release = threading.Event()
+
+    def hang(n: int):
+        release.wait(20)  # in a coroutine: all of its loop waits
+
+    async def hang_all(n: int):
+        hang(n)
+
+    jid = app.job(name="hang", timeout=0.1, retry=0)(hang if kind == "sync" else hang_all).enqueue(1).result(5)
+    with place.running(app) as worker:
+        wait_for(lambda: worker.recycling, worker=worker)
+        release.set()
+    assert f"hangs at job hang {jid}, twice" in worker.recycling
+    assert "release.wait(20)" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
 def test_jobs_have_timeouts_of_their_own(place, app, kind):
     runs = []
 

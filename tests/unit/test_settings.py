@@ -210,7 +210,6 @@ def test_tables_are_laid_over_each_other_entry_by_entry() -> None:
         ("sqlite:///x.db", "{}/x.db"),
         ("sqlite:///sub/../deep/x.db", "{}/deep/x.db"),
         ("sqlite:////abs/x.db", "/abs/x.db"),
-        ("sqlite:///x.db?mode=ro", "{}/x.db?mode=ro"),
     ],
 )
 def test_sqlite_paths_become_absolute(url: str, path: str, folder: Path) -> None:
