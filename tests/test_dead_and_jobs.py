@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -515,4 +516,30 @@ def test_batches_are_listed_watched_shown_and_cancelled(tmp_path):
     assert "state      cancelled" in shop("batches", "show", later.id).stdout
     assert "has ended" in shop("batches", "cancel", letters.id, status=1).stderr
     assert shop("batches", "watch", later.id, status=1).stdout == "3 of 3, 3 dead: cancelled\n"
+    app.close()
+
+
+LIMITED = """
+from barnabas import App, Concurrent, Rate
+
+app = App("shop", events="sqlite:///shop.db", jobs="sqlite:///shop.db")
+
+@app.job(limit=[Rate(2, per=3600, by="customer"), Concurrent(5, name="stripe")])
+def charge(customer: str) -> None: pass
+"""
+
+
+def test_limits_are_shown_with_who_has_slots_and_who_waits(tmp_path):
+    shop, app = Shell(tmp_path), App("shop", events=f"sqlite:///{tmp_path}/shop.db", jobs=f"sqlite:///{tmp_path}/shop.db")
+    (tmp_path / "shop.py").write_text(LIMITED)
+    assert "by hand" in shop("limits", "--help").stdout
+    idle = {"limit": "stripe", "key": "", "rule": "5 at once", "taken": 0, "waiting": 0, "next": None}
+    assert shop.json("limits") == [idle]
+    app.foreign_job("charge").enqueue_many([("ann",)] * 3 + [("ben",)] * 4 + [("cid",)]).result(5)
+    shop("run", "--drain")
+    ben, ann, stripe = shop.json("limits")
+    assert (ben["key"], ben["rule"], ben["taken"], ben["waiting"]) == ("ben", "2 in 3600 s", 2, 2) and stripe == idle
+    assert (ann["key"], ann["taken"], ann["waiting"]) == ("ann", 2, 1) and 3000 < ann["next"] - time.time() < 3700
+    few = shop("limits", "--limit", "1")
+    assert "ben" in few.stdout and "ann" not in few.stdout and "the busiest of 3" in few.stderr
     app.close()

@@ -260,6 +260,10 @@ class Backend(Sink, Protocol):
     def let_go(self, token: str, need: Any, begun: bool = True) -> None:
         """Give a slot taken by hand back, or the wish for one; begun: no start of a rate counts for it otherwise."""
 
+    def taken(self, needs: Sequence[Any]) -> list[tuple[int, int, float | None]]:
+        """Of each of these limits (`jobs.limit.Need`): how many slots are taken, how many jobs wait for one, and when a rate
+        that has none free has the next (epoch seconds)."""
+
     def processes(self) -> list[Process]:
         """The worker processes that live (or have not been buried yet)."""
 

@@ -2,7 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -10,7 +12,7 @@ import msgspec
 from barnabas.app import App
 from barnabas.inspect import chunks
 from barnabas.jobs.batch import bury
-from barnabas.jobs.limit import WAIT
+from barnabas.jobs.limit import WAIT, Need
 from barnabas.jobs.payload import PayloadError, parse, seconds
 from barnabas.jobs.unique import RUN, Guard, held
 from barnabas.ports import QueueState, StoredJob
@@ -119,6 +121,41 @@ def locks(app: App, found: Entry) -> dict[str, str]:
     if holder is not None and job.state == "scheduled" and (job.at or 0.0) <= app.clock.now() + WAIT:
         said["waits for"] = f"job {holder}, at work with the lock {run}"
     return ({"holds": ", ".join(has)} if has else {}) | said
+
+
+class LimitInfo(msgspec.Struct, frozen=True):
+    """A limit, or one kind of it: how many slots are taken, how many jobs wait, when a rate with none free has one (epoch
+    seconds)."""
+
+    limit: str
+    key: str
+    rule: str
+    taken: int
+    waiting: int
+    next: float | None
+
+
+def limits(app: App, most: int) -> tuple[list[LimitInfo], int]:
+    """The limits of the app's jobs, those with most jobs first, and how many there are; of one with `by=` the kinds of which jobs
+    are in work or wait."""
+    shown: dict[Need, tuple[str, str, str]] = {}
+    busy: Counter[Need] = Counter()
+    for each in [each for job in app.job_handlers.values() for each in job.limits if each.limit.by is None]:
+        if (need := each.need(())) is not None:
+            shown[need] = (each.shown, "", str(each.limit))
+    for stored in chain(app.jobs.find_jobs("work"), app.jobs.find_jobs("scheduled")):
+        if stored.state == "work" or b'"enqueued_at"' in stored.payload:  # (who waits for a slot was in its queue before)
+            with suppress(Exception):  # rubbish needs none, nor does what its `by` fails with
+                payload = parse(stored.payload)
+                job = app.job_handlers[payload.name]
+                args = job.decode_args(payload.args)
+                for each in job.limits:
+                    if (need := each.need(args)) is not None:
+                        busy[need] += 1
+                        shown.setdefault(need, (each.shown, each.key(args), str(each.limit)))
+    first = sorted(shown, key=lambda need: -busy[need])[: most + 1000]  # a job waits for but one of its limits
+    found = [LimitInfo(*shown[need], *of) for need, of in zip(first, app.jobs.taken(first), strict=True)]
+    return sorted(found, key=lambda of: (-of.waiting, -of.taken))[:most], len(shown)
 
 
 def jobs(

@@ -10,7 +10,7 @@ from watching import wait_for, waiting
 
 from barnabas import Concurrent, Rate, while_executing
 from barnabas.errors import NoSlot
-from barnabas.queues import jobs, locks
+from barnabas.queues import LimitInfo, jobs, limits, locks
 
 
 @pytest.fixture
@@ -141,6 +141,27 @@ def test_none_is_no_limit_and_a_failed_run_makes_room(place, app):
     call.enqueue_many((key, n) for n in range(4) for key in ("a", None)).result(5)
     place.drain(app)
     assert watch.most == {"a": 1, None: watch.most[None]} and watch.most[None] > 1 and watch.order["a"] == [0, 1, 2, 3]
+
+
+def test_limits_are_told_the_busiest_first(place, app):
+    gate, began = threading.Event(), []
+
+    @app.job(limit=[Concurrent(2, by="key"), Rate(5, per=600, name="all")])
+    def call(n: int, key: str):
+        began.append(n)
+        assert gate.wait(20)
+
+    assert limits(app, 50) == ([LimitInfo("all", "", "5 in 600 s", 0, 0, None)], 1)
+    call.enqueue_many(enumerate("aaaabcde")).result(5)
+    with place.running(app) as worker:
+        wait_for(lambda: len(began) == 5 and waiting(app)["scheduled"] == 3, "the others wait", worker)
+        (first, second, *others), total = limits(app, 50)
+        assert first == LimitInfo("call", "a", "2 at once", 2, 2, None)
+        assert second == LimitInfo("all", "", "5 in 600 s", 5, 1, second.next) and 590 < second.next - time.time() < 700
+        assert (total, others) == (6, [LimitInfo("call", key, "2 at once", key < "e", 0, None) for key in "bcde"])
+        assert limits(app, 2) == ([first, second], 6)
+        app.jobs.move_jobs([job.ref for job in app.jobs.find_jobs("scheduled")], None)
+        gate.set()
 
 
 def test_a_limit_by_hand(place, app):

@@ -1,6 +1,7 @@
 """Limits hold whatever is killed, frozen or restarted, and no slot is lost by that: seen by an outside witness."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,18 @@ from barnabas import App
 LOAD = {"call": 30, "rated": 10, "byhand": 3}  # jobs before each blow
 
 
-def check(folder: Path, backend: str, blows: int) -> None:
-    team = Team(folder, backend, "limits_room", QUICK)
+def check(folder: Path, backend: str, blows: int, room: str = "limits_room", names: Sequence[str] = tuple(LOAD)) -> None:
+    team = Team(folder, backend, room, QUICK)
     app, dice, kinds = App("sender", events="memory:", jobs=team.url), team.dice, ("worker", "worker", "frozen", "redis")
-    jobs, count = {name: app.foreign_job(name) for name in LOAD}, 0
+    jobs, count = {name: app.foreign_job(name) for name in names}, 0
     with team.at_work(app):
         for _ in range(blows):
             futures: list[Any] = []
-            for name, load in LOAD.items():
-                futures += [jobs[name].enqueue(count + n, f"k{dice.randrange(3)}") for n in range(load)]
-                count += load
-            team.blow(dice.choice(kinds[: 3 + (backend == "redis")]))
+            for name in names:
+                futures += [jobs[name].enqueue(count + n, f"k{dice.randrange(3)}") for n in range(LOAD[name])]
+                count += LOAD[name]
+            if room == "limits_room":
+                team.blow(dice.choice(kinds[: 3 + (backend == "redis")]))
             assert [future.exception(60) for future in futures] == [None] * len(futures)
         team.drain(lambda: unfinished(app), 60 + blows)
         lines, starts = team.said(), defaultdict(list)
@@ -49,6 +51,14 @@ def check(folder: Path, backend: str, blows: int) -> None:
 @pytest.mark.parametrize("backend", ["redis", "sqlite"])
 def test_a_dozen_blows(tmp_path: Path, backend: str) -> None:
     check(tmp_path, backend, 13 if backend == "redis" else 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "names"), [("redis", [*LOAD]), ("sqlite", ["call"])])
+def test_clocks_that_are_wrong_by_a_minute(tmp_path: Path, backend: str, names: list[str]) -> None:
+    """A server has the time; a file has that of its machine, which only a rate needs."""
+    check(tmp_path, backend, 5, "skewed_room", names)
+    assert len(list(tmp_path.glob("skew*"))) == 3
 
 
 @pytest.mark.soak

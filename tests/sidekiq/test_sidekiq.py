@@ -13,7 +13,7 @@ import pytest
 import redis
 from servers import RedisServer, need
 
-from barnabas import App, progress, steps, until_executed
+from barnabas import App, Concurrent, Rate, progress, steps, until_executed
 from barnabas.backends import redis_life
 from barnabas.errors import JobFailed, NoOutcome
 from barnabas.jobs import batch
@@ -395,3 +395,40 @@ def test_members_in_steps_that_ruby_retries_or_deletes_end_their_batches(server,
     assert states == {"retried": good, "deleted": ("complete", 0, 1), "dead": good, "mine": good}
     assert sorted(seen) == sorted((name, n) for name in batches for n in range(5 if name == "deleted" else 10))
     assert {*told} == {f"{event} {name}" for name in batches for event in callbacks} - {"on_success deleted"}
+
+
+def test_limits_hold_and_nobody_is_stuck_whatever_ruby_does_with_jobs_that_wait(server, client, app, monkeypatch):
+    monkeypatch.setattr(redis_life, "SWEEP", 0.2)
+    gate, began, at_work, most, later = threading.Event(), [], [], [], "reschedule(Time.now + 900)"
+
+    @app.job(queue="mine", limit=Rate(2, per=5))
+    def paced(n):
+        began.append((time.monotonic(), n))
+
+    @app.job(queue="mine", limit=Concurrent(1))
+    def single(n):
+        at_work.append(n)
+        most.append(len(at_work))
+        assert gate.wait(30)
+        at_work.remove(n)
+
+    app.settings = app.settings.override(queues=["mine"])
+    with python(app):
+        rated = [paced.enqueue(n).result(10) for n in range(8)]
+        wait_for(lambda: client.zcard("schedule") == 6)
+    find = "def job(jid) = Sidekiq::ScheduledSet.new.find_job(jid); "
+    acts = zip(rated[2:7], ("delete", "delete", "kill", later, "add_to_queue"), strict=True)
+    ruby(server, find + "; ".join(f"job('{jid}').{act}" for jid, act in acts))
+    with python(app):
+        wait_for(lambda: len(began) == 4, 10)  # and not as long as if all were still before them
+        alone = [single.enqueue(n).result(10) for n in range(5)]
+        wait_for(lambda: client.zcard("schedule") == 5)
+        ruby(server, find + f"job('{alone[1]}').delete; job('{alone[4]}').add_to_queue; job('{alone[2]}').kill")
+        gate.set()
+        wait_for(lambda: len(most) == 3)
+        ruby(server, "Sidekiq::DeadSet.new.each(&:retry); Sidekiq::ScheduledSet.new.each(&:add_to_queue)")
+        wait_for(lambda: len(began) == 6 and len(most) == 4 and not at_work)
+    assert sorted(n for _, n in began) == [0, 1, 4, 5, 6, 7] and max(most) == 1
+    times = [at for at, _ in began]
+    assert min(b - a for a, b in zip(times, times[2:], strict=False)) >= 5.0
+    assert client.keys("*:LOCKED") + client.keys("barnabas:running:*") + client.keys("barnabas:waiting:*") == []

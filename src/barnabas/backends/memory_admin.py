@@ -290,6 +290,16 @@ class MemoryAdmin:
                 self._wake(need)
         self.ring()
 
+    def taken(self, needs: Sequence[Need]) -> list[tuple[int, int, float | None]]:
+        found, now = list[tuple[int, int, float | None]](), self.clock.now()
+        with self.lock:
+            for need in needs:
+                all_ = [slot[0] + need.span for slot in self.slots.get(need.key, ())]
+                ends = sorted(end for end in all_ if not need.span or end > now)
+                free = ends[-need.most] if need.span and len(ends) >= need.most else None
+                found.append((len(ends), len(self.parked.get(need.key, ())), free))
+        return found
+
     def _locked_again(self, number: int) -> bool:
         """A dead job takes its lock again; False where another one has it."""
         key, jid = held(self.buried[number].payload), self.buried[number].jid

@@ -100,12 +100,14 @@ for _ = 1, number() do -- members of a batch, the oldest first: while that is ou
   at = last
 end
 
-for _ = 1, number() do -- what they held that end ("end"), are to run again ("again") or did not begin ("back")
-  local sequence, name, lock, jid, how = arg(), arg(), arg(), arg(), arg()
-  if redis.call('HEXISTS', work, sequence .. ':' .. name) == 1 then
-    if how == 'end' and lock ~= '' then free(lock, jid) end
-    ended(id, sequence, how)
-  end
+for _ = 1, number() do -- locks of those that are over
+  local field, lock, jid = arg(), arg(), arg()
+  if redis.call('HEXISTS', work, field) == 1 then free(lock, jid) end
+end
+for _ = 1, number() do -- runs that did not begin ("back"), or have ended ("end")
+  local how, numbers = arg(), {}
+  for i = 1, number() do numbers[i] = arg() end
+  ended(id, how, numbers)
 end
 
 local done = {}
@@ -283,9 +285,13 @@ for _, job in ipairs(jobs) do
   end
 end
 if crashed and #jobs > 0 then redis.call('EXPIRE', crashes, 604800) end
-local there, running = {}, redis.call('HGETALL', key('barnabas:running:' .. id))
+local there, runs = {}, {front = {}, ['end'] = {}}
 for _, job in ipairs(jobs) do there[string.format('%d', job[1])] = true end
-for i = 1, stays and 0 or #running, 2 do ended(id, running[i], there[running[i]] and 'front' or 'end') end
+for _, number in ipairs(stays and {} or redis.call('HKEYS', key('barnabas:running:' .. id))) do
+  table.insert(runs[there[number] and 'front' or 'end'], number)
+end
+ended(id, 'front', runs.front)
+ended(id, 'end', runs['end'])
 for name, payloads in pairs(back) do
   redis.call('SADD', key('queues'), name)
   packed('RPUSH', key('queue:' .. name), payloads)

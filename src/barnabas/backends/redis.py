@@ -128,6 +128,24 @@ class RedisBackend(RedisAdmin):
         with self.edge():
             return self._scripts[name](args=(self.prefix, *args))
 
+    def scripts(self, name: str, pages: Iterable[Sequence[Any]]) -> Iterator[Any]:
+        """Run a script with each of these; the next is made ready while Redis is at one."""
+        with self.edge():
+            link, begun = self.where.pool.get_connection(), False
+            try:
+                for page in pages:
+                    if begun:
+                        yield link.read_response()
+                    link.send_command(*self.eval(name, *page))
+                    begun = True
+                if begun:
+                    yield link.read_response()
+            except BaseException:
+                link.disconnect()
+                raise
+            finally:
+                self.where.pool.release(link)
+
     def _check(self) -> None:
         """Refuse a server on which jobs would not be safe; keep a warning for workers."""
         with self.edge():

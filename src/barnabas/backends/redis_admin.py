@@ -193,6 +193,10 @@ class RedisAdmin:
             found = self.client.hkeys(self.key(f"{key}:LOCKED"))
         return text(found[0]) if found else None
 
+    def taken(self, needs: Sequence[Any]) -> list[tuple[int, int, float | None]]:
+        found = self.script("taken", len(needs), *[need.text for need in needs])
+        return [(count, waiting, float(free) if free else None) for count, waiting, free in found]
+
     # Batches.
 
     ripe: Callable[[str], None] = staticmethod(lambda id: None)

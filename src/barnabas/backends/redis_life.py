@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
@@ -168,7 +169,7 @@ class Life:
 
     def _sweep(self) -> None:
         """Free the locks of unique jobs that others have deleted, on Sidekiq's web page or by a command: of such as two looks
-        in a row find nowhere."""
+        in a row find nowhere. And let nobody wait for a slot behind those."""
         home, pause, missing = self.home, SWEEP, dict[bytes, bytes]()
         while not self._stop.wait(pause):
             began, before, missing = time.monotonic(), missing, {}
@@ -178,6 +179,9 @@ class Life:
                     locks: dict[bytes, bytes] = home.client.hgetall(home.key("barnabas:locks"))
                     stored = {job.jid for job in home.find_jobs() if job.state != "dead"} if locks else set()
                     missing = {lock: jid for lock, jid in locks.items() if text(jid) not in stored}
+                    waiting = home.client.scan_iter(home.key("barnabas:waiting:*"), 1000)
+                    while names := [text(key).partition("barnabas:waiting:")[2] for key in islice(waiting, 100)]:
+                        home.script("rouse", len(names), *names)
                 for lock, jid in before.items():
                     if missing.get(lock) == jid:
                         home.script("free", lock, jid)
@@ -273,21 +277,10 @@ class Life:
             if first:
                 self._next = min(self._next, first[0][1])
             return 0
-        link, begun = home.where.pool.get_connection(), False
-        try:
-            with home.edge():
-                for first in [*range(0, len(members), count), -1]:
-                    page = self._page_of(key, members[first : first + count], now) if first >= 0 else []
-                    if begun:
-                        self._moved(link.read_response())
-                    begun = bool(page) and not self._stop.is_set()
-                    if begun:  # the next page is made ready while Redis is at this one
-                        link.send_command(*home.eval("move", name, now, *page))
-        except BaseException:
-            link.disconnect()
-            raise
-        finally:
-            home.where.pool.release(link)
+        firsts = takewhile(lambda _: not self._stop.is_set(), range(0, len(members), count))
+        pages = ((name, now, *self._page_of(key, members[first : first + count], now)) for first in firsts)
+        for strange in home.scripts("move", pages):
+            self._moved(strange)
         size = sum(map(len, members)) // len(members)
         self._page = max(1, min(PAGE, PAGE_BYTES // max(1, size)))
         return len(members)

@@ -1,15 +1,31 @@
 -- Slots of limits, of which a lock of runs is one. Those who have one: `:LOCKED` (a hash of job ids), `:HANDS` (a sorted set
 -- of tokens, by hand, and until when they are good), or of a rate `:STARTS` (by the time of their start). `:WANTS`: who asks by
--- hand, and until when that counts. Who waits: `barnabas:waiting:` (job ids by age), `barnabas:parked:` (id -> when it is due,
--- queue, payload); `barnabas:turns:`: whose turn it is, until when. All by the server's clock.
+-- hand, and until when that counts. Who waits: `barnabas:waiting:` (job ids by age), `barnabas:parked:` (id -> its score in the
+-- schedule, when it is due, queue, limit, payload); `barnabas:turns:`: whose turn it is, until when. All by the server's clock.
 local function clock()
   local t = redis.call('TIME')
   return t[1] + t[2] / 1e6
 end
 
 local function slots(text) -- "key,count,span,", and "!" if its jobs do not wait
-  local name, most, span, mode = string.match(text, '^(.*),(%d+),(.*),(!?)$')
-  return {text = text, name = name, most = tonumber(most), span = tonumber(span), waits = mode == ''}
+  local name, most, span, mode = string.match(text, '^([^,]*),(%d+),([^,]*),(!?)$')
+  return {text = text, name = name, most = tonumber(most), span = tonumber(span), waits = mode == '', crowd = false}
+end
+
+-- How many of these keys there are; what stands in these fields of a hash.
+local function present(keys)
+  local count = 0
+  for first = 1, #keys, 1000 do count = count + redis.call('EXISTS', unpack(keys, first, math.min(first + 999, #keys))) end
+  return count
+end
+
+local function fetched(name, fields)
+  local found = {}
+  for first = 1, #fields, 1000 do
+    local some = redis.call('HMGET', name, unpack(fields, first, math.min(first + 999, #fields)))
+    for i = 1, #some do found[#found + 1] = some[i] end
+  end
+  return found
 end
 
 local function nth(place, at) -- the time of the nth last
@@ -48,45 +64,50 @@ local function wake(need, now)
   while vacant(need, need.most - promised(need, now) - wants(need, now), now) do
     local jid = redis.call('ZPOPMIN', waiting)[1]
     if not jid then return end
-    local due, name, payload = string.match(redis.call('HGET', parked, jid) or '', '^(%S+) (%S+) (.*)$')
+    local at, name, payload = string.match(redis.call('HGET', parked, jid) or '', '^(%S+) %S+ (%S+) %S+ (.*)$')
     redis.call('HDEL', parked, jid)
-    local there = payload and redis.call('ZREM', key('schedule'), payload) == 1
+    local score = payload and redis.call('ZSCORE', key('schedule'), payload)
+    local there = score and tonumber(score) == tonumber(at) -- else somebody has given it another time, or deleted it
     if there then
+      redis.call('ZREM', key('schedule'), payload)
       redis.call('SADD', key('queues'), name)
       redis.call('RPUSH', key('queue:' .. name), payload)
     end
-    if there or (due and tonumber(due) <= now) then -- (it may be on its way already; else somebody has deleted it)
+    if there or (at and not score and tonumber(at) <= now) then -- (it may be on its way already)
       redis.call('ZADD', key('barnabas:turns:' .. need.name), now + 10, jid)
       redis.call('EXPIRE', key('barnabas:turns:' .. need.name), 60)
     end
   end
 end
 
--- A run has. `how`: it has not begun ("back"), or maybe it has ("front"), and its job is in front of its queue again, so it is
--- still that one's turn.
-local function ended(id, sequence, how)
-  local mine = key('barnabas:running:' .. id)
-  local needs, jid = string.match(redis.call('HGET', mine, sequence) or '', '^(.-)\n(.*)$')
-  if not jid then return end
-  local now = clock()
-  redis.call('HDEL', mine, sequence)
-  for text in string.gmatch(needs, '%S+') do
-    local need = slots(text)
-    if need.span == 0 then
-      redis.call('HDEL', key(need.name .. ':LOCKED'), jid)
-      if how == 'back' or how == 'front' then
-        redis.call('ZADD', key('barnabas:turns:' .. need.name), now + 10, jid)
-        redis.call('EXPIRE', key('barnabas:turns:' .. need.name), 60)
+-- These runs of a process have. `how`: they have not begun ("back"), or maybe they have ("front"), and their jobs are in front of
+-- their queues again, so it is still their turn. What they had is forgotten last: an error before that, and it is done again.
+local function ended(id, how, numbers)
+  local mine, now, over, waiting = key('barnabas:running:' .. id), clock(), {}, {}
+  for i, said in ipairs(fetched(mine, numbers)) do
+    local needs, jid = string.match(said or '', '^([^\n]*)\n(.*)$')
+    for text in string.gmatch(needs or '', '%S+') do
+      local need = slots(text)
+      if need.span == 0 then
+        redis.call('HDEL', key(need.name .. ':LOCKED'), jid)
+        if how == 'back' or how == 'front' then
+          redis.call('ZADD', key('barnabas:turns:' .. need.name), now + 10, jid)
+          redis.call('EXPIRE', key('barnabas:turns:' .. need.name), 60)
+        end
+        over[#over + 1], waiting[#waiting + 1] = need, key('barnabas:waiting:' .. need.name)
+      elseif how == 'back' then
+        redis.call('ZREM', key(need.name .. ':STARTS'), id .. '/' .. numbers[i])
       end
-      wake(need, now)
-    elseif how == 'back' then
-      redis.call('ZREM', key(need.name .. ':STARTS'), id .. '/' .. sequence)
     end
   end
+  if present(waiting) > 0 then
+    for _, need in ipairs(over) do wake(need, now) end
+  end
+  packed('HDEL', mine, numbers)
 end
 
 -- Take a slot of each.
-local function occupy(needs, now, jid, member)
+local function occupy(needs, now, who, lead)
   for _, need in ipairs(needs) do
     if need.span > 0 then
       local place = key(need.name .. ':STARTS')
@@ -94,7 +115,7 @@ local function occupy(needs, now, jid, member)
       if oldest and oldest + need.span <= now and oldest + need.span > now - math.min(1, math.max(0.25, need.span / 11)) / 4 then
         at = oldest + need.span
       end
-      redis.call('ZADD', place, at, member)
+      redis.call('ZADD', place, at, lead .. who)
       redis.call('ZREMRANGEBYSCORE', place, '-inf', now - need.span - 2)
       redis.call('EXPIRE', place, math.ceil(need.span) + 60)
     end
@@ -116,20 +137,40 @@ local function turn_of(need, now, before)
 end
 
 --- admit
--- Of each claimed job that needs slots, or gives a lock back: 1 if it may begin; 0 if it waits, or is not in this process's
--- hands any more; else the id of the job that is at work.
-local id, answers, soonest = arg(), {}, ''
-local work, mine, now = key('barnabas:work:' .. id), key('barnabas:running:' .. id), clock()
+-- Of each claimed job of a queue that needs slots, or gives a lock back: 1 if it may begin; 0 if it waits, or is not in this
+-- process's hands any more; else the id of the job that is at work. And when the first of those that wait is due.
+local id, name, jobs, fields, numbers, crowds = arg(), arg(), {}, {}, {}, {}
+for i = 1, number() do
+  local job = {arg(), arg(), arg(), arg(), {}}
+  for n = 1, number() do
+    local need = slots(arg())
+    local of, at = need.name, #crowds
+    local crowd = {prefix .. 'barnabas:waiting:' .. of, prefix .. 'barnabas:turns:' .. of, prefix .. of .. ':WANTS',
+      prefix .. of .. ':HANDS'}
+    crowds[at + 1], crowds[at + 2], crowds[at + 3], crowds[at + 4], need.crowd = crowd[1], crowd[2], crowd[3], crowd[4], crowd
+    job[5][n] = need
+  end
+  jobs[i], numbers[i], fields[i] = job, job[1], job[1] .. ':' .. name
+end
+local work, mine, now, answers, soonest = key('barnabas:work:' .. id), key('barnabas:running:' .. id), clock(), {}, ''
+local held, known, calm = fetched(work, fields), fetched(mine, numbers), present(crowds) == 0
 
--- Whether there is no slot, and if so behind whom it waits; how much too early it comes, by its own time.
+-- Whether there is no slot, and if so behind whom it waits; how much too early it comes, by its own time. Mostly nobody waits,
+-- has a turn, or asks by hand.
 local function crowded(need, jid, created)
-  local waiting, parked = key('barnabas:waiting:' .. need.name), key('barnabas:parked:' .. need.name)
-  local ahead, before, early, oldest = 0, nil, 0, nil
+  local locked = key(need.name .. ':LOCKED')
+  if calm or present(need.crowd) == 0 then
+    local taken = need.span == 0 and redis.call('HLEN', locked)
+    if taken then return taken >= need.most or (taken > 0 and redis.call('HEXISTS', locked, jid) == 1), nil, 0 end
+    return not vacant(need, need.most, now), nil, 0
+  end
+  local waiting, parked = need.crowd[1], key('barnabas:parked:' .. need.name)
+  local ahead, before, early = 0, nil, 0
   if redis.call('EXISTS', waiting) == 1 then
     if redis.call('ZREM', waiting, jid) == 1 then
-      local due = tonumber(string.match(redis.call('HGET', parked, jid) or '', '^%S+'))
+      local at = tonumber(string.match(redis.call('HGET', parked, jid) or '', '^%S+'))
       redis.call('HDEL', parked, jid)
-      early = due and due > now + 0.005 and need.span > 0 and due - now or 0
+      early = at and at > now + 0.005 and need.span > 0 and at - now or 0
     end
     while true do -- of those who were due long ago and did not come, nothing is known
       local first = redis.call('ZRANGE', waiting, 0, 0)[1]
@@ -141,22 +182,21 @@ local function crowded(need, jid, created)
     ahead = redis.call('ZCOUNT', waiting, '-inf', '(' .. created)
     if ahead > 0 then
       local last = redis.call('ZREVRANGEBYSCORE', waiting, '(' .. created, '-inf', 'LIMIT', 0, 1)[1]
-      before = tonumber(string.match(redis.call('HGET', parked, last) or '', '^%S+'))
+      before = tonumber(string.match(redis.call('HGET', parked, last) or '', '^%S+ (%S+)'))
     end
   end
   local left = need.most - ahead - promised(need, now, jid)
   if left > 0 then left = left - wants(need, now) end
-  local twin = need.span == 0 and redis.call('HEXISTS', key(need.name .. ':LOCKED'), jid) == 1
+  local twin = need.span == 0 and redis.call('HEXISTS', locked, jid) == 1
   return twin or not vacant(need, left, now), before, early
 end
 
-for i = 1, number() do
-  local sequence, name, jid, lock, created, payload, needs = arg(), arg(), arg(), arg(), arg(), arg(), {}
-  for n = 1, number() do needs[n] = slots(arg()) end
-  local field, answer = sequence .. ':' .. name, 1
-  if redis.call('HEXISTS', work, field) == 0 then
+for i, job in ipairs(jobs) do
+  local sequence, jid, lock, created, needs = unpack(job)
+  local payload, answer = held[i], 1
+  if not payload then
     answer = 0
-  elseif #needs > 0 and redis.call('HEXISTS', mine, sequence) == 0 then
+  elseif #needs > 0 and not known[i] then
     local full, before, early, of
     for _, need in ipairs(needs) do
       local is, behind, soon = crowded(need, jid, created)
@@ -164,32 +204,32 @@ for i = 1, number() do
     end
     if not full then
       local said = ''
+      for _, need in ipairs(needs) do said = said .. need.text .. ' ' end
+      redis.call('HSET', mine, sequence, said .. '\n' .. jid) -- first: what is taken is somebody's, whatever comes
       for _, need in ipairs(needs) do
         if need.span == 0 then redis.call('HSET', key(need.name .. ':LOCKED'), jid, now) end
-        said = said .. need.text .. ' '
       end
-      occupy(needs, now, jid, id .. '/' .. sequence)
-      redis.call('HSET', mine, sequence, said .. '\n' .. jid)
+      occupy(needs, now, sequence, id .. '/')
     elseif of.waits then
-      local due = turn_of(of, now, before) + early
-      local waiting, parked = key('barnabas:waiting:' .. of.name), key('barnabas:parked:' .. of.name)
-      local at = string.format('%.6f', due)
-      redis.call('HDEL', work, field)
+      local due = turn_of(of, now, before)
+      local waiting, parked = of.crowd[1], key('barnabas:parked:' .. of.name)
+      local at = string.format('%.6f', due + early) -- whose clock moved it too early moves it in time then
       redis.call('ZADD', key('schedule'), at, payload)
       redis.call('ZADD', waiting, created, jid)
-      redis.call('HSET', parked, jid, at .. ' ' .. name .. ' ' .. payload)
-      local last = math.ceil(due - now) + 600
+      redis.call('HSET', parked, jid, at .. string.format(' %.6f ', due) .. name .. ' ' .. of.text .. ' ' .. payload)
+      redis.call('HDEL', work, fields[i])
+      local last = math.ceil(due + early - now) + 600
       if redis.call('TTL', waiting) < last then
         redis.call('EXPIRE', waiting, last)
         redis.call('EXPIRE', parked, last)
       end
-      answer = 0
+      answer, calm = 0, false
       if of.span > 0 and (soonest == '' or due - now < soonest) then soonest = due - now end
     else
-      answer = holder(of.name) or redis.call('ZRANGE', key('barnabas:turns:' .. of.name), 0, 0)[1] or '?'
+      answer = holder(of.name) or redis.call('ZRANGE', of.crowd[2], 0, 0)[1] or '?'
     end
-    for _, need in ipairs(needs) do -- it needs its turns no more; those it could not use are others'
-      if redis.call('ZREM', key('barnabas:turns:' .. need.name), jid) == 1 or need == of then wake(need, now) end
+    for _, need in ipairs(calm and {} or needs) do -- it needs its turns no more; those it could not use are others'
+      if redis.call('ZREM', need.crowd[2], jid) == 1 or need == of then wake(need, now) end
     end
   end
   if answer == 1 and lock ~= '' then free(lock, jid) end
@@ -203,7 +243,7 @@ return {soonest == '' and '' or string.format('%.6f', soonest), answers}
 local token, need, lease, want, now = arg(), slots(arg()), number(), number(), clock()
 redis.call('ZREM', key(need.name .. ':WANTS'), token)
 if vacant(need, need.most - promised(need, now), now) then
-  occupy({need}, now, '', token)
+  occupy({need}, now, token, '')
   if need.span == 0 then
     redis.call('ZADD', key(need.name .. ':HANDS'), now + lease, token)
     redis.call('EXPIRE', key(need.name .. ':HANDS'), lease + 60)
@@ -213,6 +253,45 @@ end
 redis.call('ZADD', key(need.name .. ':WANTS'), now + want, token)
 redis.call('EXPIRE', key(need.name .. ':WANTS'), 60)
 return string.format('%.6f', math.max(0.01, turn_of(need, now) - now))
+
+--- taken
+-- Of each limit: how many slots are taken, how many jobs wait, and when a rate that has none free has one.
+local found, now = {}, clock()
+for i = 1, number() do
+  local need, taken, free = slots(arg()), 0, ''
+  if need.span > 0 then
+    local starts = key(need.name .. ':STARTS')
+    taken = redis.call('ZCOUNT', starts, string.format('(%.6f', now - need.span), '+inf')
+    if taken >= need.most then free = string.format('%.6f', nth(starts, need.most) + need.span) end
+  else
+    taken = redis.call('HLEN', key(need.name .. ':LOCKED')) + redis.call('ZCOUNT', key(need.name .. ':HANDS'), now, '+inf')
+  end
+  found[i] = {taken, redis.call('ZCARD', key('barnabas:waiting:' .. need.name)), free}
+end
+return found
+
+--- rouse
+-- Of limits (their names) for which somebody waits: let those begin who can, and bring those of a rate forward, those of the
+-- next two minutes, who wait behind jobs that somebody has deleted: nobody else tells them.
+local now, schedule = clock(), key('schedule')
+for _ = 1, number() do
+  local name, due = arg(), nil
+  local waiting, parked = key('barnabas:waiting:' .. name), key('barnabas:parked:' .. name)
+  local first = redis.call('ZRANGE', waiting, 0, 0)[1]
+  local text = first and string.match(redis.call('HGET', parked, first) or '', '^%S+ %S+ %S+ (%S+)')
+  local need = text and slots(text)
+  if need then wake(need, now) end
+  for _, jid in ipairs(need and need.span > 0 and redis.call('ZRANGE', waiting, 0, 999) or {}) do
+    local at, rest, payload = string.match(redis.call('HGET', parked, jid) or '', '^(%S+) %S+( %S+ %S+ (.*))$')
+    local score = at and redis.call('ZSCORE', schedule, payload)
+    due = due and due + need.span / need.most or turn_of(need, now)
+    if due > now + 120 then break end
+    if score and tonumber(score) == tonumber(at) and tonumber(at) > due + 1 then
+      redis.call('ZADD', schedule, string.format('%.6f', due), payload)
+      redis.call('HSET', parked, jid, string.format('%.6f %.6f', due, due) .. rest)
+    end
+  end
+end
 
 --- keep
 -- Let a slot by hand last for so many seconds more. Returns whether it was good still.

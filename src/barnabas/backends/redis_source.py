@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha1
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("barnabas")
 MOST = 1000  # jobs of one claim: more would delay other clients by more than 2 ms (facts: redis-jobs.md)
+PAGE = 200  # jobs that are asked for slots at once: the next are made ready meanwhile
+NOTHING = (0,) * 10  # settled
 DEAD_AGE, DEAD_MOST = 180 * 86400, 10_000  # Sidekiq's bounds of the dead set: seconds, entries
 
 
@@ -223,7 +226,7 @@ class RedisQueues:
         home, names = self.home, self._order.next()
         now = home.clock.now()
         if not settled:
-            settled = (0, 0, 0, 0, 0, 0, 0, 0, 0)
+            settled = NOTHING
         today, first = time.strftime("%Y-%m-%d", time.gmtime(now)), home.reserve(room)
         wanted = [arg for name in names for arg in (name, max(0, min(room, self.parts[name].room)))]
         sure, self._sure = self._sure, False
@@ -283,17 +286,30 @@ class RedisQueues:
     def _admit(self, queue: str, jobs: list[tuple[int, bytes]], since: float) -> tuple[Any, dict[int, Any], dict[int, Any]]:
         """Take the slots that claimed jobs need, in one step: those jobs that may go on, what they have, and what their rows
         are to say. since: when that was (monotonic seconds), or may have been."""
-        asks = {number: ask for number, payload in jobs if (ask := self._guard(payload)) is not None}
-        marks: dict[int, Any] = {number: mark for number, ask in asks.items() if (mark := marked(ask)) is not None}
-        asks = {number: ask for number, ask in asks.items() if number not in marks}
+        asks: dict[int, Any] = {}
+        marks: dict[int, Any] = {}
+
+        def page(some: list[tuple[int, bytes]]) -> list[Any]:
+            args: list[Any] = [self.name, queue, 0]
+            for number, payload in some:
+                if (ask := self._guard(payload)) is None:
+                    continue
+                if ask.fault:
+                    marks[number] = marked(ask)
+                    continue
+                asks[number] = ask
+                args[2] += 1
+                args += (number, ask.jid, ask.free, repr(ask.created), len(ask.needs), *[need.text for need in ask.needs])
+            return args
+
+        pages = filter(itemgetter(2), (page(jobs[first : first + PAGE]) for first in range(0, len(jobs), PAGE)))
+        told = self.home.scripts("admit", pages) if len(jobs) > PAGE else [self.home.script("admit", *args) for args in pages]
+        soonest, answers = list[float](), list[Any]()
+        for soon, some in told:
+            soonest += [float(soon)] if soon else ()
+            answers += some
         if not asks:
             return jobs, asks, marks
-        args: list[Any] = []
-        for number, payload in jobs:
-            if (ask := asks.get(number)) is not None:
-                needs = [need.text for need in ask.needs]
-                args += (number, queue, ask.jid, ask.free, repr(ask.created), payload, len(needs), *needs)
-        soonest, answers = self.home.script("admit", self.name, len(asks), *args)
         gone, has = set(), {}
         for (number, ask), answer in zip(asks.items(), answers, strict=True):
             if answer == 0:
@@ -302,13 +318,14 @@ class RedisQueues:
                 marks[number] = marked(ask, text(answer))
             elif ask.needs:
                 has[number] = ask
-                marks[number] = marked(ask, since=since)
+                if any(need.span for need in ask.needs):
+                    marks[number] = marked(ask, since=since)
                 if not all(need.span for need in ask.needs):
                     self.runs.add(number)
         if self.runs:
             self.life.watch()
         if soonest:
-            self.home.due(self.home.clock.now() + float(soonest))
+            self.home.due(self.home.clock.now() + min(soonest))
         return [job for job in jobs if job[0] not in gone], has, marks
 
     def _unlock(self, numbers: Iterable[int]) -> None:
@@ -320,10 +337,14 @@ class RedisQueues:
             if not self.runs:
                 self.life.watch()
 
-    def _locks(self, numbers: Iterable[tuple[int, str]]) -> list[Any]:
-        """What a script is to know of the locks of these, each with what becomes of it."""
-        mine = [(number, how) for number, how in numbers if number in self._locked] if self._locked else []
-        return [len(mine), *(part for n, how in mine for part in (n, self.work[n][0], *self._locked[n], how))]
+    def _locks(self, over: Sequence[int], again: Sequence[int], back: Iterable[int]) -> list[Any]:
+        """What a script is to know of the locks and slots of those that have them: jobs that are over, or to run again, or that
+        did not begin."""
+        if not self._locked:
+            return [0, 0]
+        mine = [part for n in over if self._locked[n][0] for part in (f"{n}:{self.work[n][0]}", *self._locked[n])]
+        runs = [n for n in back if n in self._locked]
+        return [len(mine) // 3, *mine, 2, "back", len(runs), *runs, "end", len(over) + len(again), *over, *again]
 
     def _next_suspect(self) -> Found:
         """A job that was in hand at three crashes, once nothing else is; Redis is told that it runs alone."""
@@ -337,10 +358,13 @@ class RedisQueues:
     def _look_up(self) -> None:
         """After an answer that did not come: what is in our hands, by Redis's account."""
         held = self.home.client.hgetall(self.home.key(f"barnabas:work:{self.name}"))
-        for field, payload in sorted(held.items(), key=lambda item: int(item[0].partition(b":")[0])):
+        missed: dict[str, list[tuple[int, bytes]]] = {}
+        for field, payload in held.items():
             number, _, queue = text(field).partition(":")
             if int(number) not in self.work:
-                self._claimed += self._take(queue, [(int(number), payload)], self.home.clock.now(), float("-inf"))
+                missed.setdefault(queue, []).append((int(number), payload))
+        for queue, jobs in missed.items():
+            self._claimed += self._take(queue, sorted(jobs), self.home.clock.now(), float("-inf"))
         self._sure = True
 
     def _begin_anew(self) -> None:
@@ -373,7 +397,8 @@ class RedisQueues:
         back: list[int] = []
         last: dict[int, bytes | None] = {}  # goes behind all others, as this
         finished: list[int] = []
-        ends: list[tuple[int, str]] = []
+        over: list[int] = []  # of those that have locks, or slots: for good
+        again: list[int] = []  # not for good
         batches = members_ended(results)
         left: list[Any] = [len(batches)]  # what a script is to know of those that are of batches
         for (how, batch), some in batches.items():
@@ -382,17 +407,18 @@ class RedisQueues:
         soonest = None
         for result in results:
             others, tail = result.others, f":{result.part.topic}"
-            if not others and not self._locked:
+            if not others:
                 numbers = [row[0] for row in result.rows]
                 finished += numbers
                 done += [f"{number}{tail}" for number in numbers]
+                over += [number for number in numbers if number in self._locked] if self._locked else ()
                 continue
             for row in result.rows:
                 number = row[0]
                 finished.append(number)
-                verdict = others.get(number) if others else None
-                if number in self._locked:
-                    ends.append((number, "end" if not isinstance(verdict, Again) else "again" if verdict.payload else "back"))
+                verdict = others.get(number)
+                if number in self._locked and not (isinstance(verdict, Again) and verdict.payload is None):
+                    (again if isinstance(verdict, Again) else over).append(number)
                 if isinstance(verdict, Again) and verdict.payload is None:  # not begun: the process is to be quiet
                     back.append(number)
                 elif isinstance(verdict, Again) and not verdict.at:
@@ -406,7 +432,7 @@ class RedisQueues:
                     done.append(f"{number}{tail}")
         counted = [sha1(self.work[n][1]).hexdigest() for n in finished if n in self._crashes and n in self.work and n not in back]
         oldest, fields = self.home.clock.now() - DEAD_AGE, self._fields([*back, *last], last)
-        settled = [*left, *self._locks(ends), len(done), *done, len(later) // 3, *later]
+        settled = [*left, *self._locks(over, again, back), len(done), *done, len(later) // 3, *later]
         settled += (oldest, DEAD_MOST, len(dead) // 2, *dead)
         settled += (len(fields) // 3, *fields, len(counted), *counted)
         room = 0 if self._room() == 0 else min(MOST, max(0, self._limit - len(self.work) + len(finished)))
@@ -428,8 +454,7 @@ class RedisQueues:
         try:
             with self.home.edge():
                 self.landing.end()
-                locks = self._locks((number, "back") for number in back)
-                self._claim(0, True, (0, *locks, 0, 0, 0, 0, 0, len(back), *self._fields(back), 0))
+                self._claim(0, True, (0, *self._locks((), (), back), 0, 0, 0, 0, 0, len(back), *self._fields(back), 0))
                 if not running and not self.life.quiet():  # a quiet process is still to be seen, and to be stopped
                     self.leave()
         finally:

@@ -239,6 +239,15 @@ class SqliteAdmin(SqliteStore):
         found = self.query(sql, {"key": key, "now": self.clock.now()})
         return found[0][0] if found else None
 
+    def taken(self, needs: Sequence[Any]) -> list[tuple[int, int, float | None]]:
+        sql = (
+            "SELECT (SELECT count(*) FROM slots WHERE key = :key AND (until IS NULL OR at > :since)), "
+            "(SELECT count(*) FROM jobs WHERE run = :key AND state = 2), "
+            "(SELECT at + :span FROM slots WHERE key = :key AND at > :since ORDER BY at DESC LIMIT 1 OFFSET :most - 1)"
+        )
+        said = ({"key": n.key, "since": self.clock.now() - n.span, "span": n.span or None, "most": n.most} for n in needs)
+        return [self.query(sql, each)[0] for each in said]
+
     def processes(self) -> list[Process]:
         found = []
         for number, pid, started, info in self.query("SELECT id, pid, started, info FROM processes ORDER BY id"):

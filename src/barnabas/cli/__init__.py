@@ -25,6 +25,7 @@ COMMANDS = {
     "reset": ("groups", "Let a consumer group go on elsewhere."),
     "queues": ("jobs", "Show the queues."),
     "jobs": ("jobs", "List, show, retry, move and drop stored jobs."),
+    "limits": ("jobs", "Show the limits of jobs: who has slots, who waits."),
     "batches": ("batches", "List, show, watch and cancel batches of jobs."),
     "cron": ("cron", "List, run and pause what is enqueued by the clock."),
     "dead": ("dead", "List, show, retry, drop and export dead letters."),

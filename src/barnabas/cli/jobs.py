@@ -56,6 +56,21 @@ limit_option = click.option("--limit", type=click.IntRange(0), default=50, metav
 dry_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 
 
+@command()
+@options(limit_option)
+def limits(app: App, as_json: bool, limit: int) -> None:
+    """Show the limits of jobs, the busiest first: how many slots are taken, how many jobs wait for one, and when a rate that has
+    none free has the next. Of a limit with by= those kinds are shown of which jobs are in work or wait.
+
+    A limit taken by hand alone (app.limiter) is not known here; one that a job has by the same name is, with all its slots."""
+    found, total = stored.limits(app, limit)
+    columns = ("limit", "key", "rule", "taken#", "waiting#", "next")
+    row = lambda of: (of.limit, short(of.key), of.rule, of.taken, of.waiting, when(of.next))  # noqa: E731
+    draw.listing(as_json, found, columns, row, "no job of the app has a limit that is in use")
+    if total > limit:
+        click.echo(f"these are the busiest of {total:,}: add --limit N", err=True)
+
+
 @jobs.command("list")
 @options(*_FILTERS, state_option, limit_option)
 def list_(app: App, as_json: bool, limit: int, **which: Any) -> None:

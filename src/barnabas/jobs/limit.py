@@ -97,6 +97,9 @@ class Rate(_Limit, frozen=True):
         key = digest("barnabas:limit", ["rate", self.per, self.name or ["job", name], scope])
         return slot(key, self.count, self.per + slack(self.per * 1.1))
 
+    def __str__(self) -> str:
+        return f"{self.count} in {self.per:g} s"
+
 
 class Concurrent(_Limit, frozen=True):
     """At most `count` at work at once. by, name, and what raises: as for Rate."""
@@ -109,6 +112,9 @@ class Concurrent(_Limit, frozen=True):
     def need(self, scope: Sequence[Any], name: str) -> Need:
         key = digest("barnabas:limit", ["at once", self.name or ["job", name], scope])
         return slot(key, self.count, 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.count} at once"
 
 
 def digest(prefix: str, of: Any) -> str:
@@ -162,9 +168,13 @@ class Limit:
         def refuse(option: str, way_out: str) -> None:
             raise DeclarationError(f"{owner}: limit={type(limit).__name__}({option}): {way_out}")
 
-        self.limit, self._name = limit, name
+        self.limit, self._name, self.shown = limit, name, limit.name or name
         self._known = lru_cache(1 << 14, typed=True)(lambda *scope: limit.need(scope, name))
         self._kind = Kind(limit.by, signature, refuse)
+
+    def key(self, args: Sequence[Any]) -> str:
+        """Which kind a job with these arguments is of, for people."""
+        return ", ".join(map(str, self._kind.scope(args) or ()))
 
     def need(self, args: Sequence[Any]) -> Need | None:
         """The slot that a job with these arguments needs."""
