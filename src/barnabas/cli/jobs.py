@@ -65,7 +65,7 @@ def limits(app: App, as_json: bool, limit: int) -> None:
     A limit taken by hand alone (app.limiter) is not known here; one that a job has by the same name is, with all its slots."""
     found, total = stored.limits(app, limit)
     columns = ("limit", "key", "rule", "taken#", "waiting#", "next")
-    row = lambda of: (of.limit, short(of.key), of.rule, of.taken, of.waiting, when(of.next))  # noqa: E731
+    row = lambda of: (of.limit, short(of.key), of.rule, of.taken, of.waiting, draw.when(of.next))  # noqa: E731
     draw.listing(as_json, found, columns, row, "no job of the app has a limit that is in use")
     if total > limit:
         click.echo(f"these are the busiest of {total:,}: add --limit N", err=True)
