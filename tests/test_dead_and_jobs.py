@@ -339,7 +339,7 @@ def test_jobs_are_moved_to_another_queue(shop):
     (job,) = shop.json("jobs", "list", "--class", "slow")
     assert (job["state"], job["payload"]["queue"]) == ("ready", "mail")
     assert "Missing option '--to'" in shop("jobs", "move", job["jid"], status=2).stderr
-    assert "--to='a b': a queue's name has letters" in shop("jobs", "move", job["jid"], "--to", "a b", status=1).stderr
+    assert "--to='a b': a queue's name has up to 200 letters" in shop("jobs", "move", job["jid"], "--to", "a b", status=1).stderr
 
 
 def test_jobs_in_work_are_left_alone_and_others_dropped(shop):

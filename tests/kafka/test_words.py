@@ -18,6 +18,7 @@ from barnabas.backends.shares import open_account
 from barnabas.engine.ledger import Ledger, Straight
 from barnabas.errors import BackendError, DeclarationError, SettingError
 from barnabas.inspect import check
+from barnabas.message import Row
 from barnabas.ports import Part
 
 
@@ -175,12 +176,17 @@ def test_what_is_finished_out_of_order_leaves_room_before_the_next_commit() -> N
     claim = Claim(Part("t", 0, 1, "g"), ("t", 0), ("t", 0), "")
     open_account(claim.part, False, 0, [], {})
     log = KafkaLog.__new__(KafkaLog)
-    log._claims, log._limit = {claim.at: claim}, 2
+    log._claims, log._limit, log._found = {claim.at: claim}, 2, []
     claim.behind = [(offset, str(offset), b"", None, 0.0) for offset in range(4)]
-    [(_, first)] = log._hand_out(0.0)
-    assert [row[0] for row in first] == [0, 1] and log._hand_out(0.0) == []
+
+    def handed_out() -> list[Row]:
+        log._found.clear()
+        log._hand_out(0.0)
+        return [row for _, rows in log._found for row in rows]
+
+    first = handed_out()
+    assert [row[0] for row in first] == [0, 1] and handed_out() == []
     claim.part.held.finish(first[1:])
-    assert log._hand_out(0.0) == []  # the older one is still open: both count
+    assert handed_out() == []  # the older one is still open: both count
     claim.part.held.finish(first[:1])
-    [(_, second)] = log._hand_out(0.0)
-    assert [row[0] for row in second] == [2, 3]
+    assert [row[0] for row in handed_out()] == [2, 3]

@@ -529,7 +529,7 @@ def test_rubbish_in_queues_and_sets_is_buried_with_its_reason_and_harms_nobody(c
 
 def test_hostile_names_do_no_harm(client, url, apps):
     app, seen = apps(jobs=f"{url}?prefix=%2A%5Bx%5D%0A%7By%7D%20"), []
-    mail, prefix = app.job(seen.append, name="mail\n*"), "*[x]\n{y} "
+    mail, prefix = app.job(seen.append, name="mail *[x]"), "*[x]\n{y} "
     client.mset({"x": "mine", "queue:other": "mine"})
     for n, name in enumerate(HOSTILE):
         client.zadd(f"{prefix}{('retry', 'schedule')[n % 2]}", {rubbish(queue=name, jid=name, **{"class": name}): 1.0})

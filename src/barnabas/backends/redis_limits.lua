@@ -284,11 +284,16 @@ for _ = 1, number() do
   for _, jid in ipairs(need and need.span > 0 and redis.call('ZRANGE', waiting, 0, 999) or {}) do
     local at, rest, payload = string.match(redis.call('HGET', parked, jid) or '', '^(%S+) %S+( %S+ %S+ (.*))$')
     local score = at and redis.call('ZSCORE', schedule, payload)
-    due = due and due + need.span / need.most or turn_of(need, now)
-    if due > now + 120 then break end
-    if score and tonumber(score) == tonumber(at) and tonumber(at) > due + 1 then
-      redis.call('ZADD', schedule, string.format('%.6f', due), payload)
-      redis.call('HSET', parked, jid, string.format('%.6f %.6f', due, due) .. rest)
+    if at and not score and tonumber(at) > now then -- it is not on its way either: it was deleted, or comes by itself
+      redis.call('ZREM', waiting, jid)
+      redis.call('HDEL', parked, jid)
+    else
+      due = due and due + need.span / need.most or turn_of(need, now)
+      if due > now + 120 then break end
+      if score and tonumber(score) == tonumber(at) and tonumber(at) > due + 1 then
+        redis.call('ZADD', schedule, string.format('%.6f', due), payload)
+        redis.call('HSET', parked, jid, string.format('%.6f %.6f', due, due) .. rest)
+      end
     end
   end
 end
