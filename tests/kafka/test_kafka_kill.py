@@ -25,7 +25,7 @@ from barnabas.backends.kafka_words import unpack
 HERE = Path(__file__).parent
 SESSION = 3.0
 STUCK = SESSION + 3.0  # seconds after the last blow in which every partition moves again, four times in five:
-UNCOMMITTED = 3.0  # seconds that something handled may wait for its commit
+UNCOMMITTED = SESSION + 3.0  # seconds that something handled may wait for its commit: while the group waits for one it has lost
 AT_MOST = 20.0  # a machine that has other things to do may take so long
 BUSY = 4 * (os.cpu_count() or 1)  # where its load is above this, more may take longer than STUCK
 RATE, KEYS, PARTITIONS = 100, 40, 6  # messages a second
