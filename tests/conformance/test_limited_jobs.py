@@ -111,6 +111,31 @@ def test_several_limits_hold_together_with_a_lock(place, app):
     assert watch.most["a"] <= 2 and watch.most["b"] <= 2 and watch.total == 3
 
 
+def test_who_is_woken_in_vain_wakes_the_next(place, app):
+    gates, ran = [threading.Event() for _ in range(4)], []
+
+    def hard(n: int, key: str):
+        return None if n in (1, 3) else "yes"
+
+    @app.job(limit=[Concurrent(1, by="key"), Concurrent(1, by=hard, name="all")])
+    def call(n: int, key: str):
+        ran.append(n)
+        assert gates[n].wait(20)
+
+    gates[2].set()
+    gates[3].set()
+    with place.running(app) as worker:
+        call.enqueue(0, "b").result(5)
+        wait_for(lambda: ran == [0], "one that is hard", worker)
+        call.enqueue_many((n, "a") for n in (1, 2, 3)).result(5)
+        wait_for(lambda: ran == [0, 1] and waiting(app)["scheduled"] == 2, "one that is not, before two of its kind", worker)
+        gates[1].set()
+        wait_for(lambda: ran == [0, 1, 3], "the third: what the second needs besides, another has", worker)
+        gates[0].set()
+        wait_for(lambda: ran == [0, 1, 3, 2], "the second", worker)
+        wait_for(worker.drained, "drained", worker)
+
+
 def test_one_key_with_many_that_wait_delays_no_other(place, app):
     gate, ran = threading.Event(), []
 

@@ -323,6 +323,21 @@ def test_a_failed_run_lets_the_next_one_begin(place, app):
         wait_for(lambda: ran == [1, 2, 1], "the retry", worker)
 
 
+def test_a_run_that_is_due_again_before_it_is_settled_keeps_no_lock(place, app):
+    ran = []
+
+    @app.job(unique=while_executing(by="key"))
+    def charge(n: int, key: str):
+        ran.append(n)
+        if len(ran) < 6:
+            raise RetryAfter(0.001)
+
+    with place.running(app) as worker:
+        charge.enqueue_many((n, "a") for n in (1, 2)).result(5)
+        wait_for(lambda: len(ran) == 7, "all runs", worker)
+        wait_for(worker.drained, "drained", worker)
+
+
 def test_operators_free_and_keep_locks(place, app):
     @app.job(unique=until_executed(by="n"))
     def mail(n: int): ...

@@ -32,15 +32,16 @@ def owners(shop: Shop) -> dict[str, set[str | None]]:
 
 
 def freeze(shop: Shop, process: "subprocess.Popen[bytes]") -> None:
-    """Stop it where it holds up nobody: the other case is another test's."""
+    """Stop it in the middle of its work, where it holds up nobody: the other case is another test's."""
     for _ in range(200):
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # all its threads
-        if holder(str(shop.path)) != process.pid:
+        said = [[{*lines(shop, process.pid, word, name)} for word in ("begin", "end")] for name in ("step", "many", "note")]
+        if all(begun - ended for begun, ended in said) and holder(str(shop.path)) != process.pid:
             return
         process.send_signal(signal.SIGCONT)
         time.sleep(0.003)
-    pytest.fail("it always had the turn")
+    pytest.fail("it always had the turn, or nothing in work")
 
 
 def lines(shop: Shop, pid: int, word: str, name: str) -> list[int]:
@@ -53,7 +54,7 @@ def two_at_work(shop: Shop) -> tuple["subprocess.Popen[bytes]", "subprocess.Pope
     frozen, other = shop.worker(log="frozen"), shop.worker(log="other")
     names = name_of(shop, frozen), name_of(shop, other)
     until(lambda: len(found := owners(shop)) == 2 and all(each == set(names) for each in found.values()), "both to have a share")
-    shop.module.note.enqueue_many([(n, 0.4) for n in range(40)]).result(10)
+    shop.module.note.enqueue_many([(n, 1.0) for n in range(40)]).result(10)
     shop.module.items.send_many(shop.module.Item(n, f"k{n % 50}", 0.01) for n in range(COUNT)).result(10)
     for name, word in (("step", "end"), ("many", "end"), ("note", "begin")):
         until(lambda name=name, word=word: lines(shop, frozen.pid, word, name), "it to be in the middle of it")

@@ -34,7 +34,7 @@ def check(folder: Path, backend: str, blows: int, times: str, freeze: float) -> 
                     time.sleep(freeze / 2)
             team.blow(dice.choice(kinds[: 2 + (backend == "redis")]), spared=1)
             refused += sum(isinstance(future.exception(60), Conflict) for future in futures)
-        team.drain(lambda: unfinished(app), 2 * freeze + 90)
+        team.drain(lambda: unfinished(app), freeze + 45)  # a wake-up that is lost costs 60 s
         lines = team.said()
         ran = Counter(int(n) for what, n, *_ in lines if what == "ran")
         met = [(int(pid), int(holder)) for what, _, pid, holder in lines if what == "met"]

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from barnabas import App
+from barnabas import App, while_executing
 from barnabas.clock import FakeClock
+from barnabas.jobs.unique import Guard
 from barnabas.ports import Result
 from barnabas.verdict import Again
 
@@ -61,7 +62,7 @@ def test_stored_jobs_are_found_in_time_in_proportion_to_their_number(tmp_path: P
 
 OPEN = """
 import sys, time
-from barnabas import App
+from barnabas import App, while_executing
 from barnabas.clock import FakeClock
 from barnabas.backends.sqlite import open_backend
 from barnabas.clock import Clock
@@ -112,7 +113,7 @@ def test_a_report_is_stored_when_it_changed_and_at_most_every_two_seconds(tmp_pa
 
 STOP = """
 import os, signal, sys, time
-from barnabas import App
+from barnabas import App, while_executing
 app = App("stops", events=sys.argv[1], jobs=sys.argv[1])
 if sys.argv[2] == "worker":
     app.events.box(1)
@@ -146,3 +147,37 @@ def test_a_process_stopped_in_the_middle_of_a_transaction(kind: str, tmp_path: P
     finally:
         stopped.kill()
         app.close()
+
+
+def test_who_waits_in_front_of_a_dead_process_s_run_is_woken(tmp_path: Path) -> None:
+    def enter() -> tuple[App, Any]:
+        """A process, as the file sees it."""
+        app = App("shop", events="memory:", jobs=f"sqlite:///{tmp_path}/shop.db")
+
+        @app.job(unique=while_executing(by="kind"))
+        def charge(n: int, kind: str) -> None: ...
+
+        if not apps:
+            charge.enqueue_many((n, "a") for n in range(2)).result(10)
+        apps.append(app)
+        return app, app.jobs.queues(["default"], Nobody(), Guard(app.job_handlers))
+
+    apps: list[App] = []
+    (dying, first), (app, second) = enter(), enter()
+    try:
+        ((part, (row,)),) = first.fetch(10, 0.0)
+        first.settle([Result(part, [row], [], {}, {row[0]: Again(time.time() + 60, row[2])})])
+        ((part, (row,)),) = first.fetch(10, 0.0)  # its end woke the other
+        assert app.jobs.move_jobs([job.ref for job in app.jobs.find_jobs("retry")], "ready") == 1
+        assert second.fetch(10, 0.0) == []  # it waits for the other
+        assert [job.state for job in app.jobs.find_jobs()] == ["work", "scheduled"]
+        dying.jobs.neighbours.abandon()  # the system, at its death
+        app.jobs.neighbours.look_around()
+        for at in range(2):
+            ((part, (found,)),) = second.fetch(10, 5.0)
+            assert (found[0] == row[0]) == bool(at)
+            second.settle([Result(part, [found], [], {}, {})])
+        assert app.jobs.query("SELECT * FROM slots") == app.jobs.query("SELECT * FROM jobs") == []
+    finally:
+        for each in apps:
+            each.close()

@@ -197,11 +197,14 @@ class MemoryAdmin:
         self.turns.pop(number, None)
         for need in ask.needs:
             at = self.full(need, now, number)
-            if at is not None and not need.waits:
-                return False, marked(ask, self.holder(need.key))
-            if at is not None:
+            if at is None:
+                continue
+            if need.waits:
                 self.park(number, need.key, at, job)
-                return True, None
+            for each in ask.needs:  # it may have been woken for one that it leaves
+                if not each.span:
+                    self._wake(each)
+            return need.waits, None if need.waits else marked(ask, self.holder(need.key))
         self.take(ask.needs, now, number, job.jid)
         if ask.free:
             self.free(number)

@@ -1,6 +1,7 @@
 """The slots of limits in a SQLite file: who has them, who waits for them. Each function is called inside a write."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import apsw
@@ -12,7 +13,11 @@ if TYPE_CHECKING:
     from barnabas.backends.sqlite import SqliteBackend
 
 AHEAD = "FROM jobs WHERE run = ? AND state = 2 AND id < ?"  # who waits in front of a job
+MANY = 1 << 40  # slots: their number does not matter
 KEPT = 2.0  # seconds that a start is kept beyond its window: the next one's time may count from it
+
+
+Place = tuple[str, int]  # where slots are: their key, how many there are
 
 
 def full(db: apsw.Connection, need: Need, now: float, id_: int | None) -> float | None:
@@ -48,37 +53,41 @@ def take(db: apsw.Connection, needs: Iterable[Need], now: float, job: int | str,
         db.execute("INSERT INTO slots (key, at, until, job, jid, owner) VALUES (?, ?, ?, ?, ?, ?)", row)
 
 
-def ended(home: "SqliteBackend", db: apsw.Connection, needs: Sequence[Need], job: int | str, begun: bool) -> bool:
-    """A run has, or (not begun) gives its slots back and is in front of its queue: whether one that waits may begin now."""
-    woken = False
-    for need in needs:
-        if not need.span:
-            db.execute("DELETE FROM slots WHERE key = ? AND job = ?", (need.key, job))
-            woken = (begun and wake(home, db, need.key, need.most)) or woken
-        elif not begun:
-            last = "SELECT id FROM slots WHERE key = :key AND job = :job ORDER BY at DESC LIMIT 1"
-            db.execute(f"DELETE FROM slots WHERE id = ({last})", {"key": need.key, "job": job})
-    return woken
+def ended(home: "SqliteBackend", db: apsw.Connection, runs: Iterable[tuple[int | str, Sequence[Need], bool]]) -> bool:
+    """Runs (of this job, with these slots) have ended, or, not begun, give their slots back: whether somebody may begin now."""
+    freed = Counter[Place]()
+    for job, needs, begun in runs:
+        for need in needs:
+            if not need.span:
+                db.execute("DELETE FROM slots WHERE key = ? AND job = ?", (need.key, job))
+                freed[need.key, need.most] += 1
+            elif not begun:
+                last = "SELECT id FROM slots WHERE key = :key AND job = :job ORDER BY at DESC LIMIT 1"
+                db.execute(f"DELETE FROM slots WHERE id = ({last})", {"key": need.key, "job": job})
+    return wake(home, db, freed)
 
 
-def wake(home: "SqliteBackend", db: apsw.Connection, key: str, count: int) -> bool:
-    """Those who wait first for the slots that are free of so many may begin."""
+def wake(home: "SqliteBackend", db: apsw.Connection, freed: Mapping[Place, int]) -> bool:
+    """So many slots have become free, or were left by who could not use them: those who wait first may begin. Who is woken and
+    has to wait for something else is to wake the next."""
     taken = "SELECT count(*) FROM slots WHERE key = :key OR (key = :key || ':wants' AND at > :now)"
-    turns = "SELECT count(*) FROM jobs WHERE run = :key AND state = 0"
-    first = f"SELECT id FROM jobs WHERE run = :key AND state = 2 ORDER BY id LIMIT max(0, :count - ({taken}) - ({turns}))"
-    said = {"key": key, "count": count, "now": home.clock.now()}
-    woken: list[Any] = db.execute(f"UPDATE jobs SET state = 0, at = NULL WHERE id IN ({first}) RETURNING queue", said).fetchall()
-    for gid in {row[0] for row in woken}:
+    limit = f"max(0, min(:count, :most - ({taken})))"
+    first = f"SELECT id FROM jobs WHERE run = :key AND state = 2 ORDER BY id LIMIT {limit}"
+    queues, now = set[int](), home.clock.now()
+    for (key, most), count in freed.items():
+        said = {"key": key, "most": most, "count": count, "now": now}
+        sql = f"UPDATE jobs SET state = 0, at = NULL WHERE id IN ({first}) RETURNING queue"
+        woken: list[Any] = db.execute(sql, said).fetchall()
+        queues.update(row[0] for row in woken)
+    for gid in queues:
         home.stir(db, "gid = ?", (gid,))
-    return bool(woken)
+    return bool(queues)
 
 
 def bury(home: "SqliteBackend", db: apsw.Connection, process: int) -> None:
-    """A process owns no slots any more. Jobs it had are back in their queues; what it had by hand is for those who wait."""
-    gone = "DELETE FROM slots WHERE owner = ? RETURNING key, typeof(job)"
-    rows: list[Any] = db.execute(gone, (process,)).fetchall()
-    for key in {key for key, kind in rows if kind == "text"}:
-        wake(home, db, key, one(db, "SELECT count(*) + 1 FROM slots WHERE key = ?", (key,))[0])
+    """A process owns no slots any more. Jobs it had are back in their queues, maybe behind those who wait."""
+    rows: list[Any] = db.execute("DELETE FROM slots WHERE owner = ? RETURNING key", (process,)).fetchall()
+    wake(home, db, Counter((key, MANY) for (key,) in rows))
 
 
 def hold(home: "SqliteBackend", db: apsw.Connection, token: str, need: Need) -> float:
@@ -97,6 +106,4 @@ def hold(home: "SqliteBackend", db: apsw.Connection, token: str, need: Need) -> 
 def let_go(home: "SqliteBackend", db: apsw.Connection, token: str, need: Need, begun: bool) -> None:
     """Give a slot that was taken by hand back, or the wish for one."""
     db.execute("DELETE FROM slots WHERE key = ? AND job = ?", (f"{need.key}:wants", token))
-    ended(home, db, [need], token, begun)
-    if not need.span:
-        wake(home, db, need.key, need.most)
+    ended(home, db, [(token, [need], begun)])

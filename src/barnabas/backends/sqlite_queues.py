@@ -1,6 +1,7 @@
 """What hands out jobs from a SQLite file: the queues of a worker."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import apsw
 
 from barnabas.backends.shares import FAIR, QueueOrder, members_ended, tell
-from barnabas.backends.sqlite_limits import ended, full, take
+from barnabas.backends.sqlite_limits import Place, ended, full, take, wake
 from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_sources import Fetcher
 from barnabas.jobs.limit import Need
@@ -95,7 +96,7 @@ class SqliteQueues(Fetcher):
     def _may_claim(self) -> bool:
         return self._more or self._due <= self.home.clock.now() or self._news()
 
-    def _claim(self, db: apsw.Connection, freed: int = 0) -> list[tuple[Part, Sequence[Row]]]:
+    def _claim(self, db: apsw.Connection) -> list[tuple[Part, Sequence[Row]]]:
         """Take ready jobs, up to the room there is, and move what is due into its queue. Ours are they after the commit."""
         now = self.home.clock.now()
         self._due = self._next_due(db)
@@ -105,7 +106,7 @@ class SqliteQueues(Fetcher):
         for gid, part in self._parts.items():
             self._seen[gid] = self.home.heads[gid] if part.claimable() else -1  # news for when it is claimed from again
         found: list[tuple[Part, Sequence[Row]]] = []
-        room, more = self._limit - len(self._work) + freed, False
+        room, more = self._limit - len(self._work), False
         ids = self.home.queue_ids
         for name in self._order.next():
             if room <= 0:
@@ -128,6 +129,7 @@ class SqliteQueues(Fetcher):
         """Take up to `room` jobs of a queue. Those that have to wait for a lock leave their place to others; whether there
         were so many that the turn is over."""
         rows: list[Row] = []
+        left = Counter[Place]()
         for _ in range(WAITERS // room + 1):
             mixed = self._mixed(db, gid, room - len(rows))
             said = {"owner": self.home.neighbours.number, "queue": gid, "room": room - len(rows), "mixed": json.dumps(mixed)}
@@ -141,12 +143,15 @@ class SqliteQueues(Fetcher):
             before, mark = len(rows), None
             for id_, jid, payload, crashes in claimed:
                 if self._guard is not None:
-                    waits, mark = self._admit(db, id_, payload, now)
+                    waits, mark = self._admit(db, id_, payload, now, left)
                     if waits:
                         continue
                 rows.append((id_, jid, payload, mark, now))
                 if crashes:
                     part.crashes[id_] = crashes
+            if left:
+                wake(self.home, db, left)
+                left.clear()
             if len(rows) - before == len(claimed):  # nobody waits
                 return rows, False
         return rows, len(rows) < room
@@ -169,13 +174,16 @@ class SqliteQueues(Fetcher):
         others = [id_ for id_ in sorted(longest)[: said["count"]] if id_ not in known]
         return first[: room - len(others)] + others
 
-    def _admit(self, db: apsw.Connection, id_: int, payload: bytes, now: float) -> tuple[bool, Any]:
-        """Take the slots a claimed job needs; whether it has to wait for one, and what its row is to say."""
+    def _admit(self, db: apsw.Connection, id_: int, payload: bytes, now: float, left: Counter[Place]) -> tuple[bool, Any]:
+        """Take the slots a claimed job needs; whether it has to wait for one, and what its row is to say. left: counts what it
+        leaves that it may have been woken for."""
         ask, since = self._guard(payload), self.home.clock.monotonic()
         if ask is None:
             return False, None
         for need in ask.needs:
             at = full(db, need, now, id_)
+            if at is not None:
+                left.update((each.key, each.most) for each in ask.needs if not each.span)
             if at is not None and not need.waits:
                 return False, marked(ask, (one(db, "SELECT jid FROM slots WHERE key = ?", (need.key,)) or ("?",))[0])
             if at is not None:
@@ -209,6 +217,7 @@ class SqliteQueues(Fetcher):
         """Remove what is done, park or bury what failed, claim what there is room for: one transaction."""
         done, back, later, last, dead, outputs = (list[Any]() for _ in range(6))
         finished: set[int] = set()
+        over: dict[int, Sequence[Need]] = {}
         ripe, mine = list[str](), "WHERE id = ? AND owner = ?"
         claimed: list[tuple[Part, Sequence[Row]]] = []
         now, process, batches = self.home.clock.now(), self.home.neighbours.number, members_ended(results)
@@ -232,6 +241,9 @@ class SqliteQueues(Fetcher):
             result.part.crashes and [result.part.crashes.pop(row[0], None) for row in result.rows]
 
         def act(db: apsw.Connection) -> list[tuple[Any, Any]]:
+            # At once: what is to run again may be claimed by what follows, or by another thread after the commit.
+            self._work.difference_update(finished)
+            over.update((id_, self._runs.pop(id_)) for id_ in (finished & self._runs.keys() if self._runs else ()))
             ripe[:] = [id for (how, id), some in batches.items() for id in self.home.leave(db, how, id, some, process)]
             if done:
                 db.executemany(f"DELETE FROM jobs {mine}", done)
@@ -244,20 +256,19 @@ class SqliteQueues(Fetcher):
             if dead:
                 sql = "UPDATE jobs SET state = 4, owner = NULL, lock = NULL, died = ?, note = ?, payload = ?"
                 db.executemany(f"{sql} {mine}", dead)
-            for id_ in finished & self._runs.keys() if self._runs else ():
-                self._more = ended(self.home, db, self._runs[id_], id_, (id_, process) not in back) or self._more
-            if self._limit > len(self._work) - len(finished) and self._may_claim() and not self._closing:
-                claimed.extend(self._claim(db, len(finished)))
+            if over:
+                self._more = ended(self.home, db, [(id_, over[id_], (id_, process) not in back) for id_ in over]) or self._more
+            if self._has_room() and self._may_claim() and not self._closing:
+                claimed.extend(self._claim(db))
             return self.home.store(db, outputs, {})
 
         try:
             stored = self.home.write(act, whole=bool(outputs))
         except BaseException:
+            self._work |= finished
+            self._runs |= over
             self._more = True
             raise
-        self._work.difference_update(finished)
-        for id_ in finished if self._runs else ():
-            self._runs.pop(id_, None)
         self._own(claimed)
         self._claimed += claimed
         self.home.settled(stored)
