@@ -31,13 +31,22 @@ def owners(shop: Shop) -> dict[str, set[str | None]]:
     return dict(found)
 
 
+def has_a_door(shop: Shop, process: "subprocess.Popen[bytes]") -> bool:
+    """Whether it has the turn to write; or is next, which shows once who has the turn has given it back."""
+    for _ in range(10):
+        if holder(str(shop.path)) == process.pid:
+            return True
+        time.sleep(0.01)
+    return False
+
+
 def freeze(shop: Shop, process: "subprocess.Popen[bytes]") -> None:
     """Stop it in the middle of its work, where it holds up nobody: the other case is another test's."""
     for _ in range(200):
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # all its threads
         said = [[{*lines(shop, process.pid, word, name)} for word in ("begin", "end")] for name in ("step", "many", "note")]
-        if all(begun - ended for begun, ended in said) and holder(str(shop.path)) != process.pid:
+        if all(begun - ended for begun, ended in said) and not has_a_door(shop, process):
             return
         process.send_signal(signal.SIGCONT)
         time.sleep(0.003)
