@@ -16,6 +16,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import click
 import pytest
 
 import barnabas
@@ -218,7 +219,12 @@ def test_help_of_a_command_begins_with_its_line():
         assert command.name == name
         # The first sentence may say more than the line has room for, but it says the same.
         assert command.help.split()[0] == line.split()[0]
-        for each in getattr(command, "commands", {name: command}).values():
+        group = getattr(command, "commands", {})
+        with click.Context(command) as context:
+            shown = " ".join(command.get_help(context).split())
+        for each in group.values():  # each with its first sentence, whole
+            assert f"{each.name} {' '.join(each.help.split()).partition('. ')[0].rstrip('.')}." in shown
+        for each in group.values() or [command]:
             assert shared <= {option for parameter in each.params for option in parameter.opts}
 
 

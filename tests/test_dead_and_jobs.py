@@ -187,6 +187,12 @@ def test_show_and_export_tell_all_that_is_stored(shop):
         assert line in says
 
 
+def test_who_finds_nothing_to_deal_with_is_told(shop):
+    for words, said in (("dead drop --queue", "dropped: no dead letter"), ("jobs retry --all --json --queue", "retried: no job")):
+        came = shop(*words.split(), "x", status=1)
+        assert came.stderr == f"not {said} matches\n"
+
+
 def test_a_retried_letter_runs_again_and_is_done(shop):
     before = by_reason(shop)
     stored = {(m["partition"], m["offset"]): m["timestamp"] for m in shop.json("read", "orders")}

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
+from hashlib import sha1
 from itertools import chain
 from typing import Any
 
@@ -166,6 +167,8 @@ def jobs(
     error: a text in the class or message of the last failure; since: something happened to it not before."""
     wanted, begin = frozenset(jids), since.timestamp() if since is not None else 0.0
     for job in app.jobs.find_jobs(state, queue):
+        if not job.jid:  # rubbish is to be named, too
+            job = job._replace(jid=f"raw-{sha1(job.payload).hexdigest()[:16]}")
         if wanted and job.jid not in wanted:
             continue
         found = entry(job)

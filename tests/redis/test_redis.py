@@ -20,6 +20,7 @@ from barnabas import App, Reject, RetryAfter
 from barnabas.backends import redis_life, redis_outbox
 from barnabas.backends.redis_source import RedisQueues
 from barnabas.clock import FakeClock
+from barnabas.dead import deal, letters
 from barnabas.engine.observe import Failed
 from barnabas.errors import BackendError, BufferFull, SendError, SettingError
 from barnabas.ports import Part, Result
@@ -241,6 +242,12 @@ def test_user_and_password_work_and_are_not_told(tmp_path, apps, caplog):
         server.process.kill()
 
 
+@pytest.mark.parametrize("path", ["/abc", "/0/1", "/-1"])
+def test_a_database_that_is_no_number_is_refused(apps, path):
+    with pytest.raises(SettingError, match=f"the number of a database, as in /0, not '{path}'"):
+        apps(jobs=f"redis://127.0.0.1:1{path}").jobs  # noqa: B018
+
+
 @pytest.mark.parametrize("mark", ["/", "?", "#"])
 @pytest.mark.parametrize("query", ["", "?sentinel=jobs"])
 def test_a_password_that_is_not_encoded_is_refused_and_not_told(apps, mark, query):
@@ -393,6 +400,38 @@ def test_what_a_dead_process_had_goes_to_the_front_in_its_order(client, apps, ha
     assert client.hlen("barnabas:crashes") == 5 and client.hkeys("barnabas:workers") == [second.name.encode()]
     assert f"process {first.name} died with 6 jobs in hand" in caplog.text
     second.close()
+
+
+def test_nobody_is_taken_for_dead_soon_after_a_restart_that_went_unnoticed(tmp_path, apps, monkeypatch):
+    for name, value in {"RENEW": 0.2, "SCAN": 0.0, "CALM": 1.5, "TICK": 1.0}.items():
+        monkeypatch.setattr(redis_life, name, value)
+    server = RedisServer(tmp_path, durable=True)
+    ours, waited = source(apps(jobs=server.url)), []
+    try:
+        for _ in range(2):
+            with redis.Redis(port=server.port) as client:
+                began = time.monotonic()
+                client.hset("barnabas:workers", "silent", "default")
+                until(lambda client=client: not client.hexists("barnabas:workers", "silent"))
+                waited.append(time.monotonic() - began)
+            server.end(signal.SIGKILL)  # just after a tick, and before the next it is there again
+            server.start()
+        assert waited[1] > 1.4
+    finally:
+        ours.close()
+        server.end(signal.SIGKILL)
+
+
+def test_what_a_lost_connection_brings_to_a_busy_process_goes_back_to_its_queue(client, apps, hasty):
+    app = apps()
+    mail = app.job(lambda n: None, name="mail")
+    mail.enqueue(1).result(5)
+    ours = source(app)
+    assert len(rows(ours.fetch(1, 0))) == 1  # it is busy now
+    mail.enqueue(2).result(5)
+    client.rpoplpush("queue:default", f"barnabas:landing:{ours.name}:default")  # as the move of a line that was cut
+    until(lambda: client.llen("queue:default") == 1)
+    ours.close()
 
 
 def test_a_job_in_hand_at_three_crashes_runs_alone_and_only_a_crash_of_that_run_buries_it(client, apps, hasty):
@@ -564,6 +603,22 @@ def test_no_job_is_lost_where_a_key_is_somebody_elses(client, apps, caplog):
         until(lambda: seen.count(2) == 2 and 3 in seen and worker.drained(), 30)
     assert caplog.text.count("queue:taken is no list, so it is no queue; what was due there is buried") == 1
     assert sorted(json.loads(job)["queue"] for job in client.zrange("dead", 0, -1)) == ["default", "taken"]
+
+
+def test_operators_are_shown_the_rest_where_keys_are_somebody_elses_and_rubbish_has_an_address(client, apps, caplog):
+    app = apps(queues=["default", "odd"])
+    app.foreign_job("mail").enqueue(1).result(5)
+    client.sadd("queues", "odd"), client.mset({"queue:odd": "x", "retry": "x"})
+    client.zadd("dead", {b"no json": 1.0, b"{}": 2.0})
+    states = [(state.name, state.ready, state.dead) for state in app.jobs.queue_states()]
+    assert states == [("", 0, 2), ("default", 1, 0), ("odd", 0, 0)]
+    assert app.jobs.open_work({}, ["default", "odd"]) == 1
+    assert sorted(job.state for job in app.jobs.find_jobs()) == ["dead", "dead", "ready"]
+    assert caplog.text.count("what these keys hold are no jobs: queue:odd, retry") == 1
+    first, second = sorted(letter.address for letter in letters(app))
+    assert first.startswith("raw-") and first != second
+    assert deal(app, letters(app, [first]), retry=False).done == 1
+    assert [letter.address for letter in letters(app)] == [second] and client.zcard("dead") == 1
 
 
 @pytest.mark.parametrize("key", ["retry", "schedule"])

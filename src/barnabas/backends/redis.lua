@@ -308,7 +308,8 @@ redis.call('UNLINK', key(id .. ':work'), key(id .. ':workers'))
 return total + #jobs
 
 --- renew
--- A sign of life, good for `lease` seconds; with the names of its queues, join the living. 0: it is not among them.
+-- A sign of life, good for `lease` seconds; with the names of its queues, join the living. 0: it is not among them. What a
+-- blocking move brought whose connection was lost meanwhile goes back to its queue: a process that is busy does not look for it.
 local id, lease, queues = arg(), arg(), arg()
 if queues ~= '' then
   redis.call('HSET', key('barnabas:workers'), id, queues)
@@ -316,6 +317,10 @@ elseif redis.call('HEXISTS', key('barnabas:workers'), id) == 0 then
   return 0
 end
 redis.call('SET', key('barnabas:alive:' .. id), '1', 'EX', lease)
+for name in string.gmatch(redis.call('HGET', key('barnabas:workers'), id), '%S+') do
+  local land, queue = key('barnabas:landing:' .. id .. ':' .. name), key('queue:' .. name)
+  if fits(queue, 'list') then unland(land, queue) end
+end
 return 1
 
 --- orphans
@@ -394,6 +399,43 @@ for _ = 1, number() do
   end
 end
 return moved
+
+--- hands
+-- How many jobs of each queue are in processes' hands; what has landed with one counts as that.
+local held, flat = {}, {}
+local workers = redis.call('HGETALL', key('barnabas:workers'))
+for i = 1, #workers, 2 do
+  for name in string.gmatch(workers[i + 1], '%S+') do
+    held[name] = (held[name] or 0) + redis.call('LLEN', key('barnabas:landing:' .. workers[i] .. ':' .. name))
+  end
+  for _, field in ipairs(redis.call('HKEYS', key('barnabas:work:' .. workers[i]))) do
+    local name = string.match(field, ':(.*)$')
+    held[name] = (held[name] or 0) + 1
+  end
+end
+for name, count in pairs(held) do
+  flat[#flat + 1] = name
+  flat[#flat + 1] = count
+end
+return flat
+
+--- sizes
+-- How many jobs wait in the schedule and to be retried (with a time: of which it has come), how many are dead, how many are in
+-- each queue; the next of each queue; and the keys among these that are somebody else's.
+local now, others, found, sizes, nexts = arg(), {}, {}, {}, {}
+local function size(name, kind, command, ...)
+  if fits(key(name), kind) then return redis.call(command, key(name), ...) end
+  others[#others + 1] = key(name)
+  return 0
+end
+for i, name in ipairs({'schedule', 'retry', 'dead'}) do
+  if now == '' or i == 3 then found[i] = size(name, 'zset', 'ZCARD') else found[i] = size(name, 'zset', 'ZCOUNT', '-inf', now) end
+end
+for i = at + 1, #ARGV do
+  sizes[#sizes + 1] = size('queue:' .. ARGV[i], 'list', 'LLEN')
+  nexts[#nexts + 1] = sizes[#sizes] > 0 and redis.call('LINDEX', key('queue:' .. ARGV[i]), -1)
+end
+return {found[1], found[2], found[3], sizes, nexts, others}
 
 --- swap
 -- Store a note and push jobs, if the note still is what it was ("": absent). Returns whether it was.

@@ -4,6 +4,7 @@ Queues, sets and processes are Sidekiq's own, so Ruby's are seen and moved like 
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from barnabas.jobs.unique import held
 from barnabas.message import Outgoing, Row
 from barnabas.ports import Position, Process, QueueState, StoredJob, TopicState
 
+log = logging.getLogger("barnabas")
 PAGE = 500  # jobs read or moved in one step
 QUIET = 10.0  # seconds between two heartbeats of a Sidekiq process: so long nobody is silent
 REPORTS = 2.0  # seconds between two reports that are stored
@@ -38,6 +40,7 @@ class RedisAdmin:
     def __init__(self) -> None:
         self.sources: list[Any] = []
         self._reported = 0.0
+        self._others = set[str]()
 
     @property
     def name(self) -> str:
@@ -69,66 +72,46 @@ class RedisAdmin:
 
     # Jobs.
 
-    def _hands(self) -> dict[str, list[str]]:
-        """What processes have in hand: of each its jobs' queues. What has landed and was not looked at counts as that."""
-        with self.edge():
-            workers = self.client.hgetall(self.key("barnabas:workers"))
-            pipe = self.client.pipeline(transaction=False)
-            landings = []
-            for name, queues in workers.items():
-                pipe.hkeys(self.key(f"barnabas:work:{text(name)}"))
-                for queue in text(queues).split():
-                    landings.append(queue)
-                    pipe.llen(self.key(f"barnabas:landing:{text(name)}:{queue}"))
-            answers = iter(pipe.execute())
-            hands = {}
-            for name, queues in workers.items():
-                held = [text(field).partition(":")[2] for field in next(answers)]
-                for queue in text(queues).split():
-                    held += [queue] * next(answers)
-                hands[text(name)] = held
-            return hands
+    def _hands(self) -> dict[str, int]:
+        """How many jobs of each queue that has a worker are in processes' hands, also such as landed and were not looked at."""
+        found = self.script("hands")
+        return dict(zip(map(text, found[::2]), found[1::2], strict=True))
 
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
-        now = self.clock.now()
-        with self.edge():
-            pipe = self.client.pipeline(transaction=False)  # in this order: what moves on meanwhile is seen twice, not never
-            pipe.zcount(self.key("schedule"), "-inf", now)
-            pipe.zcount(self.key("retry"), "-inf", now)
-            for queue in queues:
-                pipe.llen(self.key(f"queue:{queue}"))
-            count = sum(pipe.execute())
-        return int(count) + sum(queue in queues for held in self._hands().values() for queue in held)
+        scheduled, retry, _, sizes, *_ = self._sizes(self.clock.now(), queues)  # first: what moves on is seen twice, not never
+        return int(scheduled + retry + sum(sizes)) + sum(count for queue, count in self._hands().items() if queue in queues)
+
+    def _sizes(self, now: float | str, queues: Iterable[str]) -> list[Any]:
+        """How many jobs are scheduled, to be retried (of either: due by `now`, if that is not ""), dead, and in each of these
+        queues; the queues' next ones; and the keys among these that are somebody else's, of another type: that is said."""
+        *found, others = self.script("sizes", now, *queues)
+        strange = set(map(text, others))
+        if new := strange - self._others:
+            log.warning("left out, since what these keys hold are no jobs: %s", ", ".join(sorted(new)))
+        self._others |= strange
+        return [*found, strange]
 
     def queue_states(self) -> list[QueueState]:
-        hands = [queue for held in self._hands().values() for queue in held]
+        hands = self._hands()
         with self.edge():
-            known = {text(name) for name in self.client.smembers(self.key("queues"))}
-            for queues in self.client.hvals(self.key("barnabas:workers")):
-                known.update(text(queues).split())
-            names = sorted(known | set(hands))
-            pipe = self.client.pipeline(transaction=False)
-            for key in SETS.values():
-                pipe.zcard(self.key(key))
-            for name in names:
-                pipe.llen(self.key(f"queue:{name}"))
-                pipe.lindex(self.key(f"queue:{name}"), -1)
-            scheduled, retry, dead, *answers = pipe.execute()
+            names = sorted({*map(text, self.client.smembers(self.key("queues"))), *hands})
+        scheduled, retry, dead, sizes, nexts, _ = self._sizes("", names)
         states = [QueueState("", 0, 0, scheduled, retry, dead, None)] if scheduled or retry or dead else []
-        for name, ready, first in zip(names, answers[::2], answers[1::2], strict=True):
-            states.append(QueueState(name, ready, hands.count(name), 0, 0, 0, enqueued_at(first) if first else None))
+        for name, ready, first in zip(names, sizes, nexts, strict=True):
+            states.append(QueueState(name, ready, hands.get(name, 0), 0, 0, 0, enqueued_at(first) if first else None))
         return states
 
     def find_jobs(self, state: str | None = None, queue: str | None = None) -> Iterator[StoredJob]:
         with self.edge():
+            names = sorted(map(text, self.client.smembers(self.key("queues")))) if queue is None else [queue]
+            *_, others = self._sizes("", names)
             if state in (None, "work"):
                 yield from self._find_work(queue)
-            if state in (None, "ready"):
-                names = sorted(text(name) for name in self.client.smembers(self.key("queues")))
-                for name in names if queue is None else [queue]:
+            for name in names if state in (None, "ready") else ():
+                if self.key(f"queue:{name}") not in others:
                     yield from self._find_ready(name)
             for kind, key in SETS.items():
-                if state in (None, kind):
+                if state in (None, kind) and self.key(key) not in others:
                     yield from self._find_set(kind, key, queue)
 
     def _find_work(self, queue: str | None) -> Iterator[StoredJob]:

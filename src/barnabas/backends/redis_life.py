@@ -99,8 +99,9 @@ class Life:
     def start(self) -> None:
         """Begin."""
         with self.home.edge():
-            uptime = self.home.client.info("server").get("uptime_in_seconds", CALM)
-        self._calm = time.monotonic() + max(0.0, CALM - float(uptime))
+            info = self.home.client.info("server")
+        self._server = info.get("run_id")
+        self._calm = time.monotonic() + max(0.0, CALM - float(info.get("uptime_in_seconds", CALM)))
         for thread in self._threads:
             thread.start()
 
@@ -148,7 +149,12 @@ class Life:
                 self.forget()
 
     def _look_around(self) -> None:
-        """Take what dead processes had in hand back to its queues."""
+        """Take what dead processes had in hand back to its queues; not after a restart, or with another server after a failover,
+        that no command of ours has failed of: signs of life may be lost, and all need the time to give new ones."""
+        before, self._server = self._server, self.home.client.info("server").get("run_id")
+        if self._server != before:
+            self._calm = time.monotonic() + CALM
+            return
         for name in self.home.script("orphans"):
             count = self.home.script("recover", name, "1", "0")
             if count >= 0:

@@ -152,6 +152,8 @@ def _acting(name: str, doc: str, retry: bool, done: str) -> None:
         dealt = letters.deal(app, noted(), retry=retry, dry_run=dry_run)
         said = {done: dealt.done, "gone": dealt.gone, "refused": dict(dealt.refused), "dry_run": dry_run}
         draw.say(as_json, f"{'would be ' if dry_run else ''}{done}: {dealt.done:,}", **said)
+        if not address and dealt == letters.Dealt():
+            click.echo(f"not {done}: no dead letter matches", err=True)
         _say_left(done, dealt)
         return 1 if _absent(app, address, seen) or not dealt.done else 0
 

@@ -168,6 +168,8 @@ def _acting(name: str, doc: str, to: str | None, done: str, *added: Any) -> None
 def tell(done: str, counts: Counter[str], dry_run: bool, as_json: bool) -> None:
     """Say what was done: "retried", "moved" or "dropped"."""
     there = "in_queue" if done == "moved" else "ready"
+    if not counts.total():
+        click.echo(f"not {done}: no job matches", err=True)
     if as_json:
         names = {"in work": "in_work", "there": there, "gone": "gone"}
         draw.json_line({done: counts["moved"]} | {name: counts[key] for key, name in names.items()} | {"dry_run": dry_run})
