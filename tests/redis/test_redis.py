@@ -242,6 +242,29 @@ def test_user_and_password_work_and_are_not_told(tmp_path, apps, caplog):
         server.process.kill()
 
 
+@pytest.mark.parametrize("key", ["queues", "processes", "paused"])
+def test_a_database_in_which_somebody_else_has_sidekiq_s_sets_is_refused(client, apps, key):
+    client.set(key, "1")
+    with pytest.raises(BackendError, match=f"has a string under the key '{key}', where Sidekiq has a set: .* or a prefix"):
+        apps().jobs  # noqa: B018
+
+
+def test_a_report_that_finds_redis_away_is_an_error_of_ours_and_a_count_that_is_none_stops_nobody(tmp_path, apps, caplog):
+    server = RedisServer(tmp_path)
+    app, seen = apps(jobs=server.url), []
+    mail = app.job(seen.append, name="mail")
+    app.jobs.client.set("stat:processed", "no number")
+    mail.enqueue(1).result(5)
+    with running(app) as worker:
+        until(lambda: seen == [1] and worker.drained())
+        assert "no longer ours" not in caplog.text and "trying again" not in caplog.text
+        server.end(signal.SIGKILL)
+        with pytest.raises(BackendError):
+            app.jobs.report({"quiet": True})
+        server.start()
+    server.end()
+
+
 @pytest.mark.parametrize("path", ["/abc", "/0/1", "/-1"])
 def test_a_database_that_is_no_number_is_refused(apps, path):
     with pytest.raises(SettingError, match=f"the number of a database, as in /0, not '{path}'"):

@@ -27,9 +27,9 @@ local function packed(command, name, values, from, to)
 end
 
 local function count(name, day, n)
-  redis.call('INCRBY', key('stat:' .. name), n)
+  redis.pcall('INCRBY', key('stat:' .. name), n) -- (somebody's rubbish there is no reason to stop in the middle)
   local today = key('stat:' .. name .. ':' .. day)
-  if redis.call('INCRBY', today, n) == n then
+  if redis.pcall('INCRBY', today, n) == n then
     redis.call('EXPIRE', today, 157680000)
   end
 end

@@ -158,6 +158,12 @@ class RedisBackend(RedisAdmin):
                     f"{self.where.name} is a Redis Cluster, and jobs cannot move between its nodes in one step; use one "
                     "server, or Sentinel: redis://HOST:26379,HOST:26379/0?sentinel=NAME"
                 )
+            for name in ("queues", "processes", "paused"):
+                if (kind := self.client.type(self.key(name))) not in (b"set", b"none"):
+                    raise BackendError(
+                        f"{self.where.name} has a {kind.decode()} under the key {self.key(name)!r}, where Sidekiq has a set: "
+                        "somebody else uses this database; use another, or a prefix: redis://HOST:PORT/0?prefix=NAME:"
+                    )
             policy = info.get("maxmemory_policy", "noeviction")
             if policy != "noeviction" and not self.where.evicts:
                 raise BackendError(

@@ -236,7 +236,8 @@ class RedisAdmin:
             if hushed or (source.life.info != info and now - self._reported >= REPORTS):
                 self._reported = now
                 source.life.info = dict(info)
-                source.life.beat()
+                with self.edge():
+                    source.life.beat()
 
     def control(self) -> dict[str, str]:
         with self.edge():
