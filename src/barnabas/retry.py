@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from barnabas.errors import DeclarationError, Reject, ResponderError, RetryAfter, told
+from barnabas.errors import DeclarationError, Reject, ResponderError, RetryAfter, TableError, told
 from barnabas.verdict import Again, Dead
 
 Errors = type[BaseException] | tuple[type[BaseException], ...]
@@ -85,8 +85,8 @@ def decide(
     """What becomes of a delivery whose run number `attempt` (from 1) ended in `error` at `now` (epoch seconds)."""
     if isinstance(error, Reject):
         return Dead(f"rejected: {error.reason}")
-    if isinstance(error, ResponderError):  # a retry cannot mend a broken declaration
-        return Dead(f"responder: {error}")
+    if isinstance(error, ResponderError | TableError):  # a retry cannot mend a broken declaration
+        return Dead(f"{'responder' if isinstance(error, ResponderError) else 'table'}: {error}")
     if isinstance(error, policy.give_up_on):
         return Dead(f"gave up on {told(error)}")
     on = (policy.on, RetryAfter) if isinstance(policy.on, type) else (*policy.on, RetryAfter)

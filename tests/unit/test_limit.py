@@ -33,6 +33,7 @@ async def later(n): ...
         (lambda: 5, r"limit=5: give Rate\(count, per=SECONDS\)"),
         (lambda: None, "limit=None: give Rate"),
         (lambda: [Concurrent(1), Concurrent(2)], "two limits of the same"),
+        (lambda: [Concurrent(1, by="n", name="x"), Concurrent(2, by="key", name="x")], "two limits of the same"),
     ],
 )
 def test_what_cannot_be_is_refused(make, why):
@@ -77,6 +78,15 @@ def test_a_slot_s_key_is_of_job_or_name_and_kind():
     assert key(Concurrent(1, by="rest"), (1, "a", 2, 3)) == key(Concurrent(1, by="rest"), (9, "b", 2, 3))
     assert key(Concurrent(1, by="key"), (1, None)) is key(Concurrent(1, by=lambda n, key: None), (1,)) is None
     assert app.limiter("all", Concurrent(5))._need.key == key(Concurrent(1, name="all"), (1,))
+
+
+@pytest.mark.parametrize("kind", [Concurrent, lambda count, by: Rate(count, per=1, by=by)])
+def test_limits_of_one_job_by_different_parameters_are_different(kind):
+    @App("shop", jobs="memory:").job(limit=[kind(1, by="customer"), kind(2, by="account")])
+    def call(customer: int, account: int): ...
+
+    first, second = ({each.need(args).key for args in ((7, 7), (7, 8), (8, 7))} for each in call.limits)
+    assert len(first) == len(second) == 2 and not first & second
 
 
 @pytest.mark.parametrize("per", [0.01, 0.5, 2.0, 7.0, 60.0])

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from barnabas import App, while_executing
+from barnabas import App, Concurrent, Rate, while_executing
 from barnabas.clock import FakeClock
-from barnabas.jobs.unique import Guard
+from barnabas.jobs.unique import Guard, Late, refused
 from barnabas.ports import Result
 from barnabas.verdict import Again
 
@@ -181,3 +181,44 @@ def test_who_waits_in_front_of_a_dead_process_s_run_is_woken(tmp_path: Path) -> 
     finally:
         for each in apps:
             each.close()
+
+
+def test_a_process_frozen_while_it_takes_the_slot_of_a_rate_has_begun_too_late(tmp_path: Path) -> None:
+    app = App("shop", events="memory:", jobs=f"sqlite:///{tmp_path}/shop.db")
+    app.clock = clock = FakeClock()
+
+    @app.job(limit=Rate(1, per=1.0))
+    def call() -> None: ...
+
+    guard = Guard(app.job_handlers)
+    try:
+        call.enqueue().result(10)
+        source = app.jobs.queues(["default"], Nobody(), lambda payload: clock.advance(0.5) or guard(payload))
+        ((_, (row,)),) = source.fetch(10, 0.0)
+        assert isinstance(refused(call.owner, row[3], clock.monotonic()), Late)
+        source.close()
+    finally:
+        app.close()
+
+
+def test_who_waits_for_what_others_gave_up_is_woken(tmp_path: Path) -> None:
+    door = Concurrent(1, name="door")
+    other, app = apps = [App("shop", events="memory:", jobs=f"sqlite:///{tmp_path}/shop.db") for _ in range(2)]
+    charge, _ = (each.job(limit=door, name="charge")(lambda: None) for each in apps)
+    first, second = (each.jobs.queues(["default"], Nobody(), Guard(each.job_handlers)) for each in apps)
+    try:
+        charge.enqueue_many([(), ()]).result(10)
+        assert len(first.fetch(10, 0.0)[0][1]) == 1
+        first.close()  # with a job in hand, at the end of its grace
+        assert [job.state for job in app.jobs.find_jobs()] == ["ready", "ready"]
+        ((part, rows),) = second.fetch(10, 5.0)
+        assert len(rows) == 1 and other.jobs.hold("by hand", door.need([], "")) > 0
+        second.settle([Result(part, rows, [], {}, {})])
+        assert second.fetch(10, 0.0) == []  # the next slot is his who waits by hand
+        other.jobs.neighbours.abandon()  # but he is dead
+        app.jobs.neighbours.look_around()
+        assert len(second.fetch(10, 5.0)[0][1]) == 1
+        second.close()
+    finally:
+        app.close()
+        other.close()

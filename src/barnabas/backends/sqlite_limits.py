@@ -85,9 +85,9 @@ def wake(home: "SqliteBackend", db: apsw.Connection, freed: Mapping[Place, int])
 
 
 def bury(home: "SqliteBackend", db: apsw.Connection, process: int) -> None:
-    """A process owns no slots any more. Jobs it had are back in their queues, maybe behind those who wait."""
+    """A process owns no slots, and wants none, any more. Jobs it had are back in their queues, maybe behind those who wait."""
     rows: list[Any] = db.execute("DELETE FROM slots WHERE owner = ? RETURNING key", (process,)).fetchall()
-    wake(home, db, Counter((key, MANY) for (key,) in rows))
+    wake(home, db, Counter((key.removesuffix(":wants"), MANY) for (key,) in rows))
 
 
 def hold(home: "SqliteBackend", db: apsw.Connection, token: str, need: Need) -> float:
@@ -98,8 +98,8 @@ def hold(home: "SqliteBackend", db: apsw.Connection, token: str, need: Need) -> 
     if at is None:
         take(db, [need], now, token, "", home.neighbours.number)
         return 0.0
-    row = (wants, now + WANT, now + WANT, token)
-    db.execute("INSERT INTO slots (key, at, until, job, jid) VALUES (?, ?, ?, ?, '')", row)
+    row = (wants, now + WANT, now + WANT, token, None if need.span else home.neighbours.number)
+    db.execute("INSERT INTO slots (key, at, until, job, jid, owner) VALUES (?, ?, ?, ?, '', ?)", row)
     return float(max(0.01, at - now))
 
 

@@ -44,7 +44,7 @@ class SqliteQueues(Fetcher):
         self._seen: dict[int, int] = dict.fromkeys(self._parts, -1)
         self._work: set[int] = set()
         self._claimed: list[tuple[Part, Sequence[Row]]] = []
-        self._due = 0.0  # when the next waiting job is due (epoch seconds)
+        self._due = self._since = 0.0  # when the next waiting job is due (epoch seconds); when we claimed last (monotonic)
         self._limit = self._turns = 0
         self._more = True
         home.sources.append(self)
@@ -98,7 +98,7 @@ class SqliteQueues(Fetcher):
 
     def _claim(self, db: apsw.Connection) -> list[tuple[Part, Sequence[Row]]]:
         """Take ready jobs, up to the room there is, and move what is due into its queue. Ours are they after the commit."""
-        now = self.home.clock.now()
+        self._since, now = self.home.clock.monotonic(), self.home.clock.now()  # (we may be frozen before slots are taken)
         self._due = self._next_due(db)
         if self._due <= now:
             self._move_due(db, now)
@@ -177,7 +177,7 @@ class SqliteQueues(Fetcher):
     def _admit(self, db: apsw.Connection, id_: int, payload: bytes, now: float, left: Counter[Place]) -> tuple[bool, Any]:
         """Take the slots a claimed job needs; whether it has to wait for one, and what its row is to say. left: counts what it
         leaves that it may have been woken for."""
-        ask, since = self._guard(payload), self.home.clock.monotonic()
+        ask = self._guard(payload)
         if ask is None:
             return False, None
         for need in ask.needs:
@@ -195,7 +195,7 @@ class SqliteQueues(Fetcher):
             self._runs[id_] = ask.needs
         if ask.free:
             db.execute("UPDATE jobs SET lock = NULL WHERE id = ?", (id_,))
-        return False, marked(ask, since=since)
+        return False, marked(ask, since=self._since)
 
     def _move_due(self, db: apsw.Connection, now: float) -> None:
         due: list[Any] = db.execute(
@@ -281,7 +281,8 @@ class SqliteQueues(Fetcher):
         self._closing = True
         try:
             if self._work:
-                self.home.write(lambda db: self._give_back(db, [(id_, self.home.neighbours.number) for id_ in self._work]))
+                mine = [(id_, self.home.neighbours.number) for id_ in self._work]
+                self.home.write(lambda db: self._give_back(db, mine, [(*run, True) for run in self._runs.items()]))
         finally:
             self.home.sources.remove(self)
         self._work.clear()
@@ -294,8 +295,8 @@ class SqliteQueues(Fetcher):
             self.home.stir(db, "partition = -1")
             self._more = True
 
-    def _give_back(self, db: apsw.Connection, ids: Sequence[tuple[int, int]]) -> None:
+    def _give_back(self, db: apsw.Connection, ids: Sequence[tuple[int, int]], runs: Sequence[Any] = ()) -> None:
         if ids:
             db.executemany("UPDATE jobs SET state = 0, owner = NULL WHERE id = ? AND owner = ?", ids)
-            db.executemany("DELETE FROM slots WHERE job = ? AND owner = ?", [row for row in ids if row[0] in self._runs])
+            ended(self.home, db, runs)
             self.home.stir(db, "partition = -1")

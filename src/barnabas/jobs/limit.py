@@ -161,15 +161,16 @@ class Kind:
 class Limit:
     """A job's declared limit, checked against its parameters."""
 
-    def __init__(self, owner: str, name: str, signature: inspect.Signature, limit: Any) -> None:
+    def __init__(self, owner: str, name: str, signature: inspect.Signature, limit: Any, twins: int) -> None:
         if not isinstance(limit, Rate | Concurrent):
             raise DeclarationError(f"{owner}: limit={limit!r}: give Rate(count, per=SECONDS), Concurrent(count), or a list")
 
         def refuse(option: str, way_out: str) -> None:
             raise DeclarationError(f"{owner}: limit={type(limit).__name__}({option}): {way_out}")
 
-        self.limit, self._name, self.shown = limit, name, limit.name or name
-        self._known = lru_cache(1 << 14, typed=True)(lambda *scope: limit.need(scope, name))
+        self.limit, self.shown = limit, limit.name or name
+        self._name = f"{name} {twins}" if twins else name  # customer 7 is not account 7
+        self._known = lru_cache(1 << 14, typed=True)(lambda *scope: limit.need(scope, self._name))
         self._kind = Kind(limit.by, signature, refuse)
 
     def key(self, args: Sequence[Any]) -> str:
@@ -186,9 +187,11 @@ class Limit:
 
 def limits(owner: str, name: str, signature: inspect.Signature, given: Any) -> list[Limit]:
     """The limits of a job, as `limit=` gives them."""
-    found = [Limit(owner, name, signature, each) for each in (given if isinstance(given, list | tuple) else [given])]
-    if len({(getattr(each.limit, "per", None), each.limit.name, repr(each.limit.by)) for each in found}) < len(found):
-        raise DeclarationError(f"{owner}: limit={given!r}: two limits of the same; leave one of them out, or give one name=")
+    all_ = given if isinstance(given, list | tuple) else [given]
+    kinds = [(getattr(each, "per", None), getattr(each, "name", None)) for each in all_]
+    found = [Limit(owner, name, signature, each, kinds[:at].count(kinds[at])) for at, each in enumerate(all_)]
+    if len({(*kind, kind[1] or repr(each.by)) for kind, each in zip(kinds, all_, strict=True)}) < len(found):
+        raise DeclarationError(f"{owner}: limit={given!r}: two limits of the same; leave one out, or give it another name=")
     return found
 
 

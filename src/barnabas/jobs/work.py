@@ -141,14 +141,14 @@ class JobHandler:
             args = (self._delivery(run, row, payload, args), *args)
         target = (entry.function, *args)
         guarded = self._guarded and entry.job.guarded
-        if guarded and row[3] and (why := refused(entry.job.owner, row[3], entry.job.app.clock.monotonic())) is not None:
-            raise why
         if payload.more is not None:
             end = End(entry, payload)
             if end.batch is not None:
                 run.part.batches[row[0]] = (end.batch, payload.jid)
             end.admit()
             target = (_more_async if self.awaited else _more, end, *args)
+        if guarded and row[3] and (why := refused(entry.job.owner, row[3], entry.job.app.clock.monotonic())) is not None:
+            raise why
         if guarded and entry.job.slots:
             return (_then_async if self.awaited else _then, self.hurry, *target)
         return target
