@@ -129,7 +129,7 @@ BUGS = [
 JOB_BUGS = [
     # Locks.
     Bug("the lock of a run is not taken", MemoryAdmin, "take", "slots.append((need.nominal(now, oldest), number, jid))", "pass"),
-    Bug("who waits for a lock runs", MemoryAdmin, "admit", "return True, None", "return False, None"),
+    Bug("who waits for a lock runs", MemoryAdmin, "admit", "return need.waits, None if", "return False, None if"),
     Bug("the lock of a run is kept", MemoryAdmin, "ended", "slots.remove(max(mine))", "pass"),
     Bug("a slot of before a crash is free", MemoryAdmin, "ended", "slots.remove(max(mine))", "slots[:] = [s for s in slots if s not in mine]"),
     Bug("a process that ends keeps its locks", MemoryQueues, "close", "self.home.ended(number, wake=False)", "pass"),
