@@ -191,6 +191,7 @@ def test_who_finds_nothing_to_deal_with_is_told(shop):
     for words, said in (("dead drop --queue", "dropped: no dead letter"), ("jobs retry --all --json --queue", "retried: no job")):
         came = shop(*words.split(), "x", status=1)
         assert came.stderr == f"not {said} matches\n"
+    assert "'mail' is a queue: say queue:mail\n" in shop("pause", "mail", status=1).stderr
 
 
 def test_a_retried_letter_runs_again_and_is_done(shop):

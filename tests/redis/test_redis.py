@@ -16,7 +16,7 @@ import pytest
 import redis
 from servers import RedisServer, shared_redis
 
-from barnabas import App, Reject, RetryAfter
+from barnabas import App, Reject, RetryAfter, until_executed
 from barnabas.backends import redis_life, redis_outbox
 from barnabas.backends.redis_source import RedisQueues
 from barnabas.clock import FakeClock
@@ -240,6 +240,25 @@ def test_user_and_password_work_and_are_not_told(tmp_path, apps, caplog):
         assert "Wort" not in f"{refused.value}{caplog.text}" and "redis at 127.0.0.1" in str(refused.value)
     finally:
         server.process.kill()
+
+
+@pytest.mark.parametrize("how", ["fails", "conflicts", "is rubbish", "is killed"])
+def test_the_dead_are_kept_within_sidekiq_s_bounds_whoever_buries(client, apps, how):
+    app, now = apps(), time.time()
+    mail = app.job(lambda n: 1 / 0, name="mail", retry=0, unique=until_executed(on_conflict="reject"))
+    client.zadd("dead", {f"{n}": now - n for n in range(10_000)} | {"old": now - 181 * 86400})
+    if how == "is rubbish":
+        client.zadd("schedule", {"rubbish": 1.0})
+    else:
+        mail.enqueue(1).result(5)
+    if how == "conflicts":
+        mail.enqueue(1).result(5)
+    elif how == "is killed":
+        assert app.jobs.move_jobs([job.ref for job in app.jobs.find_jobs("ready")], "dead") == 1
+    else:
+        with running(app):
+            until(lambda: client.zcard("dead") < 10_000)
+    assert client.zcard("dead") == 9_999 and client.zscore("dead", "old") is None is client.zscore("dead", "9999")
 
 
 @pytest.mark.parametrize("key", ["queues", "processes", "paused"])

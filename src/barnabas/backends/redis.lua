@@ -41,6 +41,12 @@ local function fits(name, kind)
   return found == 'none' or found == kind
 end
 
+-- Keep the dead within Sidekiq's bounds: half a year, and less than 10,000. To be called whenever one is buried.
+local function trim(now)
+  redis.call('ZREMRANGEBYSCORE', key('dead'), '-inf', now - 15552000)
+  redis.call('ZREMRANGEBYRANK', key('dead'), 0, -10000)
+end
+
 -- Give what a process was handed by its blocking moves back to the front of the queue, the oldest foremost.
 local function unland(land, queue)
   for _ = 1, redis.call('LLEN', land) do
@@ -123,7 +129,7 @@ for _ = 1, number() do
   end
 end
 
-local buried, oldest, most = 0, arg(), number()
+local buried = 0
 for _ = 1, number() do
   local field, payload = arg(), arg()
   if redis.call('HEXISTS', work, field) == 1 then
@@ -132,10 +138,7 @@ for _ = 1, number() do
     buried = buried + 1
   end
 end
-if buried > 0 then
-  redis.call('ZREMRANGEBYSCORE', key('dead'), '-inf', oldest)
-  redis.call('ZREMRANGEBYRANK', key('dead'), 0, -most)
-end
+if buried > 0 then trim(now) end
 failed = failed + buried
 
 for _ = 1, number() do -- given back: the youngest first, so that the oldest ends up in front; or put at the end, as `last`
@@ -235,7 +238,10 @@ if other and how == 'replace' and removed(other) then
   other = false
 end
 if other then
-  if how == 'reject' then redis.call('ZADD', key('dead'), now, buried) end
+  if how == 'reject' then
+    redis.call('ZADD', key('dead'), now, buried)
+    trim(now)
+  end
   return other
 end
 take(lock, jid, now, ends)
@@ -361,6 +367,7 @@ for _, name in ipairs(names) do
   end
   if not pushed then
     for _, payload in ipairs(queues[name]) do redis.call('ZADD', key('dead'), now, payload) end
+    if #queues[name] > 0 then trim(now) end
   end
 end
 return strange
@@ -398,6 +405,7 @@ for _ = 1, number() do
     end
   end
 end
+if to == 'dead' and moved > 0 then trim(now) end
 return moved
 
 --- hands
@@ -413,10 +421,7 @@ for i = 1, #workers, 2 do
     held[name] = (held[name] or 0) + 1
   end
 end
-for name, count in pairs(held) do
-  flat[#flat + 1] = name
-  flat[#flat + 1] = count
-end
+for name, count in pairs(held) do flat[#flat + 1] = {name, count} end
 return flat
 
 --- sizes

@@ -74,8 +74,7 @@ class RedisAdmin:
 
     def _hands(self) -> dict[str, int]:
         """How many jobs of each queue that has a worker are in processes' hands, also such as landed and were not looked at."""
-        found = self.script("hands")
-        return dict(zip(map(text, found[::2]), found[1::2], strict=True))
+        return {text(name): count for name, count in self.script("hands")}
 
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
         scheduled, retry, _, sizes, *_ = self._sizes(self.clock.now(), queues)  # first: what moves on is seen twice, not never

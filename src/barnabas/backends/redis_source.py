@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("barnabas")
 MOST = 1000  # jobs of one claim: more would delay other clients by more than 2 ms (facts: redis-jobs.md)
 PAGE = 200  # jobs that are asked for slots at once: the next are made ready meanwhile
-NOTHING = (0,) * 10  # settled
-DEAD_AGE, DEAD_MOST = 180 * 86400, 10_000  # Sidekiq's bounds of the dead set: seconds, entries
+NOTHING = (0,) * 8  # settled
 
 
 class _Name(msgspec.Struct):
@@ -431,10 +430,9 @@ class RedisQueues:
                 else:
                     done.append(f"{number}{tail}")
         counted = [sha1(self.work[n][1]).hexdigest() for n in finished if n in self._crashes and n in self.work and n not in back]
-        oldest, fields = self.home.clock.now() - DEAD_AGE, self._fields([*back, *last], last)
+        fields = self._fields([*back, *last], last)
         settled = [*left, *self._locks(over, again, back), len(done), *done, len(later) // 3, *later]
-        settled += (oldest, DEAD_MOST, len(dead) // 2, *dead)
-        settled += (len(fields) // 3, *fields, len(counted), *counted)
+        settled += (len(dead) // 2, *dead, len(fields) // 3, *fields, len(counted), *counted)
         room = 0 if self._room() == 0 else min(MOST, max(0, self._limit - len(self.work) + len(finished)))
         with self.home.edge():
             self._claimed += self._claim(room, False, settled, finished, len(back) + len(last))
@@ -454,7 +452,7 @@ class RedisQueues:
         try:
             with self.home.edge():
                 self.landing.end()
-                self._claim(0, True, (0, *self._locks((), (), back), 0, 0, 0, 0, 0, len(back), *self._fields(back), 0))
+                self._claim(0, True, (0, *self._locks((), (), back), 0, 0, 0, len(back), *self._fields(back), 0))
                 if not running and not self.life.quiet():  # a quiet process is still to be seen, and to be stopped
                     self.leave()
         finally:

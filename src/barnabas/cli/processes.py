@@ -85,15 +85,18 @@ def stop(app: App, names: tuple[str, ...], as_json: bool) -> int:
 def _pause(app: App, name: str, key: str | None) -> Pause:
     """What is meant by NAME, queue:NAME, or NAME --key K."""
     kind, colon, queue = name.partition(":")
+    names = {job.queue for job in app.job_handlers.values()} | {*(app.settings.queues or ())}
     if kind == "queue" and colon:
         if key is not None:
             raise click.UsageError("a queue has no keys; --key K belongs to a consumer or group")
-        names = {job.queue for job in app.job_handlers.values()} | {*(app.settings.queues or ())}
         names |= {state.name for state in app.jobs.queue_states()}
         if queue not in names:
             raise Wrong(f"there is no queue {queue!r}; {inspect.meant(queue, names, 'queues')}", "barnabas queues")
         return Pause("queue", queue)
-    group = group_of(app, name, [at.group for at in app.events.positions()])
+    groups = {at.group for at in app.events.positions()} | {each.group for each in app.consumers.values()}
+    if name in names - {*app.consumers, *groups}:
+        raise Wrong(f"{name!r} is a queue: say queue:{name}", "barnabas pause --help")
+    group = group_of(app, name, groups)
     return Pause("group" if key is None else "key", group, key)
 
 
