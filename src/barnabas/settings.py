@@ -321,4 +321,8 @@ def _toml(path: str) -> dict[str, Any]:
     for section in ("events", "jobs"):
         if isinstance(found.get(section), dict):
             found.update({f"{section}.{name}": value for name, value in found.pop(section).items()})
+    options = kafka if isinstance(kafka := found.get("kafka"), dict) else {}
+    while names := [name for name, value in options.items() if isinstance(value, dict)]:  # linger.ms, without quotes
+        for name in names:
+            options.update({f"{name}.{inner}": value for inner, value in options.pop(name).items()})
     return found

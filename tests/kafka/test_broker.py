@@ -20,13 +20,15 @@ from servers import murmur2
 
 from barnabas import App, Delivery, Message
 from barnabas.backends import kafka_log
+from barnabas.backends.kafka_admin import Change
 from barnabas.backends.kafka_group import KafkaMember
 from barnabas.backends.kafka_log import KafkaLog
 from barnabas.backends.kafka_options import COMMON
 from barnabas.engine.observe import Statistics
 from barnabas.engine.runner import Runner
-from barnabas.errors import BackendError, DeclarationError, SendError, UnknownTopic, ValueTooLarge
+from barnabas.errors import BackendError, DeclarationError, Reject, SendError, UnknownTopic, ValueTooLarge
 from barnabas.ports import Part
+from barnabas.retry import Retry
 from barnabas.worker import Worker
 
 DEV = [sys.executable, str(Path(__file__).parents[2] / "dev" / "kafka")]
@@ -74,7 +76,7 @@ def test_topics_are_planned_and_applied(make) -> None:
     app.events.apply(app.events.plan(app.all_topics()))
     assert app.events.plan(app.all_topics()) == []
     more = make(create_topics=False)
-    topic = more.topic("orders", int, partitions=3, limit=1000)
+    topic = more.topic("orders", int, partitions=3, limit=3_000_000)
     more.consumer(topic, name="read")(lambda n: None)
     with pytest.raises(DeclarationError, match=r"partitions=3, but .* has it with 2; .*barnabas topics apply"):
         topic.send(1).result(10)
@@ -86,7 +88,7 @@ def test_topics_are_planned_and_applied(make) -> None:
     more.events.apply(plan)
     assert more.events.plan(more.all_topics()) == []
     fewer = make(create_topics=False)
-    fewer.topic("orders", int, partitions=1, limit=1000)
+    fewer.topic("orders", int, partitions=1, limit=3_000_000)
     assert {change.kind for change in fewer.events.plan(fewer.all_topics())} == {"keep"}
 
 
@@ -94,19 +96,62 @@ def test_what_the_broker_takes_for_too_large_has_an_error_of_its_own(make) -> No
     app = make()
     small = app.topic("small", bytes, codec="raw", limit=1000, partitions=1)
     assert small.send(b"x").result(10).offset == 0
-    small.limit = 10**6  # the broker knows better
+    assert small.send_many([b"x" * 900] * 2000).result(30) == 2000  # Kafka takes a batch as a whole, or not
+    small.limit = 10**7  # the broker knows better
     with pytest.raises(ValueTooLarge, match=r"'small' is larger than .*max\.message\.bytes"):
-        small.send(b"x" * 500_000).result(10)
-    assert small.send(b"y").result(10).offset == 1
+        small.send(b"x" * 5_000_000).result(10)
+    assert small.send(b"y").result(10).offset == 2001
 
 
 def test_with_no_broker_sends_wait_and_then_say_what_to_do() -> None:
     app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", kafka={"delivery.timeout.ms": 2500, "linger.ms": 0})
-    future = app.topic("orders", int).send(1)
+    topic = app.topic("orders", int)
+    future = topic.send(1)
     assert not future.done()
-    with pytest.raises(SendError, match=r"127\.0\.0\.1:1 did not answer in time.*delivery\.timeout\.ms"):
-        future.result(20)
+    began = time.monotonic()
+    more = [topic.send(n) for n in range(5)]
+    assert time.monotonic() - began < 1.0  # who sends is held up but once
+    for each in (future, *more):
+        with pytest.raises(SendError, match=r"127\.0\.0\.1:1 did not answer in time.*delivery\.timeout\.ms"):
+            each.result(20)
     app.close()
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", send_timeout=0.5)
+    future = app.topic("orders", int).send(1)
+    app.close()
+    with pytest.raises(SendError, match="did not answer in time"):  # of what could not leave before the end, too
+        future.result(5)
+
+
+def test_a_dead_letter_that_the_broker_refuses_as_too_large_goes_without_its_value(make) -> None:
+    app, seen = make(), []
+    topic = app.topic("orders", bytes, codec="raw", partitions=1)
+
+    @app.consumer(topic, name="read", retry=Retry(0))
+    def read(value: bytes) -> None:
+        seen.append(len(value))
+        raise Reject("bad")
+
+    app.events.apply([Change("set", "orders.dead", "max.message.bytes", ("", "3000"))])  # as somebody else made it
+    topic.send_many([b"x" * 5000, b"y" * 10]).result(10)
+    drain(app)
+    letters = [(value, dict(headers)) for _, _, value, headers, _ in app.events.read("orders.dead", 0, 0, 10)]
+    letters.sort(key=lambda letter: letter[1]["barnabas-offset"])
+    assert [value for value, _ in letters] == [None, b"y" * 10] and seen == [5000, 10]
+    assert letters[0][1]["barnabas-value-left-out"] == b"5000" and letters[0][1]["barnabas-reason"] == b"rejected: bad"
+
+
+def test_a_member_that_another_fenced_says_so_and_does_not_claim_to_work(make, caplog) -> None:
+    apps = [make(kafka={"group.instance.id": "one"}, session_timeout=6.0) for _ in range(2)]
+    for app in apps:
+        app.consumer(app.topic("orders", int, partitions=1), name="read")(lambda n: None)
+    with running(apps[0]):
+        wait_for(lambda: app.events.committed("shop-read", [("orders", 0)]), "assigned")
+        [member] = app.events._describe([f"{app.events.prefix}shop-read"]).popitem()[1].members
+        assert member.group_instance_id == "one-shop-read"
+        with running(apps[1]):
+            wait_for(lambda: "fenced by other consumer" in caplog.text, "fenced")
+            time.sleep(3)
+        assert "then start the process again" in caplog.text and "the backend works again" not in caplog.text
 
 
 def test_kafkas_own_producer_chooses_the_same_partitions_and_its_records_are_read(make) -> None:

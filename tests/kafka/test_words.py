@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError
 
 pytest.importorskip("confluent_kafka")
 
@@ -99,6 +100,7 @@ def events(monkeypatch=None, url="kafka://127.0.0.1:1", **options):
         ("bootstrap.servers", "x", "URL"),
         ("allow.auto.create.topics", True, "mistyped"),
         ("auto.offset.reset", "none", "earliest, latest, or error"),
+        ("delivery.report.only.error", True, "resolves by its delivery report"),
         ("stats_cb", print, "observe"),
         ("sasl.password", "env:NO_SUCH_VARIABLE", "NO_SUCH_VARIABLE is not set"),
         ("sasl.password", "file:/no/such/file", "cannot be read"),
@@ -131,6 +133,10 @@ def test_what_kafka_cannot_do_is_refused_in_a_sentence() -> None:
         App("shop", events="memory:", jobs="kafka://127.0.0.1:1").jobs  # noqa: B018
     with pytest.raises(SettingError, match="prefix=NAME alone"):
         events(url="kafka://127.0.0.1:1?acks=1")
+    for wrong in ("clerk:hush@127.0.0.1:1", "127.0.0.1:1/shop", "127.0.0.1:1, 127.0.0.1:2"):
+        with pytest.raises(SettingError, match=r"users and passwords go into kafka=") as caught:
+            events(url=f"kafka://{wrong}")
+        assert "hush" not in str(caught.value)
     home = events()
     with pytest.raises(DeclarationError, match="topics, not queues"):
         home.queues(["mail"], None)
@@ -155,6 +161,17 @@ def test_check_says_that_tables_are_refused() -> None:
 
 def print_it(order: dict) -> None:
     print(order)
+
+
+def test_what_is_the_matter_is_said_once_until_it_works_again(caplog) -> None:
+    home = events()
+    for _ in range(3):
+        for code in (KafkaError._RESOLVE, KafkaError._ALL_BROKERS_DOWN):
+            home.trouble(KafkaError(code))
+    home.works()
+    home.trouble(KafkaError(KafkaError._RESOLVE))
+    said = [line.split(": ")[1] for line in caplog.messages]
+    assert said == ["resolve", "all brokers down", "works again", "resolve"]
 
 
 PLAIN = {"key": b"k", "value": b"v", "headers": None}

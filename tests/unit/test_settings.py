@@ -186,6 +186,12 @@ def test_queues_in_code() -> None:
     assert list(Settings({"queues": {"b": 1, "a": 2}}, environ={}).queues or ()) == ["b", "a"]
 
 
+def test_options_of_the_driver_need_no_quotes() -> None:
+    write('[kafka]\nlinger.ms = 5\nretry.backoff.ms = 50\nretry.backoff.max.ms = 500\nacks = "all"\nssl.key.pem = "hush"')
+    options = {"linger.ms": 5, "retry.backoff.ms": 50, "retry.backoff.max.ms": 500, "acks": "all", "ssl.key.pem": "hush"}
+    assert (settings := Settings({}, environ={})).kafka == options and "hush" not in str(settings.rows())
+
+
 def test_tables_are_laid_over_each_other_entry_by_entry() -> None:
     code = {"kafka": {"linger.ms": 20, "acks": "all"}, "topics": {"orders": {"partitions": 6, "retention_age": 5}}}
     file = write('[topics.orders]\npartitions = 24\n[topics.new]\npartitions = 1\n[kafka]\n"linger.ms" = 5')

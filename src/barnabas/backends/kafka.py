@@ -9,10 +9,12 @@ import functools
 import itertools
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -147,6 +149,8 @@ class KafkaBackend(KafkaDoors):
         given = parse_qs(query)
         if set(given) - {"prefix"}:
             raise SettingError(f"events={url!r}: after the ? it knows prefix=NAME alone; driver options go into kafka={{...}}")
+        if not re.fullmatch(r"[^/@\s]+/?", address):  # a password in it would be in every line about the cluster
+            raise SettingError("events: give kafka://HOST:PORT,... and nothing else; users and passwords go into kafka={...}")
         super().__init__(url, address.rstrip("/"), given.get("prefix", [""])[0], settings.create_topics)
         self.options = check_options(settings.kafka)
         self.session: float = settings.session_timeout
@@ -248,10 +252,9 @@ class KafkaBackend(KafkaDoors):
                         self._wait_for_room(producer, 1, full=True)
             except BufferFull:
                 raise
-            except KafkaException as error:  # what the driver refuses becomes the outcome, as if the broker had refused it
-                done(error.args[0], _Refused(topic.name))
-            except (SendError, DeclarationError) as error:
-                done(error, _Refused(topic.name))
+            except (KafkaException, SendError, DeclarationError) as error:  # becomes the outcome, as if the broker had refused it
+                why = error.args[0] if isinstance(error, KafkaException) else error
+                done(why, SimpleNamespace(topic=functools.partial(str, topic.name)))
 
     def _stored(self, out: Outgoing, error: Any, message: Any) -> None:
         """The delivery report of a message with a future."""
@@ -372,16 +375,6 @@ class KafkaBackend(KafkaDoors):
             log.error("%s: %d messages could not be stored before the end%s", self.servers, left, why)
         self.line = None
         self.let_go()
-
-
-class _Refused:
-    """Stands for the message of a delivery report that never came to be."""
-
-    def __init__(self, topic: str) -> None:
-        self._topic = topic
-
-    def topic(self) -> str:
-        return self._topic
 
 
 def _in_child() -> None:

@@ -49,6 +49,7 @@ class KafkaAdmin:
     """Topics and positions of a cluster."""
 
     closed: bool
+    client: Callable[..., Any]  # makes one of the driver's
 
     def __init__(self, url: str, servers: str, prefix: str, create: bool) -> None:
         self.url = url
@@ -57,6 +58,8 @@ class KafkaAdmin:
         self.create = create
         self.away = ""  # what is the matter with the cluster, if anything is
         self.denied = ""  # that it, or we, cannot be who we say
+        self._told: set[str] = set()  # of what is the matter: what a log line has said
+        self._blind = 0.0  # until then nobody can say which topics there are
         self.names: dict[str, str] = {}  # of topics that exist: as they are called in Kafka
         self.declared: dict[str, Any] = {}
         self._admin: Any = None
@@ -66,10 +69,6 @@ class KafkaAdmin:
         self._ids: dict[str, str] = {}  # of topics, as they are called in Kafka
         self._asked_for: dict[str, Any] = {}
         self._asked_at = 0.0
-
-    def client(self, kind: Callable[..., Any], own: Mapping[str, Any], **fixed: Any) -> Any:
-        """A client of the driver."""
-        raise NotImplementedError
 
     def let_go(self) -> None:
         """Close them."""
@@ -97,17 +96,18 @@ class KafkaAdmin:
             return
         if error.code() in STRANGERS:
             self.denied = error.str()
-        what = f"{error.name().lstrip('_').lower().replace('_', ' ')}: {error.str()}"
-        if self.away.partition(":")[0] != what.partition(":")[0]:
-            self.away = what
-            again = "" if error.fatal() else "; trying again"
-            log.error("%s: %s%s", self.servers, what, again)
+        kind = error.name().lstrip("_").lower().replace("_", " ")
+        self.away = f"{kind}: {error.str()}"
+        if kind not in self._told:  # they take turns: one says why, another that now all are gone
+            self._told.add(kind)
+            log.error("%s: %s%s", self.servers, self.away, "" if error.fatal() else "; trying again")
 
     def works(self) -> None:
         """The cluster did what it was asked to."""
-        self.denied = ""
+        self.denied, self._blind = "", 0.0
         if self.away:
             self.away = ""
+            self._told.clear()
             log.warning("%s: works again", self.servers)
 
     def ask(self, what: str, request: Callable[[], Mapping[Any, Any]]) -> dict[Any, Any]:
@@ -271,12 +271,15 @@ class KafkaAdmin:
                 self.ask(f"configuring {change.topic!r}", functools.partial(self.admin.incremental_alter_configs, [place]))
 
     def find(self, topic: Any) -> str:
-        """A topic's name in Kafka. Raises UnknownTopic if it does not exist; if nobody can say, it may."""
+        """A topic's name in Kafka. Raises UnknownTopic if it does not exist; if nobody can say, it may (and is not asked for
+        again at once: who sends is not to wait each time)."""
         try:
-            self.require([topic], 2.0)
+            if time.monotonic() > self._blind:
+                self.require([topic], 2.0)
         except BackendError as error:
             if isinstance(error, (NotAuthorised, NotAuthenticated)):
                 raise
+            self._blind = time.monotonic() + LOOK
             log.debug("%s", error)
         name: str = self.prefix + topic.name
         return name
@@ -376,7 +379,8 @@ def topic_config(topic: Any) -> tuple[int, dict[str, str]]:
     config = {
         "retention.ms": str(-1 if keep.age is None else round(keep.age * 1000)),
         "retention.bytes": str(-1 if keep.size is None else keep.size),
-        "max.message.bytes": str(topic.limit + ROOM),
+        # Kafka measures batches: one of many small messages is not to be refused.
+        "max.message.bytes": str(max(topic.limit, int(topic.app.settings.kafka.get("batch.size", 1_000_000))) + ROOM),
     }
     if over.get("compact") and topic.parent is None:
         config["cleanup.policy"] = "compact"

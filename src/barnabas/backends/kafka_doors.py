@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import confluent_kafka as driver
@@ -33,6 +33,8 @@ class KafkaDoors(KafkaAdmin):
     name = ""
     clock: Any
     sources: list[Any]
+    store: Callable[[str, str, bytes | None], None]  # send a message of our own, and wait until it is stored
+    deliver: Callable[[Sequence[Outgoing]], None]  # the same for some of others
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -49,14 +51,6 @@ class KafkaDoors(KafkaAdmin):
                 self._watcher.close()
                 self._watcher = None
         super().let_go()
-
-    def send(self, outgoing: Sequence[Any], block: bool = True) -> None:
-        """The sink's."""
-        raise NotImplementedError
-
-    def store(self, topic: str, key: str, value: bytes | None) -> None:
-        """Send a message of our own, and wait until it is stored."""
-        raise NotImplementedError
 
     # Positions.
 
@@ -142,10 +136,6 @@ class KafkaDoors(KafkaAdmin):
                 self.deliver(outputs)
             self._alter(group, where)
         return count
-
-    def deliver(self, outputs: Sequence[Outgoing]) -> None:
-        """Send these and wait until they are stored."""
-        raise NotImplementedError
 
     # Jobs: there are none.
 

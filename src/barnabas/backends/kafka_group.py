@@ -26,19 +26,11 @@ log = logging.getLogger("barnabas")
 BUSY = 0.02  # seconds: the longest wait inside the driver, which nothing ends early, while something is in flight
 REQUEST = 10.0  # seconds a request to the coordinator may take
 _AGAIN = {  # a commit that a rebalance was in the way of
-    KafkaError.REBALANCE_IN_PROGRESS,
-    KafkaError.ILLEGAL_GENERATION,
-    KafkaError.STALE_MEMBER_EPOCH,
-    KafkaError.NOT_COORDINATOR,
-    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
-    KafkaError.COORDINATOR_NOT_AVAILABLE,
-    KafkaError._WAIT_COORD,
-    KafkaError._TRANSPORT,
-    KafkaError._TIMED_OUT,
-    KafkaError._IN_PROGRESS,
-    KafkaError.UNKNOWN_MEMBER_ID,
+    KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.STALE_MEMBER_EPOCH, KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError._WAIT_COORD,
+    KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._IN_PROGRESS, KafkaError.UNKNOWN_MEMBER_ID,
     KafkaError.FENCED_MEMBER_EPOCH,
-}
+}  # fmt: skip
 
 
 FAR = 1_000_000  # offsets beyond what was committed that may be in work where nothing was ever lost
@@ -116,7 +108,7 @@ class KafkaMember:
         self._lapsed = False
         self._closing = False
         self._error: BaseException | None = None
-        self._broken = False
+        self._broken = self._fatal = False
         self._woken = threading.Event()
         self.wake: Callable[[], None] = self._woken.set
         self._join()

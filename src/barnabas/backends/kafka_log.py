@@ -42,7 +42,7 @@ class KafkaLog(KafkaMember):
 
     def _fetch(self, limit: int, timeout: float) -> None:
         if self._error is not None:
-            error, self._error = self._error, None
+            error, self._error = self._error, self._error if self._fatal else None
             if self._broken:
                 self._join_anew()
             raise error
@@ -210,6 +210,7 @@ class KafkaLog(KafkaMember):
             self._out_of_range(self._claims[at], error)
         elif code != KafkaError._PARTITION_EOF:
             self._error = explain(error, f"group {self.group!r}", self.home)
+            self._fatal = code == KafkaError._FATAL  # the driver says it once, and does no more
 
     def _out_of_range(self, claim: Claim, error: KafkaError) -> None:
         """Its position is no longer stored: the topic's retention was faster, or it was made anew."""

@@ -32,22 +32,20 @@ CONSUMER: dict[str, Any] = {
     "client.id": "barnabas",
 }
 
-_POSITIONS = "positions are committed when handlers have finished, never before"
 _ALWAYS = {
-    "bootstrap.servers": "the URL says it",
-    "metadata.broker.list": "the URL says it",
+    **dict.fromkeys(("bootstrap.servers", "metadata.broker.list"), "the URL says it"),
     "group.id": "a consumer's group= says it",
-    "enable.auto.commit": _POSITIONS,
-    "auto.commit.enable": _POSITIONS,
-    "enable.auto.offset.store": _POSITIONS,
-    "auto.commit.interval.ms": _POSITIONS,
+    **dict.fromkeys(
+        ("enable.auto.commit", "auto.commit.enable", "enable.auto.offset.store", "auto.commit.interval.ms"),
+        "positions are committed when handlers have finished, never before",
+    ),
     "transactional.id": "outputs and positions are not settled in Kafka's transactions; a repeat carries the same id instead",
     "enable.partition.eof": "it is Barnabas' own",
+    "delivery.report.only.error": "a send's future resolves by its delivery report",
 }
 _UNLESS: dict[str, tuple[tuple[str, ...], str]] = {
+    **dict.fromkeys(("acks", "request.required.acks"), (("all", "-1"), "a send is durable when all replicas in sync have it")),
     "enable.idempotence": (("true",), "without it a send that is tried again can be stored twice or out of order"),
-    "acks": (("all", "-1"), "a send is durable when all replicas in sync have it"),
-    "request.required.acks": (("all", "-1"), "a send is durable when all replicas in sync have it"),
     "allow.auto.create.topics": (("false",), "a mistyped name would become a topic; use `barnabas topics apply`"),
     "auto.offset.reset": (
         ("earliest", "smallest", "latest", "largest", "error"),

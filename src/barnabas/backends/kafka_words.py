@@ -27,7 +27,7 @@ SOON = {  # nobody leads it just now
     KafkaError.COORDINATOR_NOT_AVAILABLE,
 }
 _AWAY = {KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT}
-_AWAY |= {KafkaError._TIMED_OUT_QUEUE, KafkaError._WAIT_COORD}
+_AWAY |= {KafkaError._TIMED_OUT_QUEUE, KafkaError._WAIT_COORD, KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}
 
 
 def explain(error: KafkaError, what: str, home: Any, sending: bool = False) -> Exception:
@@ -44,14 +44,15 @@ def explain(error: KafkaError, what: str, home: Any, sending: bool = False) -> E
     if code in _DENIED:
         return NotAuthorised(f"{what}: {home.servers} does not allow it ({text}); give its user the right, or change kafka=")
     if code == KafkaError.MSG_SIZE_TOO_LARGE:
-        return ValueTooLarge(f"{what} is larger than {home.servers} takes; raise the topic's max.message.bytes, or its limit=")
+        return ValueTooLarge(f"{what} is larger than {home.servers} takes; raise the topic's max.message.bytes above batch.size")
     if code in _AWAY:
         away = f" ({home.away})" if home.away else ""
         return own(
             f"{what}: {home.servers} did not answer in time{away}; see that it runs and can be reached"
             + (", or raise delivery.timeout.ms in kafka={...}" if sending else "")
         )
-    return own(f"{what}: {text} ({error.name()})")
+    hint = "; see to this, then start the process again" if code == KafkaError._FATAL and not sending else ""
+    return own(f"{what}: {text} ({error.name()}){hint}")
 
 
 def as_key(key: bytes | None) -> str | bytes | None:
