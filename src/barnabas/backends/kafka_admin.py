@@ -11,15 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import confluent_kafka as driver
 from confluent_kafka import KafkaError, KafkaException, TopicCollection, TopicPartition
-from confluent_kafka.admin import (
-    AdminClient,
-    AlterConfigOpType,
-    ConfigEntry,
-    ConfigResource,
-    NewPartitions,
-    NewTopic,
-    OffsetSpec,
-)
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions, NewTopic, OffsetSpec
 
 from barnabas.backends.kafka_options import COMMON, CONSUMER, log
 from barnabas.backends.kafka_words import FORGOTTEN, SOON, STRANGERS, as_row, explain, unpack
