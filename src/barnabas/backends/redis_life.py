@@ -132,7 +132,7 @@ class Life:
                         self._look_around()
                 away = False
             except Exception as error:  # whatever stands in others' keys: the lease must be renewed
-                self._calm = time.monotonic() + CALM
+                self._calm, self._server = time.monotonic() + CALM, None
                 if not away:
                     away = True
                     log.warning("%s: no sign of life could be given: %s", self.source.name, error)
@@ -152,7 +152,7 @@ class Life:
         """Take what dead processes had in hand back to its queues; not after a restart, or with another server after a failover,
         that no command of ours has failed of: signs of life may be lost, and all need the time to give new ones."""
         before, self._server = self._server, self.home.client.info("server").get("run_id")
-        if self._server != before:
+        if before not in (None, self._server):
             self._calm = time.monotonic() + CALM
             return
         for name in self.home.script("orphans"):
