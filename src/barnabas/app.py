@@ -204,8 +204,8 @@ class App:
 
         tz ("UTC"): the time zone of the line. on_missed: what becomes of ticks at which no worker ran: "once" (one run for the
         last of them), "skip", "all". overlap (False): whether a run is enqueued while the last one has not ended; with "all"
-        they follow each other. name: where a job has several. A function with a parameter gets the time of the tick, a
-        datetime. Each tick is enqueued once over all processes, whichever run the job's queue.
+        they follow each other. name: where a job has several. A function with a parameter gets the time of the tick:
+        `at: datetime` (a text without that annotation). Each tick is enqueued once over all processes, whichever run its queue.
         """
         from barnabas.jobs.cron import Schedule  # most apps have none
 

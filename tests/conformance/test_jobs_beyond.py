@@ -125,6 +125,7 @@ def test_results_that_cannot_be_encoded_are_dead_with_the_reason(place, app, val
     assert waiting(app) == {"scheduled": 0, "retry": 0, "dead": 1}
     (failure,) = failures(app)
     assert failure.outcome == "dead" and "cannot be kept or handed on" in failure.reason
+    assert ("argument 1" in failure.reason) == (what == "chain")
 
 
 def test_impossible_chains_are_refused_where_they_stand(app):

@@ -179,7 +179,7 @@ class End:
                 if made is not None:
                     hand.add(made)
             if more.result_ttl is not None:
-                value = dumps(self._payload.name, out)
+                value = dumps(out)
                 if len(value) > app.settings.value_limit:
                     raise PayloadError(f"it is {len(value)} bytes, and value_limit is {app.settings.value_limit}")
                 hand.add(_result(self._payload.jid, Outcome(msgspec.Raw(value)), now + more.result_ttl))

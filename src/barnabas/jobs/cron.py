@@ -61,7 +61,7 @@ class Schedule:
         if (line is None) == (every is None):
             self._refuse("every", every, "give either a cron line or every=timedelta(...)")
         if job._least > 1:
-            self._refuse("job", job.name, "its function gets no argument, or one, the time of the tick (a datetime)")
+            self._refuse("job", job.name, "its function gets no argument, or one, the time of the tick (at: datetime)")
         if every is not None:
             if not isinstance(every, timedelta) or every.microseconds or every < timedelta(seconds=1) or tz is not None:
                 self._refuse("every", every, "give a timedelta of whole seconds, 1 or more, and no tz")

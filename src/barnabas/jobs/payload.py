@@ -135,15 +135,15 @@ def build_many(name: str, calls: Sequence[Sequence[Any]], jids: Sequence[str], *
     return [build(name, args, queue=queue, retry=retry, jid=jid, now=at, extra=extra) for args, jid, at in each]
 
 
-def dumps(name: str, value: Any) -> bytes:
-    """The JSON of a value that job `name` returned. Raises PayloadError as `build` does."""
+def dumps(value: Any) -> bytes:
+    """The JSON of a value that a job returned. Raises PayloadError as `build` does."""
     try:
         data = _encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        _check(name, [value])
+        _check("", [value])
         raise PayloadError(str(error)) from error
     if data.find(b"null") >= 0:
-        _check(name, [value])
+        _check("", [value])
     return data
 
 
@@ -159,7 +159,7 @@ def hooked(hooks: Sequence[Callable[[dict[str, Any]], Any]], payload: bytes, que
 
 
 def _check(name: str, args: Sequence[Any]) -> None:
-    """Raise PayloadError for the first argument that Ruby could not read back."""
+    """Raise PayloadError for the first argument of this job (of "": what it returned) that Ruby could not read back."""
     for index, value in enumerate(args, 1):
         fault = None
         try:
@@ -172,7 +172,7 @@ def _check(name: str, args: Sequence[Any]) -> None:
         except (TypeError, ValueError, OverflowError) as error:
             fault = f"it has no JSON form ({error}); send its id, or a str, number, list or dict"
         if fault:
-            raise PayloadError(f"job {name!r}, argument {index} ({type(value).__name__}): {fault}")
+            raise PayloadError(f"{f'job {name!r}, argument {index} ' if name else ''}({type(value).__name__}): {fault}")
 
 
 def _fault(value: Any, depth: int) -> str | None:

@@ -187,7 +187,7 @@ class Steps(Generic[T]):
 
     def _note(self) -> OutgoingJob:
         try:
-            cursor = dumps("steps", self._at)
+            cursor = dumps(self._at)
         except PayloadError as error:
             raise BadSteps(f"a cursor is what JSON can say, an id or a time as text: {error}") from None
         if len(cursor) > MOST:
