@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from barnabas import backends
 from barnabas.clock import Clock
 from barnabas.consumer import Consumer, check_name, refuse_unknown
-from barnabas.engine.hooks import after, before, check_function, check_hook, refuse_async
+from barnabas.engine.hooks import after, before, check_hook, refuse_async
 from barnabas.engine.observe import Observer, Observers
 from barnabas.errors import DeclarationError, SendError
 from barnabas.job import OPTIONS as JOB_OPTIONS
@@ -190,14 +190,8 @@ class App:
         return Job(self, elsewhere, name=name, **options)
 
     def cron(
-        self,
-        line: str | None = None,
-        *,
-        every: timedelta | None = None,
-        tz: str | None = None,
-        on_missed: str = "once",
-        overlap: bool = False,
-        name: str | None = None,
+        self, line: str | None = None, *, every: timedelta | None = None, tz: str | None = None, on_missed: str = "once",
+        overlap: bool = False, name: str | None = None,
     ) -> Callable[[Any], Job]:
         """Enqueue a job by the clock: decorates a job, or a function, which becomes one. `line`: "*/5 * * * *", or with six
         fields the first is seconds; `every=timedelta(...)`: whole seconds, counted from the epoch.
@@ -299,26 +293,26 @@ class App:
 
     def before_enqueue(self, function: F) -> F:
         """`function(job)` sees each job's fields before it is stored; it may change them, or return False to refuse."""
-        check_function(function, "before_enqueue")
+        check_hook(function, "before_enqueue")
         self.enqueue_hooks.append(function)
         return function
 
     def on_start(self, function: F) -> F:
         """Runs once in each worker process before its first delivery: open pools here. May be async: then it runs on
         the event loop of the async handlers."""
-        check_function(function, "on_start", may_await=True)
+        check_hook(function, "on_start")
         self.start_hooks.append(function)
         return function
 
     def on_stop(self, function: F) -> F:
         """Runs once in each worker process after its last delivery. May be async."""
-        check_function(function, "on_stop", may_await=True)
+        check_hook(function, "on_stop")
         self.stop_hooks.append(function)
         return function
 
     def observe(self, observer: Observer) -> Observer:
         """Hand every Settled, Failed and Statistics record to `observer`; it may look, never change."""
-        check_function(observer, "observe")
+        check_hook(observer, "observe")
         self.observers.watchers.append(observer)
         return observer
 

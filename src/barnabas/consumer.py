@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from barnabas.engine.handler import Handler, Route, make_route
-from barnabas.engine.hooks import check_hooks, refuse_async
+from barnabas.engine.hooks import check_hooks, check_takes, refuse_async
 from barnabas.engine.observe import Observers
 from barnabas.engine.respond import RespondTo, respond_to
 from barnabas.errors import DeclarationError
@@ -108,7 +108,15 @@ class Consumer:
         self.hooks = check_hooks(self.owner, options.get("hooks", []))
         self.batch: Batch = options.get("batch") or Batch()
         self._check(options)
+        if self.is_class:
+            check_takes(self.owner, target)
+            for method, *arguments in (["set_up"], ["tear_down"], ["assigned", "partitions"], ["revoked", "partitions"]):
+                if inspect.isfunction(inspect.getattr_static(target, method, None)):
+                    check_takes(self.owner, getattr(target, method), "self", *arguments)
         self.responds = self._responds(options)
+        for thing in (*self.topics, *self.tables, *(answer.topic for answer in self.responds)):
+            if thing.app is not app:  # its messages are where that app's settings say, which need not be here
+                raise DeclarationError(f"{self.owner}: {thing!r} belongs to {thing.app!r}; declare it in {app!r} as well")
         self.instance: Any = None
         routes = self.routes(target)
         self.awaited = inspect.iscoroutinefunction(routes[0].function)
@@ -146,6 +154,8 @@ class Consumer:
             self._refuse("group", self.group, "there `barnabas dead` keeps what was dealt with; give another name= or group=")
         if not self.topics or not all(isinstance(t, Topic) for t in self.topics):
             self._refuse("topics", self.topics, "give a topic, as app.topic(...) returns it, or a list of them")
+        if len({topic.name for topic in self.topics}) < len(self.topics):
+            self._refuse("topics", self.topics, "name each topic once")
         if self.start not in ("earliest", "latest"):
             self._refuse("start", self.start, 'give "earliest" or "latest"; `barnabas reset` moves an existing group')
         n = self.concurrency

@@ -47,9 +47,7 @@ class Letter(msgspec.Struct, frozen=True):
 
 def told(message: Stored) -> dict[str, str]:
     """What a dead letter's headers tell: reason, exception, traceback, attempts, group, topic, partition, offset, ..."""
-    return {
-        name.removeprefix(MARK): data.decode(errors="replace") for name, data in message.headers if name.startswith(MARK)
-    }
+    return {name.removeprefix(MARK): data.decode(errors="replace") for name, data in message.headers if name.startswith(MARK)}
 
 
 def letters(

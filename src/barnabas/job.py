@@ -14,7 +14,7 @@ from barnabas.codec import known, make_codec
 from barnabas.consumer import check_call, check_name, check_priority, check_queue, check_timeout, refuse_unknown
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.handler import refuse_generator
-from barnabas.engine.hooks import check_hooks, refuse_async
+from barnabas.engine.hooks import check_hooks, check_takes, refuse_async
 from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError
 from barnabas.future import Future, gathered, resolved
 from barnabas.jobs.beyond import KEPT, read_outcome
@@ -112,9 +112,11 @@ class Job:
         check_priority(self.owner, self.priority)
         for option in CALLED:
             function = getattr(self, option)
+            takes = "count, error, job" if option == "retry_delay" else "job, error"
             if function is not None and (not callable(function) or inspect.iscoroutinefunction(function)):
-                takes = "count, error, job" if option == "retry_delay" else "job, error"
                 self._refuse(option, function, f"give a plain function({takes}), not an `async def`: it runs between two jobs")
+            elif function is not None:
+                check_takes(f"{self.owner}: {option}", function, *takes.split(", "))
 
     def _plan(self) -> None:
         """Read the signature once: how many arguments, and how stored ones are decoded by their annotations."""
@@ -173,10 +175,17 @@ class Job:
         bound.apply_defaults() if kwargs else None
         return bound.args
 
+    def _tuple(self, arguments: Any) -> tuple[Any, ...]:
+        if not isinstance(arguments, tuple | list):
+            raise SendError(f"{self.owner}: enqueue_many([{arguments!r}]): give a tuple of arguments for each job, such as (42,)")
+        return tuple(arguments)
+
     def _new_id(self, now: bool, call: Mapping[str, Any] = _NONE) -> tuple[str, Future[str] | None]:
         """An id: derived from its cause inside a handler (with the future that is held back there), else at random."""
         hand = CURRENT.get()
         if hand is not None and hand.open and not now:
+            if hand.app is not self.app:
+                hand.refuse(self)
             future: Future[str] = hand.future(derived_jid)
             return future.id, future  # type: ignore[return-value]
         return call["batch"].new_jid() if "batch" in call else new_jid(), None
@@ -356,18 +365,11 @@ class Job:
         return Options(self, _NONE).then(*jobs)
 
     def options(
-        self,
-        *,
-        queue: str | None = None,
-        retry: bool | int | None = None,
-        tags: list[str] | None = None,
-        expires_in: float | None = None,
-        priority: int | None = None,
-        now: bool = False,
-        batch: Any = None,
+        self, *, queue: str | None = None, retry: bool | int | None = None, tags: list[str] | None = None,
+        expires_in: float | None = None, priority: int | None = None, now: bool = False, batch: Any = None,
     ) -> "Options":
-        """The same job with other options for the next call: `job.options(queue="slow").enqueue(...)`. batch: an app.batch()
-        that it is to be of."""
+        """The same job with other options for the next call: `job.options(queue="slow").enqueue(...)`. now: inside a handler,
+        it leaves at once. batch: an app.batch() that it is to be of."""
         if queue is not None:
             check_queue(self.owner, queue)
         if retry is not None and (not isinstance(retry, int) or retry < 0):
@@ -457,12 +459,13 @@ class Options:
         """As Job.enqueue_many."""
         job, call = self._job, self._call
         if job.queued:  # each may be refused
-            return gathered([job._enqueue(tuple(args), _NONE, None, call) for args in arguments])
+            return gathered([job._enqueue(args, _NONE, None, call) for args in map(job._tuple, arguments)])
         hand = CURRENT.get()
         held = hand is not None and hand.open and "now" not in call
         out, calls, least, most = list[OutgoingJob](), iter(arguments), job._least, job._most
         while chunk := [
-            args if least <= len(args := tuple(each)) <= most else job._positions(args, _NONE) for each in islice(calls, 1000)
+            args if type(args) is tuple and least <= len(args) <= most else job._positions(job._tuple(args), _NONE)
+            for args in islice(calls, 1000)
         ]:
             ids = [job._new_id(not held, call)[0] for _ in chunk] if held or "batch" in call else new_jids(len(chunk))
             out += job._alike(chunk, call, ids)

@@ -118,13 +118,11 @@ def groups(app: App) -> list[GroupLag]:
             seconds = _age(app, at, following) if count else 0.0
             parts.append(PartitionLag(group, at.topic, at.partition, at.end, at.offset, count, seconds, at.owner, stands))
         counted = [part for part in parts if part.open or part.state != "not read"] or parts
-        found.append(
-            GroupLag(
-                group, consumer.name if consumer is not None else None, list(dict.fromkeys(at.topic for at in own)),
-                sum(part.open for part in parts), max(part.seconds for part in parts), members,
-                max((part.state for part in counted), key=STATES.index), parts,
-            )
-        )
+        found.append(GroupLag(
+            group, consumer.name if consumer is not None else None, list(dict.fromkeys(at.topic for at in own)),
+            sum(part.open for part in parts), max(part.seconds for part in parts), members,
+            max((part.state for part in counted), key=STATES.index), parts,
+        ))  # fmt: skip
     return found
 
 

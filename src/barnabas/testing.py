@@ -157,9 +157,10 @@ class Trial:
         self.app.observers.watchers.append(self._saw)
         if not self.app.consumers and not self.app.job_handlers:
             return
-        self._worker = worker = Worker(self.app, inline=True)
+        worker = Worker(self.app, inline=True)
         worker.drive = lambda coroutine: _off_loop(lambda: self._runner.run(coroutine))
         worker.start()
+        self._worker = worker
         for runner in worker.runners:
             for crew in runner.crews:
                 crew.lanes.wait = min(crew.lanes.wait, NO_WAIT)

@@ -25,7 +25,7 @@ class Retention:
 
     def __init__(self, age: float | None = 7 * 86400.0, size: int | None = None, force: bool = False) -> None:
         for name, value in (("age", age), ("size", size)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
                 unit = "seconds" if name == "age" else "bytes"
                 raise DeclarationError(f"Retention({name}={value!r}): give {unit} above 0, or None for no limit")
         if not isinstance(force, bool):
@@ -48,6 +48,8 @@ class Topic(Generic[T]):
         self.rekeyed, self.parent = rekeyed, parent
         self.adjust(partitions, retention, limit)
         self.encode, self.decode = make_codec(owner, type_, codec)
+        if codec == "raw" and isinstance(key, str):
+            raise DeclarationError(f'{owner}: key={key!r}: codec="raw" carries bytes, without fields; give a function of them')
         self._key = make_key(owner, type_, key)
 
     def __repr__(self) -> str:
@@ -144,6 +146,8 @@ class Topic(Generic[T]):
         """
         hand = CURRENT.get()
         if hand is not None and hand.open and not now:
+            if hand.app is not self.app:
+                hand.refuse(self)
             hand.sent = index = hand.sent + 1  # what hand.future does, without the call
             held: Future[Message[T]] = Future((id_of, _message_id, hand.run.part, hand.row, index), hand)
             hand.add(self.outgoing(value, key, headers, timestamp, partition, held))
@@ -157,6 +161,8 @@ class Topic(Generic[T]):
         are durable. Inside a handler they leave when it has returned."""
         hand = CURRENT.get()
         if hand is not None and hand.open:
+            if hand.app is not self.app:
+                hand.refuse(self)
             count = 0
             for value in values:
                 hand.add(self._from(value))

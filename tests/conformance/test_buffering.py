@@ -307,6 +307,24 @@ def test_a_send_to_an_unknown_partition_fails_the_handler(place, app, numbers, o
     assert place.values(out) == [2]
 
 
+def test_what_another_app_declares_never_goes_where_that_app_does_not_look(place, app, numbers, out):
+    other = place.app("other")
+    theirs, work = other.topic("theirs", int), other.job(name="work")(lambda n: None)
+
+    @app.consumer(numbers, retry=Retry(0))
+    def read(n: int):
+        out.send(n)
+        if n == 3:
+            return theirs.send(n, now=True).result(5)
+        (theirs.send, lambda n: theirs.send_many([n]), work.enqueue)[n](n)
+
+    numbers.send_many([0, 1, 2, 3]).result(5)
+    place.drain(app)
+    reasons = [dict(m.headers)["barnabas-reason"].decode() for m in place.dead(numbers)]
+    assert len(reasons) == 3 and all("belongs to <app other>, and this handler to <app shop>" in why for why in reasons)
+    assert place.values(out) == [3] and place.values(theirs) == [3]
+
+
 def test_a_value_that_cannot_be_sent_fails_the_handler(place, app, numbers, out):
     small = app.topic("small", codec="raw", limit=10)
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from barnabas import App, Batch, Delivery, Respond, Retention, Retry, respond_to
-from barnabas.errors import BarnabasError, DeclarationError, SettingError
+from barnabas.errors import BarnabasError, DeclarationError, SendError, SettingError
 
 
 class Order(msgspec.Struct):
@@ -53,6 +53,13 @@ def plain(delivery): ...
 
 def generator(delivery):
     yield
+
+
+def nothing_around():
+    yield
+
+
+def two(self, order): ...
 
 
 def consume(function: Any = handler, **options: Any) -> Any:
@@ -102,11 +109,14 @@ REFUSED = {
     "rekeyed": (topic(rekeyed="yes"), "rekeyed", "'yes'", "True or False"),
     "age": (call(Retention, age=0), "age", "0", "seconds above 0"),
     "age of another kind": (call(Retention, age="7d"), "age", "'7d'", "seconds above 0"),
+    "age nan": (call(Retention, age=float("nan")), "age", "nan", "seconds above 0"),
+    "key of bytes": (topic(codec="raw", key="id"), "key", "'id'", "give a function"),
     "size": (call(Retention, size=-1), "size", "-1", "bytes above 0"),
     "force": (call(Retention, force=1), "force", "1", "True"),
     # consumers
     "consumer topics": (lambda app: app.consumer([])(handler), "topics", "[]", "app.topic(...)"),
     "consumer topics by name": (lambda app: app.consumer("orders")(handler), "topics", "'orders'", "app.topic(...)"),
+    "one topic twice": (lambda app: app.consumer([app.orders] * 2)(handler), "topics", "<topic orders>", "each topic once"),
     "consumer name": (consume(name=""), "name", "''", "give a text"),
     "consumer name without end": (consume(name="a" * 201), "name", "aaa", "up to 200"),
     "queue without end": (job(queue="a" * 201), "queue", "aaa", "up to 200"),
@@ -219,6 +229,17 @@ REFUSED = {
     "on_start": (lambda app: app.on_start(NOTHING), "on_start", "<nothing>", "function"),
     "on_stop": (lambda app: app.on_stop(generator), "on_stop", "generator", "function"),
     "observe": (lambda app: app.observe(NOTHING), "observe", "<nothing>", "function"),
+    "hooks that take nothing": (consume(hooks=[nothing_around]), "hooks", "nothing_around", "(delivery)"),
+    "around that takes nothing": (lambda app: app.around(nothing_around), "around", "nothing_around", "(delivery)"),
+    "before of two": (lambda app: app.before(two), "before", "two", "(delivery)"),
+    "after of one": (lambda app: app.after(plain), "after", "plain", "(delivery, outcome)"),
+    "before_enqueue of two": (lambda app: app.before_enqueue(two), "before_enqueue", "two", "(job)"),
+    "on_start of one": (lambda app: app.on_start(plain), "on_start", "plain", "without arguments"),
+    "observe of two": (lambda app: app.observe(two), "observe", "two", "(record)"),
+    "on_death of one": (job(on_death=plain), "on_death", "plain", "(job, error)"),
+    "class with an argument": (consume(type("K", (), {"__init__": two, "process": two})), "K", "K", "without arguments"),
+    "set_up with an argument": (consume(type("K", (), {"set_up": two, "process": two})), "K", "two", "(self)"),
+    "revoked without one": (consume(type("K", (), {"revoked": plain, "process": two})), "K", "plain", "(self, partitions)"),
     "observe async": (lambda app: app.observe(async_handler), "observe", "async_handler", "plain function"),
 }  # fmt: skip
 
@@ -298,6 +319,22 @@ def test_a_refused_declaration_leaves_nothing_behind(app):
         job(name="mail", retry=-1)(app)
     consume(name="two")(app)
     job(name="mail")(app)
+
+
+@pytest.mark.parametrize("of", ["topic", "responds", "tables"])
+def test_what_belongs_to_another_app_is_refused(app, of):
+    other = App("other", events="memory:", jobs="memory:")
+    theirs = other.table("sums", int) if of == "tables" else other.topic("theirs", Order)
+    with pytest.raises(DeclarationError, match=r"belongs to <app other>; declare it in <app shop> as well"):
+        app.consumer(theirs)(handler) if of == "topic" else consume(**{of: [theirs]})(app)
+
+
+@pytest.mark.parametrize("wrong", [1, "a", {"x": 1}])
+def test_a_call_of_enqueue_many_that_is_no_tuple_is_refused(app, wrong):
+    found = job()(app)
+    with pytest.raises(SendError, match=rf"job 'plain': enqueue_many\(\[{re.escape(repr(wrong))}\]\): give a tuple"):
+        found.enqueue_many([(1,), wrong])
+    assert len(found.enqueue_many([(1,), [2]]).result(5)) == 2
 
 
 def test_two_tables_of_one_name_are_refused(app):

@@ -8,16 +8,16 @@ from importlib import import_module
 from typing import Any
 
 from barnabas.errors import SettingError
-from barnabas.ports import Backend
 
 _FILES = {"sqlite": "sqlite", "memory": "memory", "kafka": "kafka", "redis": "redis", "rediss": "redis"}
 _open: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_ended: list[bool] = []  # the process is at its end
 _inherited: list[Any] = []  # a forked child keeps its parent's backends, and with them its handles, untouched, here
 _EXTRAS = {"kafka": "confluent_kafka", "redis": "redis", "rediss": "redis"}  # the drivers, installed as barnabas[NAME]
 
 
-def open_url(url: str, settings: Any, kind: str, clock: Any) -> Backend:
-    """Open the backend of a URL for "events" or "jobs"."""
+def open_url(url: str, settings: Any, kind: str, clock: Any) -> Any:
+    """Open the Backend of a URL for "events" or "jobs"."""
     scheme = url.split(":", 1)[0]
     if scheme not in _FILES:
         raise SettingError(f"{kind}={url!r}: no backend for {scheme}: yet; use sqlite:///FILE or memory:")
@@ -29,10 +29,13 @@ def open_url(url: str, settings: Any, kind: str, clock: Any) -> Backend:
         if error.name != _EXTRAS.get(scheme):
             raise
         raise SettingError(f"{kind}={url!r}: {error.name} is not installed; pip install 'barnabas[{_FILES[scheme]}]'") from None
-    backend: Backend = module.open_backend(url, settings, clock)
+    backend = module.open_backend(url, settings, clock)
     if scheme != "memory":
         _open.add(backend)
         _look_after()
+        if _ended:  # a send of somebody's own exit function, behind ours: nobody flushes it later
+            send = backend.send
+            backend.send = lambda *given: (send(*given), backend.flush(settings.send_timeout))
     return backend
 
 
@@ -44,6 +47,7 @@ def _look_after() -> None:
 
 
 def _at_exit() -> None:
+    _ended.append(True)
     for backend in list(_open):
         backend.close()
 

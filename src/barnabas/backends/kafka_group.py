@@ -117,14 +117,10 @@ class KafkaMember:
     def _join(self) -> None:
         home = self.home
         fixed = {
-            "group.id": home.prefix + self.group,
-            "enable.auto.commit": False,
-            "enable.auto.offset.store": False,
-            "auto.offset.reset": "error",
-            "allow.auto.create.topics": False,
-            "on_commit": self._on_commit,
-            "stats_cb": home.statistics,
-        }
+            "group.id": home.prefix + self.group, "enable.auto.commit": False, "enable.auto.offset.store": False,
+            "auto.offset.reset": "error", "allow.auto.create.topics": False,
+            "on_commit": self._on_commit, "stats_cb": home.statistics,
+        }  # fmt: skip
         home.join()
         fixed["client.id"] = home.name
         if instance := home.options.get("group.instance.id"):
@@ -138,11 +134,9 @@ class KafkaMember:
         classic = str(home.options.get("group.protocol", "classic")).lower() == "classic"
         self._eager = classic and not strategy.startswith("cooperative")
         self._consumer.subscribe(
-            self._names,
-            on_assign=self._safe(self._on_assign),
-            on_revoke=self._safe(self._on_revoke),
+            self._names, on_assign=self._safe(self._on_assign), on_revoke=self._safe(self._on_revoke),
             on_lost=self._safe(self._on_lost),
-        )
+        )  # fmt: skip
 
     def _safe(self, callback: Any) -> Any:
         """The driver crashes where a callback raises: the error waits for the next fetch, which makes a new consumer."""

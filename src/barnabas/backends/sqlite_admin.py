@@ -26,12 +26,10 @@ MOVED = 1000  # jobs moved in one transaction
 REPORTS = 2.0  # seconds between two reports that are stored
 # How the jobs of a state are found (each has its index), and in which order they run.
 _FOUND = {
-    "work": ("j.owner IS NOT NULL", "id"),
-    "ready": ("j.state = 0", "rank"),
-    "retry": ("j.at IS NOT NULL AND j.state = 3", "at"),
-    "scheduled": ("j.at IS NOT NULL AND j.state = 2", "at"),
+    "work": ("j.owner IS NOT NULL", "id"), "ready": ("j.state = 0", "rank"),
+    "retry": ("j.at IS NOT NULL AND j.state = 3", "at"), "scheduled": ("j.at IS NOT NULL AND j.state = 2", "at"),
     "dead": ("j.died IS NOT NULL", "died"),
-}
+}  # fmt: skip
 # Those in work are never touched, and what is there already does not move.
 _MOVES = {
     "ready": "UPDATE jobs SET lock = iif(state = 4, :lock, lock), state = 0, at = NULL, died = NULL, note = NULL, crashes = 0, "

@@ -31,9 +31,7 @@ WAITERS = 500  # jobs that are put aside in one transaction, as another runs tha
 class SqliteQueues(Fetcher):
     """The queues of one worker. Claims ride in the transaction that settles what is done."""
 
-    def __init__(
-        self, home: "SqliteBackend", queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any
-    ) -> None:
+    def __init__(self, home: "SqliteBackend", queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any) -> None:
         super().__init__(home, listener)
         self._guard = guard
         self._runs: dict[int, Sequence[Need]] = {}  # whose slots jobs in hand have

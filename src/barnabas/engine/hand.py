@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
-from barnabas.errors import WaitInHandler
+from barnabas.errors import SendError, WaitInHandler
 from barnabas.future import Future
 from barnabas.message import Key, Outgoing, OutgoingJob, Row, offset_of
 from barnabas.ports import Part
@@ -29,6 +30,7 @@ class Hand:
     """The sends and table writes of the delivery a worker has in hand. `used` says that there are any."""
 
     # Defaults on the class, and nothing to initialize: an async worker makes a hand a message, and most touch none of these.
+    app: Any = None
     open = False
     used = False
     sent = 0
@@ -49,6 +51,12 @@ class Hand:
                 "a send inside a handler leaves after the handler returned, so waiting for it here would never end; "
                 "to send at once, whatever becomes of this message, use send(..., now=True)"
             )
+
+    def refuse(self, target: Any) -> None:
+        """Refuse what another app declares: it would be stored with this handler's position, where that app never looks."""
+        if self.app is not None:
+            where = f"{target!r} belongs to {target.app!r}, and this handler to {self.app!r}"
+            raise SendError(f"{where}: declare it there as well, or let it leave at once, by now=True")
 
     def add(self, output: Outgoing | OutgoingJob) -> None:
         """Hold this back until the handler returns."""
@@ -113,15 +121,18 @@ class Hand:
         self.sent = 0
 
 
-def maker(tables: Any) -> Callable[[], Hand]:
-    """What makes a hand that writes to these tables, if any."""
+@lru_cache(64)
+def maker(handler: Any) -> Callable[[], Hand]:
+    """What makes hands for a handler, which write to its tables, if it has any."""
+    tables = handler.tables
+    own: Any = type("Hand", (Hand,), {"app": handler.app, "tables": tables, "names": tables.names if tables else frozenset()})
 
     def make() -> Hand:
-        hand = Hand()
-        hand.tables, hand.names, hand.cells = tables, tables.names, {}
+        hand: Hand = own()
+        hand.cells = {}
         return hand
 
-    return Hand if tables is None else make
+    return own if tables is None else make
 
 
 CURRENT: ContextVar[Hand | None] = ContextVar("barnabas_hand", default=None)

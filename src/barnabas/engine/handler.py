@@ -121,7 +121,7 @@ class Handler:
 
     def __init__(self, consumer: Any, routes: Sequence[Route], hooks: Sequence[Any], observers: Observers) -> None:
         first = routes[0]
-        self.consumer = consumer
+        self.consumer, self.app = consumer, consumer.app
         self.name: str = consumer.name
         self.group: str = consumer.group
         self.timeout: float | None = consumer.timeout
@@ -220,11 +220,9 @@ class Handler:
 
     def call_batch(self, run: Run, rows: Sequence[Row], values: list[Any]) -> Any:
         """Call a batch handler."""
-        deliveries = (
-            [self.delivery(run.part, row, value) for row, value in zip(rows, values, strict=True)]
-            if self._hooked or self._deliveries
-            else []
-        )
+        deliveries = []
+        if self._hooked or self._deliveries:
+            deliveries = [self.delivery(run.part, row, value) for row, value in zip(rows, values, strict=True)]
         args: list[Any] = [deliveries] if self._hooked else []
         route = self.routes[run.part.topic]
         if self._dispatch:

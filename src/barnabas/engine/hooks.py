@@ -4,6 +4,7 @@ Written once, driven by sync and async handlers alike; `enter`, `leave` and `fai
 one `await`. Async generators serve async handlers only.
 """
 
+import contextlib
 import inspect
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any
@@ -15,23 +16,33 @@ from barnabas.verdict import Done
 Hook = Callable[[Any], Generator[None, Any, Any] | AsyncGenerator[None, Any]]
 
 
+ARGUMENTS = {"around": ["delivery"], "after": ["delivery", "outcome"], "before": ["delivery"], "before_enqueue": ["job"],
+             "on_start": [], "on_stop": [], "observe": ["record"]}  # fmt: skip
+
+
+def check_takes(owner: str, function: Any, *arguments: str) -> None:
+    """Refuse a function that cannot be called as it will be: every delivery would fail at it."""
+    try:
+        with contextlib.suppress(ValueError):  # some builtins do not say what they take
+            inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        got = f"with ({', '.join(arguments)})" if arguments else "without arguments"
+        raise DeclarationError(f"{owner}: {function!r} is called {got}, and cannot be: {error}") from None
+
+
 def check_hook(hook: Any, kind: str) -> None:
-    """Refuse a hook that is not a generator function (around) or a plain function (before, after)."""
+    """Refuse what is no generator function (around) or no plain function (all others; on_start and on_stop may be async)."""
     generator = inspect.isgeneratorfunction(hook) or inspect.isasyncgenfunction(hook)
     if kind == "around" and not generator:
         raise DeclarationError(
             f"@app.around on {hook!r}: a hook is a generator function with one `yield`; for a plain function use "
             "@app.before or @app.after"
         )
-    if kind != "around" and (generator or inspect.iscoroutinefunction(hook) or not callable(hook)):
-        raise DeclarationError(f"@app.{kind} on {hook!r}: give a plain function; a generator belongs under @app.around")
-
-
-def check_function(function: Any, kind: str, *, may_await: bool = False) -> None:
-    """Refuse what is no plain function (before_enqueue, observe; on_start and on_stop may be async)."""
-    generator = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
-    if not callable(function) or generator or (inspect.iscoroutinefunction(function) and not may_await):
-        raise DeclarationError(f"@app.{kind} on {function!r}: give a {'function' if may_await else 'plain function'}")
+    plain = kind not in ("on_start", "on_stop")
+    if kind != "around" and (generator or not callable(hook) or (plain and inspect.iscoroutinefunction(hook))):
+        may = "plain function; a generator belongs under @app.around" if plain else "function, plain or async"
+        raise DeclarationError(f"@app.{kind} on {hook!r}: give a {may}")
+    check_takes(f"@app.{kind}", hook, *ARGUMENTS[kind])
 
 
 def refuse_async(owner: str, awaited: bool, hooks: Sequence[Any]) -> None:
@@ -51,6 +62,7 @@ def check_hooks(owner: str, hooks: Any) -> list[Any]:
     for hook in hooks:
         if not (inspect.isgeneratorfunction(hook) or inspect.isasyncgenfunction(hook)):
             raise DeclarationError(f"{owner}: hooks=[{hook!r}]: a hook is a generator function with one `yield`")
+        check_takes(f"{owner}: hooks=[...]", hook, "delivery")
     return list(hooks)
 
 

@@ -24,7 +24,7 @@ async def work(crew: "Crew", slot: int) -> None:
     """Run deliveries one at a time until the crew says stop (`take` gives None and there is nothing to wait for)."""
     handler = crew.handler
     function, decode, bind, answer = handler.function, handler.decode, handler.bind, handler.answer
-    awaited, new_hand = handler.awaited, maker(handler.tables)
+    awaited, new_hand = handler.awaited, maker(handler)
     past: Any = crew.cancelled if awaited else crew.late
     take, monotonic, box, at_box = crew.take, crew.monotonic, crew.box, slot * SLOT + crew.base + 1
     hand = crew.hands[slot] = new_hand()
@@ -121,7 +121,7 @@ async def _call(crew: "Crew", slot: int, run: Any, rows: Sequence[Any]) -> BaseE
     """Call the batch handler for these rows, without those that cannot be decoded. Those are dead on their own, once
     the others are done: a batch that is retried meets them again."""
     handler = crew.handler
-    hand = maker(handler.tables)()
+    hand = maker(handler)()
     hand.run, hand.row, hand.open, hand.keys = run, rows[0], True, None
     CURRENT.set(hand)
     decode = handler.decoder(run.part.topic)

@@ -42,9 +42,7 @@ _state = msgspec.json.Decoder(State).decode
 class Schedule:
     """When a job is enqueued: as a cron line says, or `every` so often, counted from the epoch."""
 
-    def __init__(
-        self, job: Any, line: Any, every: Any, tz: Any, on_missed: Any, overlap: Any, name: Any
-    ) -> None:
+    def __init__(self, job: Any, line: Any, every: Any, tz: Any, on_missed: Any, overlap: Any, name: Any) -> None:
         self.job, self.name = job, job.name if name is None else name
         self.on_missed, self.overlap = on_missed, overlap
         self.note = f"cron:{job.app.name}:{self.name}"

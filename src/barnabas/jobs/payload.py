@@ -87,14 +87,7 @@ class _Job(msgspec.Struct, gc=False):
 
 
 def build(
-    name: str,
-    args: Sequence[Any],
-    *,
-    queue: str,
-    retry: bool | int,
-    jid: str | None = None,
-    now: float,
-    at: bool = False,
+    name: str, args: Sequence[Any], *, queue: str, retry: bool | int, jid: str | None = None, now: float, at: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The JSON of a new job. `now`: epoch seconds. `at`: it is scheduled, so `enqueued_at` is left out.
@@ -361,15 +354,9 @@ Wait = float | Literal["discard", "kill"] | None  # seconds; let it go; no furth
 
 
 def failed(
-    data: bytes,
-    error: BaseException,
-    now: float,
-    *,
-    default_retry: bool | int = DEFAULT_RETRY,
-    rand: Callable[[], float] | None = None,
-    delay: Callable[[int, BaseException, dict[str, Any]], Wait] | None = None,
-    queue: str | None = None,
-    final: bool = False,
+    data: bytes, error: BaseException, now: float, *, default_retry: bool | int = DEFAULT_RETRY,
+    rand: Callable[[], float] | None = None, delay: Callable[[int, BaseException, dict[str, Any]], Wait] | None = None,
+    queue: str | None = None, final: bool = False,
 ) -> Failed:
     """Write a failure at `now` (epoch seconds) into the job and decide what becomes of it, as Sidekiq does.
 

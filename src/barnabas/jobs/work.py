@@ -74,6 +74,7 @@ class Entry:
         if function is None:
             return None
         hand = Hand()
+        hand.app = self.job.app
         hand.run, hand.row, hand.open = run, row, True
         hand.sent = 1 << (20 if option == "on_death" else 21)  # no ids of what a later run of the job may send
         before = CURRENT.set(hand)
@@ -109,6 +110,7 @@ class JobHandler:
         self.awaited = awaited
         self.observers = observers
         self._entries = entries
+        self.app = next((entry.job.app for entry in entries.values()), None)
         self.timed = any(e.job.timeout for e in entries.values())
         self.function: Callable[..., Any] = _call  # (an async job's coroutine is awaited by who calls)
         self.guard = Guard({name: entry.job for name, entry in entries.items()})
@@ -188,14 +190,9 @@ class JobHandler:
         final = isinstance(error, Reject | BadArguments | BadResult | BadSteps)
         locked = clash(entry.job.lock.on_conflict, data, error, now) if entry is not None and isinstance(error, Busy) else None
         outcome = locked or failed(
-            data,
-            error,
-            now,
-            default_retry=entry.job.retry if entry is not None else True,
+            data, error, now, default_retry=entry.job.retry if entry is not None else True,
             delay=entry.delay if entry is not None and (entry.job.retry_delay or isinstance(error, RetryAfter)) else None,
-            **({"rand": lambda: 0.0} if isinstance(error, RetryAfter) else {}),
-            queue=run.part.topic,
-            final=final,
+            **({"rand": lambda: 0.0} if isinstance(error, RetryAfter) else {}), queue=run.part.topic, final=final,
         )
         verdict: Again | Dead
         if entry is not None and outcome.kind != "again":
