@@ -140,6 +140,10 @@ def test_members_that_live_hold_a_placement(shell, home):
     run, (name,) = begun(shell, home, 1)
     with pytest.raises(Refused, match=f"group 'shop-bill' has members: {name}; stop them first"):
         home.place(home.positions())
+    assert {position.owner for position in home.positions()} == {name}
     run.signal(signal.SIGKILL)
     run.end()
+    assert {position.owner for position in home.positions()} == {None}  # nobody has tidied up after it
+    assert "stopped" in shell("lag", "bill").stdout
+    assert "shop-bill is reset" in shell("reset", "bill", "--to", "latest", "--yes").stdout
     home.place(home.positions())

@@ -462,15 +462,13 @@ class Options:
             return gathered([job._enqueue(args, _NONE, None, call) for args in map(job._tuple, arguments)])
         hand = CURRENT.get()
         held = hand is not None and hand.open and "now" not in call
-        out, calls, least, most = list[OutgoingJob](), iter(arguments), job._least, job._most
+        out, calls, low, high = list[OutgoingJob](), iter(arguments), job._least, job._most
         while chunk := [
-            args if type(args) is tuple and least <= len(args) <= most else job._positions(job._tuple(args), _NONE)
-            for args in islice(calls, 1000)
+            a if type(a) is tuple and low <= len(a) <= high else job._positions(job._tuple(a), _NONE) for a in islice(calls, 1000)
         ]:
             ids = [job._new_id(not held, call)[0] for _ in chunk] if held or "batch" in call else new_jids(len(chunk))
             out += job._alike(chunk, call, ids)
-        jids = [made[3] for made in out]
-        if not out:
+        if not (jids := [made[3] for made in out]):
             return resolved(jids)
         last: Future[str] = Future()
         out[-1] = out[-1]._replace(future=last)

@@ -72,13 +72,14 @@ class SqliteAdmin(SqliteStore):
         return f"{HOST}:{os.getpid()}:{number}" if number else ""
 
     def positions(self) -> list[Position]:
-        found = []
+        found, living = [], {process.name for process in self.processes()}  # nobody may have noticed yet who is dead
         for group, topic, number, first, end, offset, open_, *process in self.query(
             f"SELECT n.name, h.topic, h.partition, h.first, h.next, p.offset, p.open, {_PROCESS} "
             "FROM positions p JOIN names n ON n.id = p.grp JOIN heads h ON h.gid = p.gid "
             "LEFT JOIN members m ON m.id = p.member LEFT JOIN processes r ON r.id = m.process ORDER BY 1, 2, 3"
         ):
-            found.append(Position(group, topic, number, first, end, offset, *told(open_), name_of(*process)))
+            owner = name_of(*process)
+            found.append(Position(group, topic, number, first, end, offset, *told(open_), owner if owner in living else None))
         return found
 
     def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
