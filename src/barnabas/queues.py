@@ -51,6 +51,7 @@ def queues(app: App) -> list[QueueInfo]:
 
 class _Fields(msgspec.Struct):
     name: Any = msgspec.field(name="class", default="?")
+    wrapped: Any = None  # Rails: what its ActiveJob runs
     args: msgspec.Raw = msgspec.Raw(b"")
     retry_count: Any = None
     error_class: Any = None
@@ -93,7 +94,8 @@ def entry(job: StoredJob) -> Entry:
     time = max([seconds(stamp) or 0.0 for stamp in stamps] + [job.at or 0.0 if job.state == "dead" else 0.0])
     runs = said.retry_count + 1 if type(said.retry_count) is int else 0
     tags = tuple(tag for tag in said.tags if isinstance(tag, str)) if isinstance(said.tags, list) else ()
-    return Entry(job, str(said.name), bytes(said.args).decode(errors="backslashreplace"), runs, failure, time, tags)
+    name, args = str(said.wrapped or said.name), bytes(said.args).decode(errors="backslashreplace")
+    return Entry(job, name, args, runs, failure, time, tags)
 
 
 def _unfit(job: StoredJob) -> str:
@@ -114,7 +116,8 @@ def locks(app: App, found: Entry) -> dict[str, str]:
     ask = Guard(app.job_handlers)(job.payload)
     said: dict[str, str] = {}
     if ask is not None and job.state == "scheduled" and b'"enqueued_at"' in job.payload:  # it was in its queue before
-        said = {"waits for": "its turn: " + ", ".join(repr(each.limit) for each in app.job_handlers[found.name].limits)}
+        limits = app.job_handlers[parse(job.payload).name].limits
+        said = {"waits for": "its turn: " + ", ".join(repr(each.limit) for each in limits)}
     run = next((need.key for need in ask.needs if need.key.endswith(RUN)), None) if ask is not None else None
     holder = home.holder(run) if run is not None else None
     if run is not None and job.state == "work" and holder == job.jid:

@@ -24,6 +24,7 @@ from barnabas.dead import deal, letters
 from barnabas.engine.observe import Failed
 from barnabas.errors import BackendError, BufferFull, SendError, SettingError
 from barnabas.ports import Part, Result
+from barnabas.queues import jobs
 from barnabas.verdict import Again
 from barnabas.worker import Worker
 
@@ -651,6 +652,8 @@ def test_no_job_is_lost_where_a_key_is_somebody_elses(client, apps, caplog):
 def test_operators_are_shown_the_rest_where_keys_are_somebody_elses_and_rubbish_has_an_address(client, apps, caplog):
     app = apps(queues=["default", "odd"])
     app.foreign_job("mail").enqueue(1).result(5)
+    (rails,) = jobs(app, ["r"]) if client.lpush("queue:default", rubbish(wrapped="Job", jid="r")) else ()
+    assert rails.name == "Job" and client.lpop("queue:default") == rails.job.payload
     client.sadd("queues", "odd"), client.mset({"queue:odd": "x", "retry": "x"})
     client.zadd("dead", {b"no json": 1.0, b"{}": 2.0})
     states = [(state.name, state.ready, state.dead) for state in app.jobs.queue_states()]
