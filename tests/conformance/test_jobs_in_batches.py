@@ -244,6 +244,16 @@ def test_a_cancelled_batch_skips_what_has_not_begun_and_calls_nobody(place, shop
         outer.cancel()
 
 
+def test_what_has_ended_well_in_a_batch_that_is_cancelled_has_ended_well(place, shop):
+    with shop.batch() as outer:
+        shop.work.options(batch=outer).enqueue_in(600, 1)
+        with shop.batch(on_success=shop.callbacks["on_success"]) as inner:
+            inner.enqueue(shop.work, 5)
+    place.drain(shop)
+    outer.cancel()
+    assert [batch.status().state for batch in (outer, inner)] == ["cancelled", "success"]
+
+
 def test_an_error_in_its_block_cancels_a_batch(place, shop):
     with pytest.raises(ZeroDivisionError), shop.batch(**shop.callbacks) as batch:
         batch.enqueue(shop.work, 1)

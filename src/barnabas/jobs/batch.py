@@ -172,7 +172,7 @@ def status(app: Any, id: str) -> Status:
         total = sum(record.counts)
         done = total - is_open - dead
     state = "success" if record.success else "complete" if record.complete else "running" if record.sealed else "filling"
-    if standing(app, id, True) == "cancelled":
+    if not record.success and standing(app, id, True) == "cancelled":
         state = "cancelled"
     times = (record.created, record.death, record.complete, record.success, record.cancelled)
     return Status(id, state, record.description, total, is_open, done, dead, *times, record.parent)
