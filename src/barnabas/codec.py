@@ -60,6 +60,23 @@ def known(type_: Any) -> Any:
     return type_
 
 
+_KINDS = {"IntType": "number", "FloatType": "number", "StrType": "text", "BoolType": "yes or no", "NoneType": "null"}
+_KINDS |= {"ListType": "array"} | dict.fromkeys(("DictType", "StructType", "DataclassType", "TypedDictType"), "object")
+
+
+def misfit(stored: Any, wanted: Any) -> tuple[bool, list[str]]:
+    """Whether no JSON of the first type can be read as the second; and the fields that this must have and the first has not. As
+    far as that is known."""
+    from msgspec import inspect
+
+    nodes = [inspect.type_info(Any if type_ is None or is_pydantic(type_) else type_) for type_ in (stored, wanted)]
+    kinds = [{_KINDS.get(type(each).__name__, "") for each in getattr(node, "types", (node,))} for node in nodes]
+    kinds = [{""} if getattr(node, "array_like", False) else kind for node, kind in zip(nodes, kinds, strict=True)]
+    has, must = [getattr(node, "fields", ()) for node in nodes]
+    lacks = {field.encode_name for field in must if field.required} - {field.encode_name for field in has}
+    return not (kinds[0] & kinds[1] or "" in kinds[0] | kinds[1]), sorted(lacks) if has else []
+
+
 def _raw(value: Any) -> bytes:
     if type(value) is bytes:
         return value

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from barnabas.app import App
+from barnabas.codec import misfit
 from barnabas.consumer import Consumer
 from barnabas.errors import BarnabasError, DeclarationError, UnknownTopic
 from barnabas.job import Job
@@ -101,6 +102,11 @@ def check(app: App) -> tuple[list[str], list[str]]:
         for queue in dict.fromkeys((job.queue, job.retry_queue or job.queue) if queues is not None else ()):
             if queue not in queues:  # type: ignore[operator]
                 warnings.append(f"nothing here runs job {job.name!r}: its queue {queue!r} is not in the setting queues")
+    for consumer in app.consumers.values():
+        for topic, _, params, _ in consumer.routes(consumer.target):
+            if lacks := misfit(topic.type, params.value)[1] if topic.codec == "json" else []:
+                what = f"{consumer.owner} reads {params.value!r}, which needs {', '.join(lacks)}; topic {topic.name!r} carries"
+                warnings.append(f"{what} {topic.type!r}, which has none: messages without are dead")
     used = {table.name for consumer in app.consumers.values() for table in consumer.tables}
     try:
         for name in sorted(used):

@@ -9,6 +9,7 @@ import pytest
 
 from barnabas import App, Batch, Delivery, Respond, Retention, Retry, respond_to
 from barnabas.errors import BarnabasError, DeclarationError, SendError, SettingError
+from barnabas.inspect import check
 
 
 class Order(msgspec.Struct):
@@ -254,6 +255,43 @@ def test_a_bad_declaration_names_the_option_the_value_and_the_way_out(app, decla
     assert value in message, f"no {value!r} in: {message}"
     assert way_out in message, f"no {way_out!r} in: {message}"
     assert len(message) < 500
+
+
+class Bill(msgspec.Struct):
+    order_id: int
+    sum: float = 0.0
+
+
+@pytest.mark.parametrize(
+    ("carried", "read"), [(int, str), (Bill, int), (dict, list[list]), (int | None, bool), (str, Bill)], ids=str
+)
+def test_a_value_that_its_handler_can_never_read_is_refused(app, carried, read):
+    def handle(value): ...
+
+    handle.__annotations__["value"] = read
+    with pytest.raises(DeclarationError, match=r"is read as .*; annotate it as what the topic carries"):
+        app.consumer(app.topic("carried", carried))(handle)
+
+
+@pytest.mark.parametrize(
+    ("carried", "read"), [(int, float), (Bill, dict), (dict, Bill), (None, str), (int | str, str), (Bill, list[Bill])], ids=str
+)
+def test_a_value_that_its_handler_may_be_able_to_read_is_not(app, carried, read):
+    def handle(value): ...
+
+    handle.__annotations__["value"] = read
+    app.consumer(app.topic("carried", carried))(handle)
+
+
+def test_check_warns_of_fields_that_a_handler_needs_and_its_topic_does_not_have():
+    app = App("shop", events="memory:", jobs="memory:")
+
+    def handle(bill: Bill): ...
+
+    app.consumer(app.topic("orders", Order))(handle)
+    app.consumer(app.topic("bills", Bill), name="bills")(handle)
+    [warning] = check(app)[1]
+    assert "'handle'" in warning and "needs order_id; topic 'orders'" in warning
 
 
 @pytest.mark.parametrize(

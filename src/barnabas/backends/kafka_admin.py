@@ -161,11 +161,9 @@ class KafkaAdmin:
         if self.create:
             self.make(topics)
 
-    def missing(
-        self, topics: Iterable[Any], timeout: float = PATIENCE
-    ) -> tuple[list[tuple[Any, int]], list[tuple[Any, int, int]]]:
+    def missing(self, topics: Iterable[Any], wait: float = PATIENCE) -> tuple[list[tuple[Any, int]], list[tuple[Any, int, int]]]:
         """Those that do not exist, with the partitions they are to have; those whose number differs: (topic, is, declared)."""
-        stored = self.metadata(timeout)
+        stored = self.metadata(wait)
         self.names.update({name: self.prefix + name for name in stored})
         absent, differ = {}, []
         for topic in topics:

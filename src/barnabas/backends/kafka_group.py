@@ -133,10 +133,8 @@ class KafkaMember:
         strategy = str(home.options.get("partition.assignment.strategy", "cooperative"))
         classic = str(home.options.get("group.protocol", "classic")).lower() == "classic"
         self._eager = classic and not strategy.startswith("cooperative")
-        self._consumer.subscribe(
-            self._names, on_assign=self._safe(self._on_assign), on_revoke=self._safe(self._on_revoke),
-            on_lost=self._safe(self._on_lost),
-        )  # fmt: skip
+        on_assign, on_revoke, on_lost = map(self._safe, (self._on_assign, self._on_revoke, self._on_lost))
+        self._consumer.subscribe(self._names, on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
 
     def _safe(self, callback: Any) -> Any:
         """The driver crashes where a callback raises: the error waits for the next fetch, which makes a new consumer."""

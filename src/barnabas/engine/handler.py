@@ -6,7 +6,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from barnabas.codec import make_codec
+from barnabas.codec import make_codec, misfit
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.hooks import wrap
 from barnabas.engine.lanes import Run
@@ -113,6 +113,9 @@ def make_route(owner: str, topic: Any, function: Callable[..., Any]) -> Route:
         )
     if params.value is not Any and params.value != topic.type and topic.codec == "json":
         decode = make_codec(owner, params.value, "json")[1]
+        if misfit(topic.type, params.value)[0]:
+            way_out = "annotate it as what the topic carries, or declare the topic with another type"
+            raise DeclarationError(f"{owner}: no {topic.type!r} of topic {topic.name!r} is read as {params.value!r}; {way_out}")
     return Route(topic, function, params, decode)
 
 
