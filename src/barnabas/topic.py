@@ -205,14 +205,10 @@ class Topic(Generic[T]):
         """The Message of a row that a sink stored: (topic, partition, offset, key, value, headers, timestamp)."""
         _, partition, offset, key, value, headers, timestamp = row
         return Message(
-            topic=self.name,
-            value=None if value is None else self.decode(value),  # type: ignore[arg-type]
-            key=key,
-            headers=headers or (),
-            timestamp=timestamp,
-            partition=partition,
+            topic=self.name, value=None if value is None else self.decode(value),  # type: ignore[arg-type]
+            key=key, headers=headers or (), timestamp=timestamp, partition=partition,
             offset=-1 if offset is None else offset,  # a broker that has it from an earlier try does not say where
-        )
+        )  # fmt: skip
 
 
 class _Total:

@@ -10,21 +10,15 @@ from barnabas.errors import SettingError
 log = logging.getLogger("barnabas.kafka")
 
 COMMON = {
-    "enable.metrics.push": False,
-    "socket.keepalive.enable": True,
-    "log.connection.close": False,
+    "enable.metrics.push": False, "socket.keepalive.enable": True, "log.connection.close": False,
     "reconnect.backoff.ms": 10,  # at first, doubled from time to time; 100 costs each new client 50 ms
-}
+}  # fmt: skip
 PRODUCER: dict[str, Any] = {
-    **COMMON,
-    "enable.idempotence": True,
-    "acks": "all",
-    "linger.ms": 2,
+    **COMMON, "enable.idempotence": True, "acks": "all", "linger.ms": 2, "client.id": "barnabas",
     "partitioner": "murmur2_random",  # as Java's
     "sticky.partitioning.linger.ms": 0,  # messages without a key are spread
     "message.max.bytes": 1_000_000_000,  # a topic's own limit decides
-    "client.id": "barnabas",
-}
+}  # fmt: skip
 CONSUMER: dict[str, Any] = {
     **COMMON,
     "fetch.queue.backoff.ms": 10,  # the driver's 1000 costs a factor of six at a backlog
