@@ -177,7 +177,7 @@ def test_undecodable_messages_fail_the_test_and_are_seen_as_bytes(shop):
     @shop.consumer(raw)
     def read(order: bytes): ...
 
-    bad = shop.topic("bad", int)
+    bad = shop.topic("bad")
 
     @shop.consumer(bad, name="other")
     def other(text: str): ...
