@@ -85,7 +85,11 @@ class Shop:
 
         began = perf_counter()
         for order in orders(n, note=NOTE):
-            producer.produce(name, encode(order), order.customer, on_delivery=report, headers=headers)
+            try:
+                producer.produce(name, encode(order), order.customer, on_delivery=report, headers=headers)
+            except BufferError:  # the broker is slower just now
+                producer.poll(0.05)
+                producer.produce(name, encode(order), order.customer, on_delivery=report, headers=headers)
             producer.poll(0)
         producer.flush(WAIT)
         seconds = perf_counter() - began

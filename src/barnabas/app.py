@@ -331,11 +331,8 @@ class App:
         return self._backend("jobs") if found is None or found.closed else found
 
     def _backend(self, kind: str) -> Backend:
-        found: Any = self.__dict__.get(f"_{kind}")
-        if found is not None and not found.closed:
-            return found  # type: ignore[no-any-return]
         with self._lock:
-            found = self.__dict__.get(f"_{kind}")
+            found: Any = self.__dict__.get(f"_{kind}")
             if found is None or found.closed:
                 url = getattr(self.settings, kind)
                 other = self.__dict__.get("_jobs" if kind == "events" else "_events")

@@ -113,7 +113,7 @@ def _at(app: App, addresses: Iterable[str]) -> Iterator[Stored]:
 
 def _dealt(app: App) -> dict[tuple[str, int], Position]:
     """What was dealt with, by dead topic and partition."""
-    own = [at for at in app.events.positions() if at.group == _group(app)]
+    own = [at for at in app.events.positions(_group(app)) if at.group == _group(app)]
     return {(at.topic, at.partition): at._replace(done=sorted(at.done)) for at in own}
 
 

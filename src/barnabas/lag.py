@@ -139,14 +139,14 @@ def members_of(group: str, own: Iterable[Position], running: Iterable[ProcessInf
 
 def members(app: App, group: str) -> list[str]:
     """The names of the processes that a group lives in now."""
-    return members_of(group, app.events.positions(), processes(app))
+    return members_of(group, app.events.positions(group), processes(app))
 
 
 def abandoned(app: App) -> list[str]:
     """The stored groups that carry the app's name, but that none of its consumers declares."""
     known = {consumer.group for consumer in app.consumers.values()}
-    found = {at.group for at in app.events.positions()}
-    return sorted(name for name in found - known if name.startswith(f"{app.name}-") and name != f"{app.name}-dead")
+    found = {at.group for at in app.events.positions(f"{app.name}-")}
+    return sorted(name for name in found - known if name != f"{app.name}-dead")
 
 
 class Move(msgspec.Struct, frozen=True):
@@ -169,7 +169,7 @@ def plan(app: App, group: str, to: Start | None, topic: str | None = None, parti
     """
     states = app.events.topics()
     stored = {state.name: state for state in states}
-    own = [at for at in completed(app.events.positions(), states, app.consumers.values()) if at.group == group]
+    own = [at for at in completed(app.events.positions(group), states, app.consumers.values()) if at.group == group]
     tail = f".retry.{group}"
     chosen = [at for at in own if (at.topic == topic if topic is not None else to is None or not at.topic.endswith(tail))]
     chosen = [at for at in chosen if partition is None or at.partition == partition]

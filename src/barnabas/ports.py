@@ -205,8 +205,8 @@ class Backend(Sink, Protocol):
 
     # What operators see and do.
 
-    def positions(self) -> list[Position]:
-        """How far each group is in each partition it has ever had; in order of group, topic and partition."""
+    def positions(self, groups: str = "") -> list[Position]:
+        """How far each group whose name begins so is in each partition it has ever had; in order of group, topic, partition."""
 
     def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
         """Set the `offset` and `done` of these, forget their attempts and crashes, and empty the tables in `clear`, in one

@@ -214,6 +214,22 @@ def test_positions_of_others_are_gone_on_from_whatever_is_written_beside_them(ma
     assert seen == [4, 5, 6, 7, 8, 9]
 
 
+def test_groups_of_others_cost_few_clients(make) -> None:
+    app = make()
+    topic, events = app.topic("orders", int, partitions=1), app.events
+    app.consumer(topic, name="read")([].append)
+    topic.send_many(range(10)).result(10)
+    names = [f"other-{n}" for n in range(25)] + ["shop-read"]
+    for name in names:
+        with events._admin_lock:
+            events.asker(name).commit(offsets=[TopicPartition(f"{events.prefix}orders", 0, 4)], asynchronous=False)
+            events._askers.pop(name).close()
+    before = len(os.listdir("/proc/self/task"))
+    assert [(at.group, at.offset) for at in events.positions()] == [(name, 4) for name in sorted(names)]
+    assert len(os.listdir("/proc/self/task")) < before + 20
+    assert [at.group for at in events.positions("shop-")] == ["shop-read"]
+
+
 def test_a_topic_that_is_made_anew_is_read_from_its_beginning(make, caplog) -> None:
     app, seen = make(session_timeout=6.0), []
     topic = app.topic("orders", int, partitions=1)

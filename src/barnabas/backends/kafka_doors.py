@@ -24,6 +24,7 @@ from barnabas.ports import Position, Process, QueueState, StoredJob
 
 REPORTS, SIGNS = 2.0, 5.0  # seconds between two reports that are stored: changed ones, and signs of life
 GONE = 30.0  # seconds of silence after which a process is taken for dead
+ASKERS = 20  # groups whose clients are kept for the next time
 _COMPACT = {"cleanup.policy": "compact", "segment.bytes": str(4 << 20), "min.cleanable.dirty.ratio": "0.1"}
 
 
@@ -54,13 +55,18 @@ class KafkaDoors(KafkaAdmin):
 
     # Positions.
 
-    def positions(self) -> list[Position]:
+    def positions(self, groups: str = "") -> list[Position]:
         cut, stored = len(self.prefix), self.metadata()  # first: it hears at once that we are not let in
         listed = self.ask("the list of groups", lambda: {"": self.admin.list_consumer_groups()})[""].valid
-        groups = sorted(each.group_id for each in listed if each.group_id.startswith(self.prefix))
+        names = sorted(each.group_id for each in listed if each.group_id.startswith(self.prefix + groups))
         everywhere = [(topic, number) for topic, count in stored.items() for number in range(count)]
-        answers = {group: self.committed(group[cut:], everywhere) for group in groups}
-        owners = self._owners(groups)
+        answers = {}
+        for group in names:
+            with self._admin_lock:
+                answers[group] = self.committed(group[cut:], everywhere)
+                if len(names) > ASKERS and group[cut:] in self._askers:  # a client has threads and connections
+                    self._askers.pop(group[cut:]).close()
+        owners = self._owners(names)
         found = []
         where = {at for answer in answers.values() for at in answer}
         firsts, ends = self.ends(where, OffsetSpec.earliest()), self.ends(where)

@@ -71,10 +71,11 @@ class MemoryAdmin:
         """Something was stored: wake whoever waits."""
         raise NotImplementedError
 
-    def positions(self) -> list[Position]:
+    def positions(self, groups: str = "") -> list[Position]:
         with self.lock:
             found = []
-            for (group, topic, number), (offset, done, attempts) in sorted(self.marks.items()):
+            marks = sorted(mark for mark in self.marks.items() if mark[0][0].startswith(groups))
+            for (group, topic, number), (offset, done, attempts) in marks:
                 log = self.logs[topic][number]
                 owner = self.name if (topic, number) in self.owners.get(group, ()) else None
                 found.append(Position(group, topic, number, log.first, log.next, offset, list(done), dict(attempts), {}, owner))

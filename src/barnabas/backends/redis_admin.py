@@ -61,7 +61,7 @@ class RedisAdmin:
     def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
         return []
 
-    def positions(self) -> list[Position]:
+    def positions(self, groups: str = "") -> list[Position]:
         return []
 
     def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:

@@ -71,12 +71,13 @@ class SqliteAdmin(SqliteStore):
         number: int = self.neighbours.number
         return f"{HOST}:{os.getpid()}:{number}" if number else ""
 
-    def positions(self) -> list[Position]:
+    def positions(self, groups: str = "") -> list[Position]:
         found, living = [], {process.name for process in self.processes()}  # nobody may have noticed yet who is dead
         for group, topic, number, first, end, offset, open_, *process in self.query(
             f"SELECT n.name, h.topic, h.partition, h.first, h.next, p.offset, p.open, {_PROCESS} "
             "FROM positions p JOIN names n ON n.id = p.grp JOIN heads h ON h.gid = p.gid "
-            "LEFT JOIN members m ON m.id = p.member LEFT JOIN processes r ON r.id = m.process ORDER BY 1, 2, 3"
+            "LEFT JOIN members m ON m.id = p.member LEFT JOIN processes r ON r.id = m.process "
+            "WHERE substr(n.name, 1, length(:begins)) = :begins ORDER BY 1, 2, 3", {"begins": groups},
         ):
             owner = name_of(*process)
             found.append(Position(group, topic, number, first, end, offset, *told(open_), owner if owner in living else None))

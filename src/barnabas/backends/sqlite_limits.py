@@ -71,14 +71,11 @@ def wake(home: "SqliteBackend", db: apsw.Connection, freed: Mapping[Place, int])
     """So many slots have become free, or were left by who could not use them: those who wait first may begin. Who is woken and
     has to wait for something else is to wake the next."""
     taken = "SELECT count(*) FROM slots WHERE key = :key OR (key = :key || ':wants' AND at > :now)"
-    limit = f"max(0, min(:count, :most - ({taken})))"
-    first = f"SELECT id FROM jobs WHERE run = :key AND state = 2 ORDER BY id LIMIT {limit}"
-    queues, now = set[int](), home.clock.now()
+    first = f"SELECT id FROM jobs WHERE run = :key AND state = 2 ORDER BY id LIMIT max(0, min(:count, :most - ({taken})))"
+    sql = f"UPDATE jobs SET state = 0, at = NULL WHERE id IN ({first}) RETURNING queue"
+    queues, now = set[Any](), home.clock.now()
     for (key, most), count in freed.items():
-        said = {"key": key, "most": most, "count": count, "now": now}
-        sql = f"UPDATE jobs SET state = 0, at = NULL WHERE id IN ({first}) RETURNING queue"
-        woken: list[Any] = db.execute(sql, said).fetchall()
-        queues.update(row[0] for row in woken)
+        queues.update(gid for (gid,) in db.execute(sql, {"key": key, "most": most, "count": count, "now": now}).fetchall())
     for gid in queues:
         home.stir(db, "gid = ?", (gid,))
     return bool(queues)
