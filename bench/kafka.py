@@ -85,11 +85,12 @@ class Shop:
 
         began = perf_counter()
         for order in orders(n, note=NOTE):
-            try:
-                producer.produce(name, encode(order), order.customer, on_delivery=report, headers=headers)
-            except BufferError:  # the broker is slower just now
-                producer.poll(0.05)
-                producer.produce(name, encode(order), order.customer, on_delivery=report, headers=headers)
+            while True:
+                try:
+                    producer.produce(name, encode(order), order.customer, on_delivery=report, headers=headers)
+                    break
+                except BufferError:  # the broker is slower just now
+                    producer.poll(0.05)
             producer.poll(0)
         producer.flush(WAIT)
         seconds = perf_counter() - began
