@@ -168,6 +168,7 @@ def measure(benches: list[Any], rounds: int, quick: bool, all_of_them: bool) -> 
                 missing[str(why)] = None
             except (RuntimeError, subprocess.SubprocessError) as error:
                 failures += 1
+                missing[f"{bench.name}, which failed"] = None
                 console.print(f"{bench.name} failed:\n{error}", markup=False, highlight=False)
     yard = statistics.median(yards)
     about["yardstick"] = (
@@ -181,7 +182,7 @@ def measure(benches: list[Any], rounds: int, quick: bool, all_of_them: bool) -> 
     console.print(table)
     for why in missing:
         console.print(f"left out: {why}", markup=False, highlight=False)
-    if quick or failures or not all_of_them:
+    if quick or not all_of_them:
         console.print("nothing was written: that takes a run of everything")
     else:
         write(about, rounds, rows, lines, missing)
