@@ -142,7 +142,6 @@ JOB_BUGS = [
     Bug("a lock is not noted with its job", MemoryBackend, "_lock", "self.held[self._number] = claim.key", "pass"),
     Bug("a refused job is stored", MemoryBackend, "_push", "not self._lock(job)", "self._lock(job) is None"),
     # Limits.
-    Bug("the last who waits is next", MemoryAdmin, "_wake", "entry[1] == waiting[0][0]", "entry[1] == waiting[-1][0]"),
     Bug("one more than the limit", MemoryAdmin, "full", "left = need.most - ahead - wants", "left = need.most + 1 - ahead - wants"),
     Bug("a rate forgets what began", MemoryAdmin, "full", "now - need.span - 2", "now - 2"),
     Bug("a job begins long after it had its slot", jobs_work, "refused", "now > float(text)", "False"),
