@@ -144,9 +144,8 @@ def members(app: App, group: str) -> list[str]:
 
 def abandoned(app: App) -> list[str]:
     """The stored groups that carry the app's name, but that none of its consumers declares."""
-    known = {consumer.group for consumer in app.consumers.values()}
-    found = {at.group for at in app.events.positions(f"{app.name}-")}
-    return sorted(name for name in found - known if name != f"{app.name}-dead")
+    found = {at.group for at in app.events.positions(f"{app.name}-")} - {each.group for each in app.consumers.values()}
+    return sorted(name for name in found if name != f"{app.name}-dead")
 
 
 class Move(msgspec.Struct, frozen=True):

@@ -121,15 +121,19 @@ class Hand:
         self.sent = 0
 
 
-@lru_cache(64)
+@lru_cache(8)
+def _hands_of(app: Any) -> type[Hand]:
+    """The hands of an app's handlers know it: one class for all of them, so that what they share stays fast."""
+    return type("Hand", (Hand,), {"app": app})
+
+
 def maker(handler: Any) -> Callable[[], Hand]:
     """What makes hands for a handler, which write to its tables, if it has any."""
-    tables = handler.tables
-    own: Any = type("Hand", (Hand,), {"app": handler.app, "tables": tables, "names": tables.names if tables else frozenset()})
+    own, tables = _hands_of(handler.app), handler.tables
 
     def make() -> Hand:
-        hand: Hand = own()
-        hand.cells = {}
+        hand = own()
+        hand.tables, hand.names, hand.cells = tables, tables.names, {}
         return hand
 
     return own if tables is None else make
