@@ -521,7 +521,8 @@ def test_batches_are_listed_watched_shown_and_cancelled(tmp_path):
     (shown,) = shop.json("batches", "show", later.id)
     assert (shown["state"], shown["open"], shown["dead"]) == ("cancelled", 0, 3)
     assert "state      cancelled" in shop("batches", "show", later.id).stdout
-    assert "has ended" in shop("batches", "cancel", letters.id, status=1).stderr
+    stderr = shop("batches", "cancel", letters.id, status=1).stderr
+    assert "has ended" in stderr and "try: barnabas batches list" in stderr
     assert shop("batches", "watch", later.id, status=1).stdout == "3 of 3, 3 dead: cancelled\n"
     app.close()
 

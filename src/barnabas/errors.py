@@ -64,8 +64,16 @@ class JobFailed(BarnabasError):
     """The job whose outcome was asked for will not return anything: it is dead, was dropped or came too late."""
 
 
+class Refused(BarnabasError):
+    """An operator's command that must not be done now; the message says what is in its way."""
+
+
 class UnknownBatch(BarnabasError):
     """There is no batch with that id, or not any more."""
+
+
+class EndedBatch(UnknownBatch, Refused):
+    """A batch has ended, so there is nothing to do about it."""
 
 
 class NoSlot(BarnabasError, TimeoutError):
@@ -94,10 +102,6 @@ class TableError(BarnabasError):
 
 class TimedOut(BarnabasError):
     """A handler ran longer than its `timeout`."""
-
-
-class Refused(BarnabasError):
-    """An operator's command that must not be done now; the message says what is in its way."""
 
 
 class Reject(Exception):

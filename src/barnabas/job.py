@@ -46,8 +46,7 @@ class Job:
         self.name: str = getattr(function, "__name__", "") if named is None else named
         self.owner = f"job {self.name!r}"
         refuse_unknown(self.owner, options, OPTIONS)
-        self.app = app
-        self.function = function
+        self.app, self.function = app, function
         self.queue: str = options.get("queue", "default")
         self.retry: bool | int = options.get("retry", 25)
         self.timeout: float | None = options.get("timeout")
@@ -312,10 +311,10 @@ class Job:
         else:
             self.app.jobs.send(outs)
 
-    def _after(self, delay: float | timedelta) -> float:
+    def _after(self, delay: float | timedelta, call: str = "enqueue_in(") -> float:
         seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds < END - 1e10:
-            raise SendError(f"enqueue_in({delay!r}): give seconds or a timedelta")
+            raise SendError(f"{call}{delay!r}): give seconds or a timedelta")
         return float(self.app.clock.now() + max(0.0, seconds))
 
     def enqueue(self, *args: Any, **kwargs: Any) -> Future[str]:
@@ -347,7 +346,7 @@ class Job:
             raise SendError(f"{self.owner}: enqueue_debounced({key!r}): give a text that names what is to be done once")
         if self.queued:
             raise SendError(f"{self.owner} cannot be debounced: the first call takes its lock; on_conflict=\"replace\" does it")
-        at, name = self._after(wait), f"debounce:{self.name}:{key}"
+        at, name = self._after(wait, "enqueue_debounced(wait="), f"debounce:{self.name}:{key}"
         jid, held = self._new_id(False)
         future = held if held is not None else Future(jid)
         out = self._outgoing(self._positions(args, kwargs), at, {"more": {"debounce": name}}, jid, None)
@@ -402,8 +401,7 @@ class Options:
     """A job with other options, as `job.options(...)` returns it."""
 
     def __init__(self, job: Job, call: Mapping[str, Any]) -> None:
-        self._job = job
-        self._call = call
+        self._job, self._call = job, call
 
     def options(self, *, batch: Any) -> "Options":
         """The same as one of a batch. Raises DeclarationError for what cannot be of one."""

@@ -19,8 +19,8 @@ class Part:
     """
 
     __slots__ = (
-        "alone", "attempts", "batches", "cells", "closed", "crashes", "done", "group", "held", "id", "lanes", "marked",
-        "partition", "paused", "retries", "room", "runner", "topic", "until",
+        "alone", "attempts", "batches", "begun", "cells", "closed", "crashes", "done", "group", "held", "id", "lanes",
+        "marked", "partition", "paused", "retries", "room", "runner", "topic", "until",
     )  # fmt: skip
 
     def __init__(self, topic: str, partition: int, id: int, group: str = "") -> None:
@@ -38,6 +38,7 @@ class Part:
         self.done = 0
         self.attempts: dict[int, int] = {}
         self.batches: dict[int, tuple[str, str]] = {}  # of jobs in hand that are of one: the batch, the job's id
+        self.begun = set[int]()  # of jobs in hand with a slot of a Rate those that have begun: that start counts, whatever comes
         self.crashes: dict[int, int] = {}
         # Told the offset of what is about to run alone, and then that nothing does (-1); False: it could not be stored yet.
         self.alone: Callable[[int], bool] | None = None

@@ -11,7 +11,7 @@ from watching import failures, wait_for, waiting
 from barnabas import Reject, progress
 from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError
 from barnabas.jobs.beyond import how_far
-from barnabas.queues import jobs
+from barnabas.queues import jobs, move
 
 
 def payloads(app, **which):
@@ -289,7 +289,7 @@ def test_calls_that_cannot_be_debounced_are_refused(app):
         app.foreign_job("HardWorker").enqueue_debounced("k", 1, wait=5)
     with pytest.raises(SendError, match="give a text"):
         index.enqueue_debounced("", 1, wait=5)
-    with pytest.raises(SendError, match="give seconds"):
+    with pytest.raises(SendError, match=r"enqueue_debounced\(wait='5'\): give seconds"):
         index.enqueue_debounced("k", 1, wait="5")
     with pytest.raises(SendError, match="cannot be enqueued"):
         index.enqueue_debounced("k", wait=5)
@@ -389,6 +389,32 @@ def test_the_outcome_of_a_job_that_fails_is_its_reason(place, app):
         with pytest.raises(JobFailed, match=why):
             future.outcome(0)
     assert other.outcome(second.id, 0) == 2
+
+
+def test_who_waits_is_told_that_a_job_was_dropped_or_refused(place, app):
+    @app.job(result_ttl=60)
+    def first(n: int) -> int:
+        return n
+
+    @app.job(result_ttl=60)
+    def last(n: int) -> int:
+        return n
+
+    @app.before_enqueue
+    def refuse(job):
+        return job["class"] != "last" or job["args"] != [7]
+
+    dropped, buried, refused = first.then(last).enqueue_in(60, 1), first.enqueue_in(60, 2), first.then(last).enqueue(7)
+    for future, to in ((dropped, None), (buried, "dead")):
+        move(app, list(jobs(app, [future.result(5)])), to)
+        with pytest.raises(JobFailed, match="an operator dropped it"):
+            future.outcome(5)
+    place.drain(app)
+    with pytest.raises(JobFailed, match="hook refused"):
+        refused.outcome(5)
+    move(app, list(jobs(app, state="dead")), "ready")
+    place.drain(app)
+    assert buried.outcome(5) == 2
 
 
 def test_the_outcome_of_a_chain_is_that_of_its_last_job(place, app):

@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 from watching import wait_for, waiting
 
-from barnabas import Concurrent, Rate, while_executing
+from barnabas import Concurrent, Rate, steps, while_executing
 from barnabas.errors import NoSlot
 from barnabas.queues import LimitInfo, jobs, limits, locks
 
@@ -166,6 +166,33 @@ def test_none_is_no_limit_and_a_failed_run_makes_room(place, app):
     call.enqueue_many((key, n) for n in range(4) for key in ("a", None)).result(5)
     place.drain(app)
     assert watch.most == {"a": 1, None: watch.most[None]} and watch.most[None] > 1 and watch.order["a"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["steps", "cancelled"])
+def test_a_start_counts_also_if_a_stop_cut_the_run_off(place, app, kind):
+    began = []
+    if kind == "steps":
+
+        @app.job(limit=Rate(1, per=60))
+        def call():
+            began.append(1)
+            for _ in steps(range(10_000)):
+                time.sleep(0.001)
+    else:
+
+        @app.job(limit=Rate(1, per=60))
+        async def call():
+            began.append(1)
+            await asyncio.sleep(60)
+
+    call.enqueue().result(5)
+    with place.running(app) as worker:
+        wait_for(lambda: began, "the start", worker)
+        worker.stop(0.1)
+    place.again(app)
+    with place.running(app) as worker:
+        wait_for(lambda: waiting(app)["scheduled"] == 1 or len(began) > 1, "its turn is waited for", worker)
+    assert len(began) == 1
 
 
 def test_limits_are_told_the_busiest_first(place, app):

@@ -455,7 +455,7 @@ class MemoryQueues:
                         continue
                     verdict = result.others.get(row[0])
                     unbegun = isinstance(verdict, Again) and verdict.payload is None
-                    home.ended(row[0], not unbegun)
+                    home.ended(row[0], not unbegun or row[0] in result.part.begun)
                     if not isinstance(verdict, Again):
                         home.free(row[0])
                     if unbegun:

@@ -110,7 +110,7 @@ for _ = 1, number() do -- locks of those that are over
   local field, lock, jid = arg(), arg(), arg()
   if redis.call('HEXISTS', work, field) == 1 then free(lock, jid) end
 end
-for _ = 1, number() do -- runs that did not begin ("back"), or have ended ("end")
+for _ = 1, number() do -- runs that did not begin ("back"), or were cut off ("front"), or have ended ("end")
   local how, numbers = arg(), {}
   for i = 1, number() do numbers[i] = arg() end
   ended(id, how, numbers)

@@ -75,9 +75,7 @@ class RedisBackend(RedisAdmin):
     ranks = False
 
     def __init__(self, url: str, settings: Any, clock: Any) -> None:
-        self.url = url
-        self.closed = False
-        self.clock = clock
+        self.url, self.closed, self.clock = url, False, clock
         try:
             self.where = Where(url, settings.redis)
             self.where.pool.connection_class(**self.where.pool.connection_kwargs)  # it knows which options there are
@@ -93,8 +91,7 @@ class RedisBackend(RedisAdmin):
             for name, _, body in (s.partition("\n") for s in [*scripts, *others])
         }
         self.outbox, self.hands = Outbox(self, settings), Hands(self)
-        self._numbers = threading.Lock()
-        self._number = 0
+        self._numbers, self._number = threading.Lock(), 0
         self.boxes: list[array[int]] = []
         self.overtaken = 0  # jobs that others had taken back when they had ended here
         super().__init__()

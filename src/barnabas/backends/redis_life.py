@@ -38,18 +38,14 @@ class Life:
     """Two threads beside the fetch thread: signs of life, and due jobs. Either survives that Redis is away."""
 
     def __init__(self, home: "RedisBackend", source: "RedisQueues") -> None:
-        self.home = home
-        self.source = source
+        self.home, self.source = home, source
         self.started = time.time()
         self.until = 0.0  # monotonic seconds: no job starts after that
         self.asked: str | None = None  # what an operator asked of this process: "quiet" or "stop"
         self.info: dict[str, Any] = {}
-        self._calm = 0.0
-        self._rtt = 0
+        self._calm, self._rtt = 0.0, 0
         self._seen: dict[int, int] = {}  # jobs at work: number -> since when, epoch seconds
-        self._stop = threading.Event()
-        self._hurry = threading.Event()
-        self._watched = False
+        self._stop, self._hurry, self._watched = threading.Event(), threading.Event(), False
         self._strange: set[str] = set()  # sets that are none
         self._next = 0.0  # when the next job is known to be due (epoch seconds)
         self._threads = [

@@ -48,8 +48,7 @@ class Landing:
     from. They end before the lease does, so that what lands there is never out of sight."""
 
     def __init__(self, home: "RedisBackend", name: str) -> None:
-        self._home = home
-        self._name = name
+        self._home, self._name = home, name
         self._links: dict[str, tuple[Any, int]] = {}
         self._bell, self._rope = socket.socketpair()
         self._bell.setblocking(False)
@@ -338,12 +337,15 @@ class RedisQueues:
 
     def _locks(self, over: Sequence[int], again: Sequence[int], back: Iterable[int]) -> list[Any]:
         """What a script is to know of the locks and slots of those that have them: jobs that are over, or to run again, or that
-        did not begin."""
+        go back, begun or not."""
         if not self._locked:
             return [0, 0]
         mine = [part for n in over if self._locked[n][0] for part in (f"{n}:{self.work[n][0]}", *self._locked[n])]
         runs = [n for n in back if n in self._locked]
-        return [len(mine) // 3, *mine, 2, "back", len(runs), *runs, "end", len(over) + len(again), *over, *again]
+        begun = set[int]().union(*(part.begun for part in self.parts.values())) if runs else ()
+        fresh, torn = [n for n in runs if n not in begun], [n for n in runs if n in begun]
+        said: list[Any] = [len(mine) // 3, *mine, 3, "back", len(fresh), *fresh, "front", len(torn), *torn]
+        return [*said, "end", len(over) + len(again), *over, *again]
 
     def _next_suspect(self) -> Found:
         """A job that was in hand at three crashes, once nothing else is; Redis is told that it runs alone."""
@@ -390,14 +392,9 @@ class RedisQueues:
 
     def settle(self, results: Sequence[Result]) -> None:
         """Take what is finished out of our hands, to nowhere or into a set, and claim what there is room for."""
-        done: list[str] = []
-        later: list[Any] = []
-        dead: list[Any] = []
-        back: list[int] = []
+        done, later, dead = list[str](), list[Any](), list[Any]()
         last: dict[int, bytes | None] = {}  # goes behind all others, as this
-        finished: list[int] = []
-        over: list[int] = []  # of those that have locks, or slots: for good
-        again: list[int] = []  # not for good
+        back, finished, over, again = (list[int]() for _ in range(4))  # over: of those with locks, or slots, for good; or again
         batches = members_ended(results)
         left: list[Any] = [len(batches)]  # what a script is to know of those that are of batches
         for (how, batch), some in batches.items():
@@ -418,7 +415,7 @@ class RedisQueues:
                 verdict = others.get(number)
                 if number in self._locked and not (isinstance(verdict, Again) and verdict.payload is None):
                     (again if isinstance(verdict, Again) else over).append(number)
-                if isinstance(verdict, Again) and verdict.payload is None:  # not begun: the process is to be quiet
+                if isinstance(verdict, Again) and verdict.payload is None:  # the process is to be quiet, or ends
                     back.append(number)
                 elif isinstance(verdict, Again) and not verdict.at:
                     last[number] = verdict.payload

@@ -230,8 +230,9 @@ def members_ended(results: Iterable[Result]) -> dict[tuple[str, str], list[tuple
 def tell(ripe: Callable[[str], None], batches: Iterable[str], results: Iterable[Result]) -> None:
     """After the commit: these batches are worth a look."""
     for part, rows, *_ in results:
-        for row in rows if part.batches else ():
+        for row in rows if part.batches or part.begun else ():
             part.batches.pop(row[0], None)
+            part.begun.discard(row[0])
     for batch in batches:
         ripe(batch)
 

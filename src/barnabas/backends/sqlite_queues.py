@@ -214,8 +214,7 @@ class SqliteQueues(Fetcher):
     def settle(self, results: Sequence[Result]) -> None:
         """Remove what is done, park or bury what failed, claim what there is room for: one transaction."""
         done, back, later, last, dead, outputs = (list[Any]() for _ in range(6))
-        finished: set[int] = set()
-        over: dict[int, Sequence[Need]] = {}
+        finished, over = set[int](), dict[int, Sequence[Need]]()
         ripe, mine = list[str](), "WHERE id = ? AND owner = ?"
         claimed: list[tuple[Part, Sequence[Row]]] = []
         now, process, batches = self.home.clock.now(), self.home.neighbours.number, members_ended(results)
@@ -226,7 +225,7 @@ class SqliteQueues(Fetcher):
                 id_ = row[0]
                 finished.add(id_)
                 verdict = others.get(id_) if others else None
-                if isinstance(verdict, Again) and verdict.payload is None:  # not begun: the process is to be quiet
+                if isinstance(verdict, Again) and verdict.payload is None:  # the process is to be quiet, or ends
                     back.append((id_, process))
                 elif isinstance(verdict, Again) and not verdict.at:
                     last.append((verdict.payload, id_, process))
@@ -255,7 +254,8 @@ class SqliteQueues(Fetcher):
                 sql = "UPDATE jobs SET state = 4, owner = NULL, lock = NULL, died = ?, note = ?, payload = ?"
                 db.executemany(f"{sql} {mine}", dead)
             if over:
-                self._more = ended(self.home, db, [(id_, over[id_], (id_, process) not in back) for id_ in over]) or self._more
+                fresh = {id_ for id_, _ in back}.difference(*(result.part.begun for result in results))
+                self._more = ended(self.home, db, [(id_, over[id_], id_ not in fresh) for id_ in over]) or self._more
             if self._has_room() and self._may_claim() and not self._closing:
                 claimed.extend(self._claim(db))
             return self.home.store(db, outputs, {})

@@ -17,9 +17,9 @@ from typing import Any, Optional
 import msgspec
 
 from barnabas.engine.hand import CURRENT, Hand
-from barnabas.errors import BackendError, DeclarationError, Refused, SendError, UnknownBatch
+from barnabas.errors import BackendError, DeclarationError, EndedBatch, SendError, UnknownBatch
 from barnabas.future import Future
-from barnabas.jobs.beyond import ALL, KEPT, in_hand, linked
+from barnabas.jobs.beyond import ALL, KEPT, End, in_hand, linked
 from barnabas.jobs.payload import PayloadError, derived_jid, new_jid, parse
 from barnabas.message import Member, OutgoingJob, member, note
 
@@ -147,14 +147,19 @@ def _ended(app: Any, id: str, record: Record) -> None:
 
 
 def bury(app: Any, payloads: Iterable[bytes]) -> None:
-    """These jobs were dropped or buried by an operator: they count as dead in their batches, if they are of any."""
+    """These jobs were dropped or buried by an operator: they count as dead in their batches, if they are of any, and who waits
+    for their outcome is told."""
     batches: dict[str, list[str]] = {}
     for data in payloads:
         try:
-            payload = parse(data) if b'"batch"' in data else None
+            payload = parse(data) if b'"barnabas"' in data else None
         except PayloadError:
             continue
-        if payload is not None and payload.more is not None and payload.more.batch:
+        if payload is None or payload.more is None:
+            continue
+        if told := [*End(None, payload).lost(app.clock.now(), "an operator dropped it")]:
+            app.jobs.send(told)
+        if payload.more.batch:
             batches.setdefault(payload.more.batch, []).append(payload.jid)
     for id, jids in batches.items():
         app.jobs.end(id, jids, "dead")
@@ -195,7 +200,7 @@ def cancel(app: Any, id: str) -> None:
 
     def change(record: Record) -> None:
         if record.complete is not None:
-            raise Refused(f"batch {id} has ended; there is nothing to cancel")
+            raise EndedBatch(f"batch {id} has ended; there is nothing to cancel")
         record.cancelled, record.sealed = record.cancelled or app.clock.now(), True
 
     _change(app, id, change)

@@ -175,8 +175,7 @@ class End:
         assert hand is not None
         try:
             if more.then:
-                made = self._next(app, out, now)
-                if made is not None:
+                for made in self._next(app, out, now):
                     hand.add(made)
             if more.result_ttl is not None:
                 value = dumps(out)
@@ -202,13 +201,17 @@ class End:
         if self._more.cron is not None:
             yield note(f"ended:{self._more.cron}", self._payload.jid.encode(), now + KEPT)
 
-    def _next(self, app: Any, out: Any, now: float) -> OutgoingJob | None:
-        """The next job of the chain; None if a before_enqueue hook refuses it."""
+    def _next(self, app: Any, out: Any, now: float) -> Iterator[OutgoingJob]:
+        """The next job of the chain; if a before_enqueue hook refuses it, what tells who waits for the last one."""
         first, *rest = self._more.then
         own: dict[str, Any] = {"step": self._more.step + 1} | ({"then": rest} if rest else {})
         own |= {"batch": self.batch} if self.batch else {}
         made = linked(app, msgspec.json.decode(first), [out], derived_jid(self._payload.jid, 0), now, own)
-        return made if made is None or not self.batch else member(self.batch, made)
+        jid, ttl = end_of(self._payload.jid, self._more)
+        if made is not None:
+            yield member(self.batch, made) if self.batch else made
+        elif ttl is not None:
+            yield _result(jid, Outcome(error="a before_enqueue hook refused a job of its chain"), now + ttl)
 
 
 def linked(app: Any, said: dict[str, Any], args: list[Any], jid: str, now: float, more: dict[str, Any]) -> OutgoingJob | None:

@@ -149,8 +149,10 @@ class JobHandler:
                 run.part.batches[row[0]] = (end.batch, payload.jid)
             end.admit()
             target = (_more_async if self.awaited else _more, end, *args)
-        if guarded and row[3] and (why := refused(entry.job.owner, row[3], entry.job.app.clock.monotonic())) is not None:
-            raise why
+        if guarded and row[3]:
+            if (why := refused(entry.job.owner, row[3], entry.job.app.clock.monotonic())) is not None:
+                raise why
+            run.part.begun.add(row[0])
         if guarded and entry.job.slots:
             return (_then_async if self.awaited else _then, self.hurry, *target)
         return target
