@@ -33,10 +33,8 @@ def make_codec(owner: str, type_: Any, codec: str) -> tuple[Encode, Decode]:
     try:
         return _encode, msgspec.json.Decoder(known(Any if type_ is None else type_)).decode
     except TypeError as error:
-        raise DeclarationError(
-            f"{owner}: type {type_!r} cannot be decoded from JSON ({error}); use a msgspec Struct, a dataclass, a "
-            'TypedDict, a pydantic model or a plain type, or bytes with codec="raw"'
-        ) from None
+        how = 'use a msgspec Struct, a dataclass, a TypedDict, a pydantic model or a plain type, or bytes with codec="raw"'
+        raise DeclarationError(f"{owner}: type {type_!r} cannot be decoded from JSON ({error}); {how}") from None
 
 
 def known(type_: Any) -> Any:

@@ -208,10 +208,8 @@ class Consumer:
         awaited = inspect.iscoroutinefunction(routes[0].function)
         for name in ("set_up", "tear_down", "assigned", "revoked") if self.is_class and not awaited else ():
             if inspect.iscoroutinefunction(getattr(holder, name, None)):
-                raise DeclarationError(
-                    f"{self.owner}: its `{name}` is async and the handler is not, so there is no loop for it; make it "
-                    "a plain `def`, or the handler `async def`"
-                )
+                how = "there is no loop for it; make it a plain `def`, or the handler `async def`"
+                raise DeclarationError(f"{self.owner}: its `{name}` is async and the handler is not, so {how}")
         return routes
 
     def compile(self, observers: Observers, hooks: Sequence[Any]) -> Handler:

@@ -31,15 +31,13 @@ class Retry:
         if isinstance(times, bool) or not isinstance(times, int) or times < 0:
             raise DeclarationError(f"Retry(times={times!r}): give the number of retries after the first run, 0 or more")
         if not callable(backoff) and not _seconds(backoff):
-            raise DeclarationError(
-                f"Retry(backoff={backoff!r}): give seconds, a list of seconds or a function of the retry's number"
-            )
+            how = "give seconds, a list of seconds or a function of the retry's number"
+            raise DeclarationError(f"Retry(backoff={backoff!r}): {how}")
         if isinstance(jitter, bool) or not isinstance(jitter, int | float) or not 0 <= jitter <= 1:
             raise DeclarationError(f"Retry(jitter={jitter!r}): give a share of the wait between 0 and 1")
         for name, errors in (("on", on), ("give_up_on", give_up_on)):
-            if not all(
-                isinstance(e, type) and issubclass(e, BaseException) for e in (errors if isinstance(errors, tuple) else (errors,))
-            ):
+            classes = errors if isinstance(errors, tuple) else (errors,)
+            if not all(isinstance(e, type) and issubclass(e, BaseException) for e in classes):
                 raise DeclarationError(f"Retry({name}={errors!r}): give an exception class or a tuple of them")
         if not isinstance(ordered, bool):
             raise DeclarationError(f"Retry(ordered={ordered!r}): give True (in place, order holds) or False (retry topic)")

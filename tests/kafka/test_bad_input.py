@@ -219,7 +219,7 @@ def test_what_is_deleted_in_front_of_a_running_worker_is_passed_over(make, caplo
 
 def make_larger(app: App, topic: str, pause: float) -> None:
     """Make the topic anew, and put more into it than it had."""
-    make_anew(app, topic, pause)
+    make_anew(app, topic, lambda: time.sleep(pause) is None)
     produce(app, topic, [("k", str(n).encode(), None) for n in range(100, 200)])
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from confluent_kafka.admin import NewTopic
 from servers import murmur2
 
 from barnabas import App, Delivery, Message
-from barnabas.backends import kafka_log
+from barnabas.backends import kafka_admin, kafka_log
 from barnabas.backends.kafka_admin import Change
 from barnabas.backends.kafka_group import KafkaMember
 from barnabas.backends.kafka_log import KafkaLog
@@ -83,13 +83,22 @@ def test_topics_are_planned_and_applied(make) -> None:
     plan = more.events.plan(more.all_topics())
     assert [(c.kind, c.topic) for c in plan] == [
         ("create", "orders.retry.shop-read"), ("raise", "orders"), ("raise", "orders.dead"),
-        ("set", "orders"), ("set", "orders.dead"),
+        ("set", "orders"), ("differs", "orders"), ("set", "orders.dead"),
     ]  # fmt: skip
     more.events.apply(plan)
-    assert more.events.plan(more.all_topics()) == []
-    fewer = make(create_topics=False)
+    assert [change.kind for change in more.events.plan(more.all_topics())] == ["differs"]
+    fewer = make(create_topics=False, topics={"orders": {"replication": 3}})
     fewer.topic("orders", int, partitions=1, limit=3_000_000)
-    assert {change.kind for change in fewer.events.plan(fewer.all_topics())} == {"keep"}
+    plan = fewer.events.plan(fewer.all_topics())
+    assert {change.kind for change in plan} == {"keep", "differs"}
+    assert [change for change in plan if change.topic == "orders"][1:] == [
+        Change("differs", "orders", "replication", (1, 3, "kafka-reassign-partitions")),
+        Change("differs", "orders", "cleanup.policy", ("compact", "delete", "compact = false")),
+    ]
+    undone = make(create_topics=False, topics={"orders": {"compact": False}})
+    undone.topic("orders", int, limit=3_000_000)
+    undone.events.apply(undone.events.plan(undone.all_topics()))
+    assert undone.events.plan(undone.all_topics()) == []
 
 
 def test_what_the_broker_takes_for_too_large_has_an_error_of_its_own(make) -> None:
@@ -138,6 +147,70 @@ def test_a_dead_letter_that_the_broker_refuses_as_too_large_goes_without_its_val
     letters.sort(key=lambda letter: letter[1]["barnabas-offset"])
     assert [value for value, _ in letters] == [None, b"y" * 10] and seen == [5000, 10]
     assert letters[0][1]["barnabas-value-left-out"] == b"5000" and letters[0][1]["barnabas-reason"] == b"rejected: bad"
+
+
+@pytest.mark.parametrize("order", ["partition", "key"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_an_output_that_the_broker_refuses_as_too_large_ends_as_a_dead_letter_of_its_cause(make, batch, order) -> None:
+    app = make()
+    topic, out = app.topic("orders", bytes, codec="raw", partitions=1), app.topic("out", bytes, codec="raw", partitions=1)
+
+    def answer(values: list[bytes], delivery: list[Delivery]) -> None:
+        for value in values:
+            out.send(value, key=str(len(value)))
+
+    def answer_one(value: bytes, delivery: Delivery) -> None:
+        answer([value], [delivery])
+
+    app.consumer(topic, name="read", order=order, retry=Retry(2))(answer if batch else answer_one)
+    app.events.apply([Change("set", "out", "max.message.bytes", ("", "3000"))])  # as somebody else made it
+    topic.send_many([b"a" * 10, b"b" * 5000, b"c" * 11]).result(10)
+    drain(app, 20)
+    read = app.events.read
+    [(_, _, value, headers, _)] = read("orders.dead", 0, 0, 10)
+    told = dict(headers)
+    assert value == b"b" * 5000 and (told["barnabas-offset"], told["barnabas-topic"]) == (b"1", b"orders")
+    assert told["barnabas-reason"].startswith(b"an output cannot be stored: a message for topic 'out' is larger than")
+    assert told["barnabas-exception"] == b"ValueTooLarge"
+    values = [value for _, _, value, _, _ in read("out", 0, 0, 100)]
+    assert set(values) == {b"a" * 10, b"c" * 11} and len(values) == (4 if batch else 2)  # a batch's others run again, alone
+
+
+def test_so_does_a_job_and_what_is_too_large_for_its_retry_topic_or_the_process_stops(make) -> None:
+    app, attempts = make(), []
+    topic, out = app.topic("orders", bytes, codec="raw", partitions=1), app.topic("out", bytes, codec="raw", partitions=1)
+
+    @app.job
+    def make_large(size: int) -> None:
+        out.send(b"x" * size)
+
+    @app.consumer(topic, name="read", retry=Retry(3, ordered=False), on_dead="topic")
+    def read(value: bytes) -> None:
+        attempts.append(len(value))
+        raise ValueError
+
+    for name in ("out", "orders.retry.shop-read"):
+        app.events.apply([Change("set", name, "max.message.bytes", ("", "3000"))])
+    make_large.enqueue_many([(5000,), (10,)]).result(10)
+    topic.send(b"x" * 4000).result(10)
+    drain(app, 20)
+    [job] = app.jobs.find_jobs("dead")
+    assert b"larger than" in job.payload and attempts == [4000]
+    assert [len(value) for _, _, value, _, _ in app.events.read("out", 0, 0, 9)] == [10]
+    assert [len(value) for _, _, value, _, _ in app.events.read("orders.dead", 0, 0, 9)] == [4000]
+    strict = make()
+    topic, out = strict.topic("orders", bytes, codec="raw"), strict.topic("out", bytes, codec="raw")
+
+    @strict.consumer(topic, name="stop", on_dead="stop")
+    def stop(value: bytes) -> None:
+        out.send(value)
+
+    strict.events.require(strict.all_topics())
+    worker = Worker(strict)
+    worker.start()
+    wait_for(worker.failed, "stopped")
+    assert not worker.stop(10.0) and "an output cannot be stored" in str(worker.failed())
+    assert strict.events.committed("shop-stop", [("orders", 0)]).get(("orders", 0), (0, ""))[0] == 0
 
 
 def test_a_member_that_another_fenced_says_so_and_does_not_claim_to_work(make, caplog) -> None:
@@ -230,24 +303,28 @@ def test_groups_of_others_cost_few_clients(make) -> None:
     assert [at.group for at in events.positions("shop-")] == ["shop-read"]
 
 
-def test_a_topic_that_is_made_anew_is_read_from_its_beginning(make, caplog) -> None:
-    app, seen = make(session_timeout=6.0), []
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_a_topic_that_is_made_anew_is_read_from_its_beginning(make, caplog, monkeypatch, protocol) -> None:
+    monkeypatch.setattr(kafka_admin, "LOOK", 2.0)
+    app, seen = make(session_timeout=6.0, kafka={"group.protocol": protocol}), []
     topic = app.topic("orders", int, partitions=1)
     app.consumer(topic, name="read")(seen.append)
     topic.send_many(range(20)).result(10)
     with running(app) as worker:
         wait_for(lambda: len(seen) == 20 and worker.drained(), "drained")
-        make_anew(app, "orders", 0.5)
+        make_anew(app, "orders", lambda: "topic 'orders' was deleted; `barnabas topics apply`" in caplog.text)
         wait_for(lambda: sent(topic, 100), "sent again")
         wait_for(lambda: 100 in seen, f"read again: {seen}", 60)
+    assert caplog.text.count("was deleted") == 2  # that it was, and that it is there again
+    assert f"{app.events.servers}: " not in caplog.text  # nothing is the matter with the cluster
 
 
-def make_anew(app: App, topic: str, pause: float) -> None:
-    """Delete the topic and make it again."""
+def make_anew(app: App, topic: str, noticed: Callable[[], bool]) -> None:
+    """Delete the topic, and once that is noticed make it again."""
     name = f"{app.events.prefix}{topic}"
     app.events.admin.delete_topics([name])[name].result(10)
     wait_for(lambda: topic not in app.events.metadata(), "deleted")
-    time.sleep(pause)
+    wait_for(noticed, "noticed")
     app.events.admin.create_topics([NewTopic(name, 1, 1)])[name].result(10)
 
 

@@ -109,7 +109,7 @@ BUGS = [
     Bug("results of a revoked partition are settled", Runner, "settle", "if not r.part.closed", "if r.part is not None"),
     Bug("what was done is not settled at a revocation", Runner, "settle", "self._collect()", "[c.collect() for c in self.crews]"),
     Bug("a revocation leaves the lanes", Runner, "revoked", "crew.lanes.drop(part)", "pass"),
-    Bug("outputs for elsewhere are left out", runner, "checkpoint", "flush(sink, outputs)", "pass"),
+    Bug("outputs for elsewhere are left out", runner, "checkpoint", "refused += flush(sink, outputs)", "pass"),
     Bug("nobody waits for outputs elsewhere", checkpoint, "flush", "future.exception(FLUSH)", "None"),
     Bug("outputs for elsewhere are sent twice, here too", runner, "checkpoint", "result._replace(outputs=own)", "result"),
     # Pauses.

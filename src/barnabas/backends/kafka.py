@@ -25,6 +25,7 @@ from confluent_kafka import KafkaError, KafkaException
 from barnabas.backends.kafka_doors import KafkaDoors
 from barnabas.backends.kafka_options import PRODUCER, Quiet, check_options
 from barnabas.backends.kafka_words import as_key, explain
+from barnabas.backends.shares import buffer_full
 from barnabas.engine.observe import Statistics
 from barnabas.errors import BarnabasError, BufferFull, DeclarationError, SendError, SettingError
 from barnabas.future import Future
@@ -301,11 +302,7 @@ class KafkaBackend(KafkaDoors):
         producer.poll(0)
         while (waiting := len(producer)) and (full or waiting + count > self._most):
             if time.monotonic() >= deadline:
-                raise BufferFull(
-                    f"the send buffer of {self.servers} was full for {timeout} s: {waiting} messages wait"
-                    f"{f' ({self.away})' if self.away else ''}; send slower, or raise buffer_messages, buffer_bytes or "
-                    "send_timeout"
-                )
+                raise buffer_full(self.servers, timeout, f"{waiting} messages wait{f' ({self.away})' if self.away else ''}")
             producer.poll(0.02)
             if full:
                 return

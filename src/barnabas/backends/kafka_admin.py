@@ -6,7 +6,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import confluent_kafka as driver
@@ -14,7 +13,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection, TopicPa
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions, NewTopic, OffsetSpec
 
 from barnabas.backends.kafka_options import COMMON, CONSUMER, log
-from barnabas.backends.kafka_words import FORGOTTEN, SOON, STRANGERS, as_row, explain, unpack
+from barnabas.backends.kafka_words import FORGOTTEN, MISSING, SOON, STRANGERS, as_row, explain, unpack
 from barnabas.errors import BackendError, DeclarationError, NotAuthenticated, NotAuthorised, UnknownTopic
 from barnabas.message import Row
 from barnabas.ports import TopicState
@@ -29,7 +28,8 @@ ROOM = 64 * 1024  # bytes that a stored message may have beyond its topic's limi
 
 class Change(NamedTuple):
     """A step between what is stored and what is declared: "create" (partitions; replication and configuration), "raise"
-    (partitions; those there are), "keep" (fewer are declared: not done; those there are), "set" (an option; from, to)."""
+    (partitions; those there are), "keep" (fewer are declared: not done; those there are), "differs" (an option; from, to, what
+    changes it: not done), "set" (an option; from, to)."""
 
     kind: str
     topic: str
@@ -44,10 +44,7 @@ class KafkaAdmin:
     client: Callable[..., Any]  # makes one of the driver's
 
     def __init__(self, url: str, servers: str, prefix: str, create: bool) -> None:
-        self.url = url
-        self.servers = servers
-        self.prefix = prefix
-        self.create = create
+        self.url, self.servers, self.prefix, self.create = url, servers, prefix, create
         self.away = ""  # what is the matter with the cluster, if anything is
         self.denied = ""  # that it, or we, cannot be who we say
         self._told: set[str] = set()  # of what is the matter: what a log line has said
@@ -59,6 +56,7 @@ class KafkaAdmin:
         self._askers: dict[str, Any] = {}
         self._admin_lock = threading.RLock()
         self._ids: dict[str, str] = {}  # of topics, as they are called in Kafka
+        self.deleted: set[str] = set()
         self._asked_for: dict[str, Any] = {}
         self._asked_at = 0.0
 
@@ -83,7 +81,7 @@ class KafkaAdmin:
 
     def trouble(self, error: KafkaError) -> None:
         """The driver's error callback: one log line a change."""
-        if error.code() == KafkaError._TRANSPORT:  # one broker; that all are gone is another error
+        if error.code() in {KafkaError._TRANSPORT, *MISSING}:  # one broker, or topic; that all are gone is another error
             log.debug("%s: %s", self.servers, error.str())
             return
         if error.code() in STRANGERS:
@@ -139,7 +137,7 @@ class KafkaAdmin:
 
     def ids(self, names: Iterable[str], wait: bool = False) -> Mapping[str, str]:
         """The ids of topics, those known: a topic that was deleted and made anew has another. Asked for anew every few seconds,
-        and without waiting for the answer, unless `wait`."""
+        and without waiting for the answer, unless `wait`. Those that are not there are `deleted`."""
         with self._admin_lock:
             now, missing = time.monotonic(), set(names) - self._ids.keys()
             if wait or (not self._asked_for and (missing or now - self._asked_at > LOOK)):
@@ -148,8 +146,14 @@ class KafkaAdmin:
                 self._asked_at = now
             if wait or all(future.done() for future in self._asked_for.values()):
                 for name, future in self._asked_for.items():
-                    with suppress(KafkaException, TimeoutError):  # it is not there just now, or nobody can say
+                    try:
                         self._ids[name] = str(future.result(PATIENCE).topic_id)
+                        self.deleted.discard(name)
+                    except TimeoutError:  # nobody can say
+                        continue
+                    except KafkaException as error:
+                        if error.args[0].code() in MISSING:
+                            self.deleted.add(name)
                 self._asked_for = {}
             return self._ids
 
@@ -168,10 +172,8 @@ class KafkaAdmin:
         absent, differ = {}, []
         for topic in topics:
             if not _NAME.fullmatch(self.prefix + topic.name):
-                raise DeclarationError(
-                    f"topic {self.prefix + topic.name!r}: Kafka's names: up to 249 letters, digits, dots, dashes, underscores; "
-                    "where a group is in it, give its consumer a name= of these"
-                )
+                what = "letters, digits, dots, dashes, underscores; where a group is in it, give its consumer a name= of these"
+                raise DeclarationError(f"topic {self.prefix + topic.name!r}: Kafka's names: up to 249 {what}")
             if topic.name not in stored:
                 parent = topic.parent
                 count = topic.partitions or (stored.get(parent.name) if parent is not None else 0)
@@ -188,10 +190,8 @@ class KafkaAdmin:
         elif absent:
             names = ", ".join(repr(topic.name) for topic, _ in absent)
             self._see([self.prefix + topic.name for topic, _ in absent])
-            raise UnknownTopic(
-                f"{self.servers} has no topic {names}; create what is declared with `barnabas topics apply`, or, in development, "
-                "run with --create-topics"
-            )
+            how = "create what is declared with `barnabas topics apply`, or, in development, run with --create-topics"
+            raise UnknownTopic(f"{self.servers} has no topic {names}; {how}")
         self._refuse_other(differ)
 
     def _see(self, names: list[str]) -> None:
@@ -205,10 +205,8 @@ class KafkaAdmin:
 
     def _refuse_other(self, differ: list[tuple[Any, int, int]]) -> None:
         for topic, stored, declared in differ:
-            raise DeclarationError(
-                f"topic {topic.name!r}: partitions={declared}, but {self.servers} has it with {stored}; leave partitions out, "
-                "or change it on purpose: barnabas topics apply"
-            )
+            how = "leave partitions out, or change it on purpose: barnabas topics apply"
+            raise DeclarationError(f"topic {topic.name!r}: partitions={declared}, but {self.servers} has it with {stored}; {how}")
 
     def make(self, topics: Sequence[Any]) -> None:
         """Create what is missing of these."""
@@ -239,12 +237,19 @@ class KafkaAdmin:
         changes = [Change("create", topic.name, count, topic_config(topic)) for topic, count in absent]
         changes += [Change("raise" if stored < count else "keep", t.name, count, stored) for t, stored, count in differ]
         known = {topic.name: topic for topic in topics if topic not in [topic for topic, _ in absent]}
+        there = self.admin.list_topics(timeout=PATIENCE).topics if known else {}
+        for name, topic in known.items():
+            copies, declared = len(there[self.prefix + name].partitions[0].replicas), topic_config(topic)[0]
+            if declared not in (-1, copies):
+                changes.append(Change("differs", name, "replication", (copies, declared, "kafka-reassign-partitions")))
         places = {ConfigResource(ConfigResource.Type.TOPIC, self.prefix + name): name for name in known}
         answers = self.ask("the configuration of topics", lambda: self.admin.describe_configs(list(places))) if places else {}
         for place, name in places.items():
             wanted = topic_config(known[name])[1]
             given = {key: entry.value for key, entry in answers[place].items()}
             changes += [Change("set", name, key, (given.get(key), v)) for key, v in wanted.items() if given.get(key) != v]
+            if "compact" in given["cleanup.policy"] and "cleanup.policy" not in wanted:
+                changes.append(Change("differs", name, "cleanup.policy", (given["cleanup.policy"], "delete", "compact = false")))
         return changes
 
     def apply(self, changes: Iterable[Change]) -> None:
@@ -302,9 +307,7 @@ class KafkaAdmin:
     def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
         with self._admin_lock:
             if self._reader is None:
-                fixed = {"group.id": "barnabas-read", "enable.auto.commit": False, "enable.partition.eof": True}
-                fixed |= {"auto.offset.reset": "earliest", "group.protocol": "classic"}
-                self._reader = self.client(driver.Consumer, CONSUMER, **fixed)
+                self._reader = self.outsider("barnabas-read", **{"enable.partition.eof": True, "auto.offset.reset": "earliest"})
             reader = self._reader
             reader.assign([TopicPartition(self.prefix + topic, partition, offset)])
             rows: list[Row] = []
@@ -326,13 +329,17 @@ class KafkaAdmin:
             finally:
                 reader.unassign()
 
+    def outsider(self, group: str, **more: Any) -> Any:
+        """A consumer that is no member of its group."""
+        fixed = {"group.id": group, "enable.auto.commit": False, "group.protocol": "classic"}
+        return self.client(driver.Consumer, CONSUMER, **fixed, **more)
+
     def asker(self, group: str) -> Any:
         """A consumer of this group that is no member of it, for its positions. (librdkafka 2.16's admin client ends the whole
         process when a group's coordinator is just moving or loading.)"""
         with self._admin_lock:
             if group not in self._askers:
-                fixed = {"group.id": self.prefix + group, "enable.auto.commit": False, "group.protocol": "classic"}
-                self._askers[group] = self.client(driver.Consumer, CONSUMER, **fixed)
+                self._askers[group] = self.outsider(self.prefix + group)
             return self._askers[group]
 
     def committed(self, group: str, where: Iterable[tuple[str, int]]) -> dict[tuple[str, int], tuple[int, str]]:
@@ -342,12 +349,8 @@ class KafkaAdmin:
             return {}
         with self._admin_lock:
             found = self._until_led(f"the positions of {group!r}", lambda: self.asker(group).committed(asked, timeout=PATIENCE))
-        cut = len(self.prefix)
-        return {
-            (tp.topic[cut:], tp.partition): (tp.offset, tp.metadata or "")
-            for tp in found
-            if tp.offset >= 0 and tp.metadata != FORGOTTEN
-        }
+        cut, found = len(self.prefix), [tp for tp in found if tp.offset >= 0 and tp.metadata != FORGOTTEN]
+        return {(tp.topic[cut:], tp.partition): (tp.offset, tp.metadata or "") for tp in found}
 
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
         stored = self.metadata()
@@ -372,6 +375,6 @@ def topic_config(topic: Any) -> tuple[int, dict[str, str]]:
         # Kafka measures batches: one of many small messages is not to be refused.
         "max.message.bytes": str(max(topic.limit, int(topic.app.settings.kafka.get("batch.size", 1_000_000))) + ROOM),
     }
-    if over.get("compact") and topic.parent is None:
-        config["cleanup.policy"] = "compact"
+    if "compact" in over and topic.parent is None:
+        config["cleanup.policy"] = "compact" if over["compact"] else "delete"
     return over.get("replication", -1), config

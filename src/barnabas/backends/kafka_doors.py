@@ -10,12 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import confluent_kafka as driver
 from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import OffsetSpec
 
 from barnabas.backends.kafka_admin import PATIENCE, KafkaAdmin
-from barnabas.backends.kafka_options import CONSUMER
 from barnabas.backends.kafka_words import FORGOTTEN, MARK, explain, pack, unpack
 from barnabas.backends.shares import HOST, by_partition, check_offset, finished
 from barnabas.errors import Refused, UnknownTopic
@@ -183,8 +181,7 @@ class KafkaDoors(KafkaAdmin):
             if self._watcher is None:
                 if self._control not in self.metadata():
                     return {}
-                fixed = {"group.id": "barnabas-control", "enable.auto.commit": False, "group.protocol": "classic"}
-                self._watcher = self.client(driver.Consumer, CONSUMER, **fixed, **{"auto.offset.reset": "earliest"})
+                self._watcher = self.outsider("barnabas-control", **{"auto.offset.reset": "earliest"})
                 self._watcher.assign([TopicPartition(name, 0, 0)])
                 self._asked, self._seen = {}, 0
             end = self.ends([(self._control, 0)])[self._control, 0]

@@ -84,11 +84,8 @@ class KafkaMember:
     def __init__(
         self, home: "KafkaBackend", group: str, topics: Sequence[Any], start: str, ordered: bool, listener: Listener
     ) -> None:
-        self.home = home
-        self.group = group
-        self._start = start
-        self._ordered = ordered
-        self._listener = listener
+        self.home, self.group, self._listener = home, group, listener
+        self._start, self._ordered = start, ordered
         # The partitions of a retry topic go with those of its topic: an assignor that mixes them would give somebody only
         # what is idle most of the time.
         self._retries = {home.prefix + t.parent.name: home.prefix + t.name for t in topics if _is_retry(t, group)}
@@ -273,6 +270,8 @@ class KafkaMember:
             kept[stored.topic, stored.partition] = stored
         ids = self.home.ids({tp.topic for tp in where}, wait=True)
         anew = {tp.topic for tp in where if self._ids.get(tp.topic, ids.get(tp.topic)) != ids.get(tp.topic)}
+        for topic in sorted(anew):
+            self._say_anew(topic)
         for tp in where:
             last = kept[tp.topic, tp.partition]
             tp.offset = driver.OFFSET_INVALID if last.metadata == FORGOTTEN or tp.topic in anew else last.offset
@@ -298,6 +297,10 @@ class KafkaMember:
             if at in hit and (end := min(hit[at], tops[at])) > tp.offset:
                 claim.ends = sorted([*claim.ends, end], reverse=True)[: CRASHES + 1]
         return claims
+
+    def _say_anew(self, topic: str) -> None:
+        name = topic[len(self.home.prefix) :]
+        log.error("%s: topic %r was deleted and made anew; it is read from its beginning", self.group, name)
 
     def _claim(self, at: tuple[str, int], root: tuple[str, int], offset: int, beside: str | None) -> Claim:
         self._numbers += 1

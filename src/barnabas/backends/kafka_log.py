@@ -31,6 +31,7 @@ class KafkaLog(KafkaMember):
 
     _limit = 1
     _looked = _kept_at = 0.0
+    _gone: frozenset[str] | set[str] = frozenset()  # topics whose end a log line has said
     _rows: Callable[[list[Any]], Any] = staticmethod(as_rows)
 
     # Fetching.
@@ -217,10 +218,9 @@ class KafkaLog(KafkaMember):
         name, number = claim.part.topic, claim.part.partition
         latest = self._policy in ("latest", "largest") and claim.at == claim.root  # what waits to be retried is not passed over
         if self._policy == "error":
-            self._error = PositionLost(
-                f"{name}[{number}]: the position of {self.group!r}, {claim.part.held.next}, is no longer stored ({error.str()}); "
-                "set it with `barnabas reset`, or choose kafka={'auto.offset.reset': 'earliest'} or 'latest'"
-            )
+            where = f"{name}[{number}]: the position of {self.group!r}, {claim.part.held.next}"
+            how = "set it with `barnabas reset`, or choose kafka={'auto.offset.reset': 'earliest'} or 'latest'"
+            self._error = PositionLost(f"{where}, is no longer stored ({error.str()}); {how}")
             return
         target = self.home.ends([(name, number)], OffsetSpec.latest() if latest else OffsetSpec.earliest())[name, number]
         log.error(
@@ -231,12 +231,14 @@ class KafkaLog(KafkaMember):
 
     def _see_new_topics(self) -> None:
         """Topics that were deleted and made anew: the driver reads on at the old offset, without a word."""
-        ids = self.home.ids(self._ids)
-        for claim in list(self._claims.values()):
-            topic = claim.at[0]
-            if ids.get(topic, claim.id) != claim.id:
-                log.error("%s: topic %r was deleted and made anew; it is read from its beginning", self.group, claim.part.topic)
-                self._ids[topic] = ids[topic]
+        ids, cut = self.home.ids(self._ids), len(self.home.prefix)
+        gone, self._gone = self._gone, self.home.deleted & self._ids.keys()
+        for topic in sorted(self._gone - gone):
+            log.error("%s: topic %r was deleted; `barnabas topics apply` makes it again, empty", self.group, topic[cut:])
+        for topic in [topic for topic, id in self._ids.items() if ids.get(topic, id) != id]:
+            self._say_anew(topic)
+            self._ids[topic] = ids[topic]
+            for claim in [claim for claim in self._claims.values() if claim.at[0] == topic and claim.id != ids[topic]]:
                 self._jump(claim, 0)
 
     def _jump(self, claim: Claim, target: int) -> None:

@@ -20,31 +20,24 @@ PRODUCER: dict[str, Any] = {
     "message.max.bytes": 1_000_000_000,  # a topic's own limit decides
 }  # fmt: skip
 CONSUMER: dict[str, Any] = {
-    **COMMON,
+    **COMMON, "partition.assignment.strategy": "cooperative-sticky", "client.id": "barnabas",
     "fetch.queue.backoff.ms": 10,  # the driver's 1000 costs a factor of six at a backlog
-    "partition.assignment.strategy": "cooperative-sticky",
-    "client.id": "barnabas",
-}
+}  # fmt: skip
 
+_COMMITS = ("enable.auto.commit", "auto.commit.enable", "enable.auto.offset.store", "auto.commit.interval.ms")
 _ALWAYS = {
-    **dict.fromkeys(("bootstrap.servers", "metadata.broker.list"), "the URL says it"),
-    "group.id": "a consumer's group= says it",
-    **dict.fromkeys(
-        ("enable.auto.commit", "auto.commit.enable", "enable.auto.offset.store", "auto.commit.interval.ms"),
-        "positions are committed when handlers have finished, never before",
-    ),
+    **dict.fromkeys(("bootstrap.servers", "metadata.broker.list"), "the URL says it"), "group.id": "a consumer's group= says it",
+    **dict.fromkeys(_COMMITS, "positions are committed when handlers have finished, never before"),
     "transactional.id": "outputs and positions are not settled in Kafka's transactions; a repeat carries the same id instead",
     "enable.partition.eof": "it is Barnabas' own",
     "delivery.report.only.error": "a send's future resolves by its delivery report",
-}
+}  # fmt: skip
 _UNLESS: dict[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys(("acks", "request.required.acks"), (("all", "-1"), "a send is durable when all replicas in sync have it")),
     "enable.idempotence": (("true",), "without it a send that is tried again can be stored twice or out of order"),
     "allow.auto.create.topics": (("false",), "a mistyped name would become a topic; use `barnabas topics apply`"),
-    "auto.offset.reset": (
-        ("earliest", "smallest", "latest", "largest", "error"),
-        "it says where to go on when the position is no longer stored: earliest, latest, or error to stop",
-    ),
+    "auto.offset.reset": (("earliest", "smallest", "latest", "largest", "error"), "it says where to go on when the position is "
+                          "no longer stored: earliest, latest, or error to stop"),
 }
 
 

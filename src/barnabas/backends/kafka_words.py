@@ -14,7 +14,7 @@ _DENIED = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 }  # fmt: skip
 STRANGERS = {KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL}
-_MISSING = {KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION}
+MISSING = {KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION, KafkaError._NOENT}
 SOON = {  # nobody leads it just now
     KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.NOT_LEADER_FOR_PARTITION,
     KafkaError.UNKNOWN_LEADER_EPOCH,  # just created, or just moved
@@ -30,11 +30,9 @@ def explain(error: KafkaError, what: str, home: Any, sending: bool = False) -> E
     code, text = error.code(), error.str()
     own: type[Exception] = SendError if sending else BackendError
     if code in _AWAY and home.denied:  # the driver tries for ever
-        return NotAuthenticated(
-            f"{what}: {home.servers} refused the connection ({home.denied}); see to sasl.username, sasl.password and "
-            "ssl.ca.location in kafka={...}"
-        )
-    if code in _MISSING:
+        how = "see to sasl.username, sasl.password and ssl.ca.location in kafka={...}"
+        return NotAuthenticated(f"{what}: {home.servers} refused the connection ({home.denied}); {how}")
+    if code in MISSING:
         return UnknownTopic(f"{what}: {text}; create it with `barnabas topics apply` (`barnabas run --create-topics` does too)")
     if code in _DENIED:
         return NotAuthorised(f"{what}: {home.servers} does not allow it ({text}); give its user the right, or change kafka=")
@@ -42,10 +40,8 @@ def explain(error: KafkaError, what: str, home: Any, sending: bool = False) -> E
         return ValueTooLarge(f"{what} is larger than {home.servers} takes; raise the topic's max.message.bytes above batch.size")
     if code in _AWAY:
         away = f" ({home.away})" if home.away else ""
-        return own(
-            f"{what}: {home.servers} did not answer in time{away}; see that it runs and can be reached"
-            + (", or raise delivery.timeout.ms in kafka={...}" if sending else "")
-        )
+        how = "see that it runs and can be reached" + (", or raise delivery.timeout.ms in kafka={...}" if sending else "")
+        return own(f"{what}: {home.servers} did not answer in time{away}; {how}")
     hint = "; see to this, then start the process again" if code == KafkaError._FATAL and not sending else ""
     return own(f"{what}: {text} ({error.name()}){hint}")
 

@@ -25,6 +25,12 @@ M = TypeVar("M", bound=Hashable)
 P = TypeVar("P", bound=Hashable)
 
 
+def buffer_full(where: str, timeout: float, what: str) -> BufferFull:
+    """The error of who found no room in time."""
+    how = "send slower, or raise buffer_messages, buffer_bytes or send_timeout"
+    return BufferFull(f"the send buffer of {where} was full for {timeout} s: {what}; {how}")
+
+
 class Room(threading.Condition):
     """The room in a send buffer: how many messages or jobs (`count`), of how many bytes (`size`), are not stored yet. Hold it
     to `enter`. trouble: why nothing leaves just now, if anything is known."""
@@ -59,10 +65,7 @@ class Room(threading.Condition):
             timeout = 0.0
         if not self._until(lambda: not self.count or fits(1), timeout):
             why = f" (the last try failed: {said})" if (said := self._trouble()) else ""
-            raise BufferFull(
-                f"the send buffer of {self._where} was full for {timeout} s: {self.count} {self._what}, {self.size} bytes "
-                f"wait{why}; send slower, or raise buffer_messages, buffer_bytes or send_timeout"
-            )
+            raise buffer_full(self._where, timeout, f"{self.count} {self._what}, {self.size} bytes wait{why}")
 
     def leave(self, count: int, size: int) -> None:
         """Give the room back of what was stored, or is not to be any more."""

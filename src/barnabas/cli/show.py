@@ -59,9 +59,11 @@ def _arrange(app: App, act: str, as_json: bool) -> None:
         elif kind == "raise":
             click.echo(f"raise {topic}: from {more} to {what} partitions; most keys move to another one, so their order is")
             click.echo("    kept only if consumers have caught up before")
+        elif kind == "differs":
+            click.echo(f"keep {topic}: its {what} is {more[0]}, {more[1]} is declared; {more[2]} changes it")
         else:
             click.echo(f"keep {topic}: it has {more} partitions, {what} are declared; Kafka cannot take partitions away")
-    changes = [change for change in changes if change.kind != "keep"]
+    changes = [change for change in changes if change.kind not in ("keep", "differs")]
     if act == "apply":
         events.apply(changes)
     if not as_json:

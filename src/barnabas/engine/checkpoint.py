@@ -8,20 +8,23 @@ from barnabas.future import Future
 from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Result, Source
 
+Bury = Callable[[Sequence[Result], Sequence[Result], list[tuple[Any, Exception]]], Sequence[Result]]
 FLUSH = 60.0  # seconds that outputs may take to become durable elsewhere before the checkpoint fails (and is repeated)
 
 
-def checkpoint(source: Source, sinks: Callable[[Any], Any] | None, results: Sequence[Result]) -> int:
+def checkpoint(source: Source, sinks: Callable[[Any], Any] | None, results: Sequence[Result], bury: Bury) -> int:
     """Settle `results`. Outputs for the source's own home ride in its transaction, others are durable before it.
 
-    sinks: where an output leaves; None if all leave where the source lives.
+    sinks: where an output leaves; None if all leave where the source lives. bury: makes of results, of what is left of them to
+    settle, and of outputs that were refused as too large, what is to be settled instead.
     Returns the number of outputs. Raises what the sink or the source raises; nothing is settled then.
     """
     if sinks is None:
         source.settle(results)
         return sum([len(result.outputs) for result in results])
     away: dict[Any, list[Outgoing | OutgoingJob]] = {}
-    settled = []
+    settled: list[Result] = []
+    refused: list[tuple[Any, Exception]] = []
     count = 0
     for result in results:
         outputs = result.outputs
@@ -38,33 +41,44 @@ def checkpoint(source: Source, sinks: Callable[[Any], Any] | None, results: Sequ
                 result = result._replace(outputs=own)
         settled.append(result)
     for sink, outputs in away.items():
-        flush(sink, outputs)
-    source.settle(settled)
+        refused += flush(sink, outputs)
+    if refused:
+        checkpoint(source, sinks, bury(results, settled, refused), bury)
+    else:
+        source.settle(settled)
     return count
 
 
-def flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> None:
+def flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> list[tuple[Any, Exception]]:
     """Make these durable. Each gets a future of its own for this try: the caller's resolves with the last one. What is
-    refused as too large goes alone, and a dead letter then without its value: it says where that is."""
-    tries, stored = [], []
+    refused as too large goes alone, and a dead letter then without its value: it says where that is. Returns what is too large
+    even so, and why."""
+    tries, stored, failed, refused = [], [], None, []
     for output in outputs:
         future: Future[Any] = Future()
         own = output._replace(future=future) if isinstance(output, OutgoingJob) else (*output[:-1], future)
-        tries.append((own, output[-1], future))
-    sink.send([output for output, _, _ in tries])
-    for output, asked, future in tries:
+        tries.append((own, output, future))
+    sink.send([own for own, _, _ in tries])
+    for own, output, future in tries:
         try:
             error = future.exception(FLUSH)
         except Exception as problem:
             error = problem
-        if isinstance(error, ValueTooLarge) and (less := (*output[:-1], asked) if len(tries) > 1 else without_value(output)):
-            flush(sink, [less])  # (Kafka measures what goes in one batch together)
+        if isinstance(error, ValueTooLarge):
+            if less := output if len(tries) > 1 else without_value(output):
+                refused += flush(sink, [less])  # (Kafka measures what goes in one batch together)
+            else:
+                refused.append((output, error))
         elif error is not None and not isinstance(error, Conflict):  # that is an answer: another job holds its lock
-            raise SendError(f"an output to {getattr(output[0], 'name', output[0])!r} could not be stored: {error}") from error
-        elif asked is not None:
-            stored.append((future, asked))
+            failed = failed or (own, error)
+        elif output[-1] is not None:
+            stored.append((future, output[-1]))
+    if failed is not None:
+        name = getattr(failed[0][0], "name", failed[0][0])
+        raise SendError(f"an output to {name!r} could not be stored: {failed[1]}") from failed[1]
     for future, asked in stored:
         future.hand_on(asked)
+    return refused
 
 
 def without_value(output: Any) -> Outgoing | None:

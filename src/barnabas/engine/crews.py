@@ -20,10 +20,8 @@ class ThreadCrew(Crew):
         self._left = False
         self._calls: deque[Callable[[], None]] = deque()
         self._work = threading.Condition(self.lanes.lock)
-        self.threads = [
-            threading.Thread(target=self._drive, args=(slot,), name=f"{self.handler.name}-{slot}", daemon=True)
-            for slot in range(self.size)
-        ]
+        name, slots, kind = self.handler.name, range(self.size), threading.Thread
+        self.threads = [kind(target=self._drive, args=(slot,), name=f"{name}-{slot}", daemon=True) for slot in slots]
         for thread in self.threads:
             thread.start()
 

@@ -8,7 +8,8 @@ from typing import Any
 from barnabas.errors import SendError, WaitInHandler
 from barnabas.future import Future
 from barnabas.message import Key, Outgoing, OutgoingJob, Row, offset_of
-from barnabas.ports import Part
+from barnabas.ports import Part, Result
+from barnabas.verdict import Again
 
 ID = "barnabas-id"  # the header
 Cells = dict[tuple[str, Any], bytes | None]
@@ -19,6 +20,13 @@ def cause_of(part: Part, row: Row) -> str:
     if part.partition < 0:  # a job keeps its id over retries
         return f"{part.topic}/{row[1]!r}"
     return f"{part.group}/{part.topic}/{part.partition}/{offset_of(row)}"
+
+
+def sent_for(output: Any, result: Result, row: Row) -> bool:
+    """Whether this was sent by the handler of this row (its id says so), or is the row itself on its way to be retried."""
+    id = next((value for name, value in reversed(output[4] or ()) if name == ID), b"")
+    again = type(result.others.get(row[0])) is Again and output[2:4] == row[1:3]
+    return again or id.startswith(f"{cause_of(result.part, row)}/".encode())
 
 
 def id_of(derive: Any, part: Part, row: Row, index: int) -> str:
@@ -47,10 +55,9 @@ class Hand:
     def awaited(self, future: Future[Any], blocking: bool) -> None:
         """Refuse a wait by the handler (or a task it started) whose sends are held back here."""
         if self.open and CURRENT.get() is self:
-            raise WaitInHandler(
-                "a send inside a handler leaves after the handler returned, so waiting for it here would never end; "
-                "to send at once, whatever becomes of this message, use send(..., now=True)"
-            )
+            how = "to send at once, whatever becomes of this message, use send(..., now=True)"
+            why = "a send inside a handler leaves after the handler returned, so waiting for it here would never end"
+            raise WaitInHandler(f"{why}; {how}")
 
     def refuse(self, target: Any) -> None:
         """Refuse what another app declares: it would be stored with this handler's position, where that app never looks."""

@@ -78,10 +78,8 @@ def bind_params(owner: str, function: Callable[..., Any], topic_type: Any = Any)
             value, optional = _strip_none(inner if batch else hint)
             kinds.append("value")
         elif parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise DeclarationError(
-                f"{owner}: nothing can be bound to its parameter {parameter.name!r} ({hint!r}); a handler takes the "
-                "value, and if it asks by annotation a Delivery and a Respond"
-            )
+            what = "a handler takes the value, and if it asks by annotation a Delivery and a Respond"
+            raise DeclarationError(f"{owner}: nothing can be bound to its parameter {parameter.name!r} ({hint!r}); {what}")
     if "delivery" in kinds and batch:
         raise DeclarationError(f"{owner}: a batch handler gets its deliveries as list[Delivery]")
     if "deliveries" in kinds and not batch:
@@ -107,10 +105,8 @@ def make_route(owner: str, topic: Any, function: Callable[..., Any]) -> Route:
         raise DeclarationError(f"{owner}: the handler takes no parameter; its first one is the value")
     decode = topic.decode
     if topic.codec == "raw" and params.value not in (Any, bytes):
-        raise DeclarationError(
-            f"{owner}: its value is {params.value!r} and topic {topic.name!r} carries bytes as they are; annotate it "
-            'as bytes, or declare the topic with a type and codec="json"'
-        )
+        what = 'carries bytes as they are; annotate it as bytes, or declare the topic with a type and codec="json"'
+        raise DeclarationError(f"{owner}: its value is {params.value!r} and topic {topic.name!r} {what}")
     if params.value is not Any and params.value != topic.type and topic.codec == "json":
         decode = make_codec(owner, params.value, "json")[1]
         if misfit(topic.type, params.value)[0]:
@@ -259,11 +255,7 @@ class Handler:
                 return verdict.at
             if whole:  # each alone, at once: only the culprits go through the retry topic
                 return None
-            first = self.delivery(part, row, None)
-            at = (first.topic, first.partition, first.offset)
-            topic = self.routes[part.topic].topic
-            run.outputs.append(to_retry(topic, self.group, at, attempt, verdict.at, row, first.headers))
-            run.others[offset] = verdict
+            self._retry_apart(run, row, attempt, verdict)
             self._say(part, offset, attempt, "retry topic", told(error), error)
             return None
         if whole:
@@ -272,6 +264,18 @@ class Handler:
             return None
         self.bury(run, row, verdict.reason, error, attempt, now)
         return None
+
+    def _retry_apart(self, run: Run, row: Row, attempt: int, verdict: Again) -> None:
+        """A row goes through the retry topic."""
+        first, topic = self.delivery(run.part, row, None), self.routes[run.part.topic].topic
+        at = (first.topic, first.partition, first.offset)
+        run.outputs.append(to_retry(topic, self.group, at, attempt, verdict.at, row, first.headers))
+        run.others[row[0]] = verdict
+
+    def apart(self, run: Run, now: float) -> None:
+        """The rows of a batch are to run again, each alone, and for the last time: in its retry topic, without order."""
+        for row in run.rows:
+            self._retry_apart(run, row, self.consumer.retry.times, Again(now))
 
     def bury(self, run: Run, row: Row, reason: str, error: BaseException | None, attempt: int, now: float) -> None:
         """A row is dead: to the dead-letter topic, skipped and counted, or a stop of the process."""
@@ -332,10 +336,8 @@ def to_retry(
 def origin(headers: Headers) -> tuple[dict[str, bytes], list[tuple[str, bytes]]]:
     """The first address of a message in a retry topic, and its own headers."""
     cut = len(RETRIED)
-    return (
-        {name[cut:]: value for name, value in headers if name.startswith(RETRIED)},
-        [(name, value) for name, value in headers if not name.startswith(RETRIED)],
-    )
+    own = [(name, value) for name, value in headers if not name.startswith(RETRIED)]
+    return {name[cut:]: value for name, value in headers if name.startswith(RETRIED)}, own
 
 
 def retry_at(row: Row) -> float:

@@ -34,10 +34,8 @@ def check_hook(hook: Any, kind: str) -> None:
     """Refuse what is no generator function (around) or no plain function (all others; on_start and on_stop may be async)."""
     generator = inspect.isgeneratorfunction(hook) or inspect.isasyncgenfunction(hook)
     if kind == "around" and not generator:
-        raise DeclarationError(
-            f"@app.around on {hook!r}: a hook is a generator function with one `yield`; for a plain function use "
-            "@app.before or @app.after"
-        )
+        how = "a hook is a generator function with one `yield`; for a plain function use @app.before or @app.after"
+        raise DeclarationError(f"@app.around on {hook!r}: {how}")
     plain = kind not in ("on_start", "on_stop")
     if kind != "around" and (generator or not callable(hook) or (plain and inspect.iscoroutinefunction(hook))):
         may = "plain function; a generator belongs under @app.around" if plain else "function, plain or async"
@@ -49,10 +47,9 @@ def refuse_async(owner: str, awaited: bool, hooks: Sequence[Any]) -> None:
     """Refuse async generators around a handler that is not async."""
     for hook in hooks:
         if inspect.isasyncgenfunction(hook) and not awaited:
-            raise DeclarationError(
-                f"{owner}: hooks: {hook.__name__} is an async generator and the handler is not async; make the hook a "
-                "plain generator (it then serves both kinds) or the handler `async def`"
-            )
+            how = "make the hook a plain generator (it then serves both kinds) or the handler `async def`"
+            what = f"{hook.__name__} is an async generator and the handler is not async"
+            raise DeclarationError(f"{owner}: hooks: {what}; {how}")
 
 
 def check_hooks(owner: str, hooks: Any) -> list[Any]:

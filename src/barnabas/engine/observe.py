@@ -81,10 +81,8 @@ class Observers:
         level = _LEVELS.get(record.outcome, 40)
         shown = level == 40 and not record.reason.startswith("undecodable")  # that went through no code but ours
         if log.isEnabledFor(level):
-            log.log(
-                level, "%s: %s, attempt %d: %s (%s)", record.name,
-                f"job {record.job}" if record.job else f"{record.topic}[{record.partition}]@{record.offset}", record.attempt,
-                record.outcome, record.reason,
-                exc_info=(type(record.error), record.error, own_part(record.error)) if shown and record.error else None,
-            )
+            what = f"job {record.job}" if record.job else f"{record.topic}[{record.partition}]@{record.offset}"
+            trace = (type(record.error), record.error, own_part(record.error)) if shown and record.error else None
+            told = (record.name, what, record.attempt, record.outcome, record.reason)
+            log.log(level, "%s: %s, attempt %d: %s (%s)", *told, exc_info=trace)
         self.tell(record)

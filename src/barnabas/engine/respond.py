@@ -63,20 +63,16 @@ def make_answer(
         for topic, _, _ in answers:
             uses[topic] = uses.get(topic, 0) + 1
             if topic not in by_topic:
-                raise ResponderError(
-                    f"{owner} answered on {getattr(topic, 'name', topic)!r}, which is not in its responds=["
-                    f"{', '.join(t.name for t in by_topic)}]; add it there"
-                )
+                there = ", ".join(t.name for t in by_topic)
+                what = f"{owner} answered on {getattr(topic, 'name', topic)!r}"
+                raise ResponderError(f"{what}, which is not in its responds=[{there}]; add it there")
             if uses[topic] > 1 and not by_topic[topic].multiple and not batch:
-                raise ResponderError(
-                    f"{owner} answered on {topic.name!r} twice; if it may, declare respond_to({topic.name}, multiple=True)"
-                )
+                may = f"if it may, declare respond_to({topic.name}, multiple=True)"
+                raise ResponderError(f"{owner} answered on {topic.name!r} twice; {may}")
         for topic in required:
             if topic not in uses:
-                raise ResponderError(
-                    f"{owner} did not answer on {topic.name!r}; if it need not, declare "
-                    f"respond_to({topic.name}, required=False) or annotate the handler with `-> T | None`"
-                )
+                need_not = f"declare respond_to({topic.name}, required=False) or annotate the handler with `-> T | None`"
+                raise ResponderError(f"{owner} did not answer on {topic.name!r}; if it need not, {need_not}")
         for topic, value, key in answers:
             if isinstance(value, Message):
                 hand.add(topic.outgoing(value.value, value.key, value.headers or None, value.timestamp))

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 from barnabas.engine.alone import Alone, Gate
 from barnabas.engine.checkpoint import checkpoint
 from barnabas.engine.crew import Crew
-from barnabas.engine.handler import retry_at
+from barnabas.engine.hand import sent_for
+from barnabas.engine.handler import Stop, retry_at
+from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Observers, Settled
-from barnabas.errors import BackendError, PositionLost, Replaced
+from barnabas.errors import BackendError, PositionLost, Replaced, SendError
 from barnabas.message import Row
 from barnabas.ports import FOREVER, Part, Result, Source
 from barnabas.verdict import Again
@@ -44,10 +46,7 @@ class Runner:
     ) -> None:
         self.name = name
         self.crews = list(crews)
-        self.clock = clock
-        self.observers = observers
-        self.limit = limit
-        self.grace = grace
+        self.clock, self.observers, self.limit, self.grace = clock, observers, limit, grace
         self.error: BaseException | None = None
         self.stopping = False
         self.finished = threading.Event()
@@ -58,16 +57,11 @@ class Runner:
         self._held: dict[Part, list[Row]] = {}  # fetched, but of paused keys
         self.begins: Callable[[], Any] | None = None
         self.ends: Callable[[], Any] | None = None
-        self._interval = interval
-        self._sinks = sinks
-        self._ahead = ahead
-        self._widths = widths or {}
-        self._route = route
-        self._on_parts = on_parts
+        self._interval, self._sinks, self._ahead = interval, sinks, ahead
+        self._widths, self._route, self._on_parts = widths or {}, route, on_parts
         self._alone = Alone(self, gate)
         self._unsettled: list[Result] = []
-        self._count = 0
-        self._settled_at = 0.0
+        self._count, self._settled_at = 0, 0.0
         self._away: str | None = None
         self._marks = False
         for crew in self.crews:
@@ -118,13 +112,13 @@ class Runner:
             act(timeout)
         except Replaced:
             raise
-        except PositionLost as error:
+        except (PositionLost, Stop) as error:
             self.error = error
             return False
         except Exception as error:
             if self._away != repr(error):
                 self._away = repr(error)
-                shown = None if isinstance(error, BackendError) else error  # that one has said it all
+                shown = None if isinstance(error, BackendError | SendError) else error  # these have said it all
                 log.error("%s: the backend failed, trying again every second: %s", self.name, error, exc_info=shown)
             self.finished.wait(1.0 if not self.stopping else 0.2)
             return False
@@ -264,7 +258,7 @@ class Runner:
         results = [r for r in self._unsettled if not r.part.closed]
         began = self.clock.monotonic()
         if results:
-            outputs = checkpoint(self.source, self._sinks, results)
+            outputs = checkpoint(self.source, self._sinks, results, self._bury)
             count = sum(len(r.rows) for r in results)
             for result in results:
                 result.part.done += len(result.rows) - len(result.others)
@@ -277,6 +271,31 @@ class Runner:
         self._unsettled = []
         self._count = 0
         self._settled_at = began
+
+    def _bury(self, results: Sequence[Result], settled: Sequence[Result], refused: Sequence[Any]) -> Sequence[Result]:
+        """Rows whose outputs are refused as too large are dead; a batch's run again, each alone, to find the culprit."""
+        settled, now, handler = list(settled), self.clock.now(), self.crews[0].handler
+        for output, error in refused:
+            of = [(n, row) for n, r in enumerate(results) if any(out is output for out in r.outputs) for row in r.rows]
+            found = ((n, handler.whole(row)) for n, row in of)
+            index, row = next(((n, row) for n, row in found if sent_for(output, results[n], row)), (0, None))
+            if row is None:
+                raise error
+            result, rest, part = results[index], settled[index], results[index].part
+            run, verdict = Run(part, None, []), result.others.get(row[0])
+            if handler.batch is not None and len(of) > 1 and type(verdict) is not Again:
+                run.rows = [row for row in map(handler.whole, result.rows) if row[0] not in rest.others]
+                handler.apart(run, now)
+            elif rest.others.get(row[0]) is verdict:  # the first of its outputs
+                try:
+                    handler.bury(run, row, f"an output cannot be stored: {error}", error, part.attempts.get(row[0], 0) + 1, now)
+                except Exception as problem:  # on_dead="stop"
+                    self.error, self._unsettled = problem, [r for r in self._unsettled if r.part is not part]
+                    raise
+            if output[-1] is not None:
+                output[-1].fail(error, True)
+            settled[index] = rest._replace(outputs=[*rest.outputs, *run.outputs], others={**rest.others, **run.others})
+        return settled
 
     # Rebalances: called by the source inside fetch, on the fetch thread.
 

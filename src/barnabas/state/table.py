@@ -77,18 +77,14 @@ class Table(Generic[T]):
         try:
             self._decode = msgspec.msgpack.Decoder(known(Any if type_ is None else type_)).decode
         except TypeError as error:
-            raise DeclarationError(
-                f"table {name!r}: type {type_!r} cannot be stored ({error}); use a msgspec Struct, a dataclass, a "
-                "TypedDict or a plain type"
-            ) from None
+            how = "use a msgspec Struct, a dataclass, a TypedDict or a plain type"
+            raise DeclarationError(f"table {name!r}: type {type_!r} cannot be stored ({error}); {how}") from None
 
     def _cell(self, key: Any) -> tuple[Hand, tuple[str, Key]]:
         hand = CURRENT.get()
         if hand is None or not hand.open or hand.tables is None or self.name not in hand.tables.names:
-            raise TableError(
-                f"the table {self.name!r} is used outside of a handler that owns it; name it in the consumer's "
-                f"tables=[...], or read it from outside: with {self.name}.open() as view"
-            )
+            how = f"name it in the consumer's tables=[...], or read it from outside: with {self.name}.open() as view"
+            raise TableError(f"the table {self.name!r} is used outside of a handler that owns it; {how}")
         stored = key if type(key) is str else as_key(key)
         if hand.row[1] != stored and not hand.tables.rekeyed and not hand.has_key(stored):
             raise TableError(
