@@ -78,6 +78,7 @@ class Job:
         self.lock = None if unique is None else Lock(self.owner, self.name, self.queue, self._signature, unique)
         self.queued = self.lock is not None and self.lock.queued
         self.limits = limits(self.owner, self.name, self._signature, options.get("limit", []))
+        self.begun = set[str]()  # of jobs that are late the ids of those for which it is not too late: a loop of theirs has begun
         runs = self.lock is not None and self.lock.runs
         self.slots = runs or any(isinstance(each.limit, Concurrent) for each in self.limits)  # others may wait for its end
         self.guarded = bool(self.limits) or (self.lock is not None and (runs or self.lock.starts))

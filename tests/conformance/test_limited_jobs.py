@@ -195,6 +195,47 @@ def test_a_start_counts_also_if_a_stop_cut_the_run_off(place, app, kind):
     assert len(began) == 1
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_what_is_not_to_run_takes_no_slot(place, app, kind):
+    ran = []
+
+    def plain(n: int):
+        ran.append(n)
+
+    async def awaited(n: int):
+        ran.append(n)
+
+    options = {"name": "call", "limit": [Rate(1, per=60), Concurrent(1)], "expires_in": 100}
+    call = app.job(**options)(plain if kind == "sync" else awaited)
+
+    @app.job(queue="loops", limit=[Rate(2, per=60), Concurrent(1)], expires_in=100)
+    def loop():
+        for n in steps(range(3)):
+            ran.append(f"step {n}")
+            if len(ran) == 2:
+                raise ValueError("no")
+
+    loop.enqueue().result(5)
+    call.enqueue_many((n,) for n in range(20)).result(5)
+    with app.batch() as batch:
+        batch.enqueue_many(call.options(expires_in=9999), [(n,) for n in range(20, 40)])
+    batch.cancel()
+    app.settings = app.settings.override(queues=["loops"])
+    with place.running(app) as worker:
+        wait_for(lambda: waiting(app, "loops")["retry"] == 1, "it has failed", worker)
+    place.again(app)
+    app.settings = app.settings.override(queues=["loops", "default"])
+    app.clock.advance(101)
+    app.batch_status(batch.id)  # (so that this process knows it already)
+    call.enqueue(100).result(5)
+    with place.running(app) as worker:
+        wait_for(lambda: 100 in ran, "nobody is in its way", worker)
+        wait_for(lambda: "step 2" in ran, "the loop goes on, late as it is", worker)
+        wait_for(worker.drained, "drained", worker)
+    assert sorted(map(str, ran)) == ["100", "step 0", "step 1", "step 1", "step 2"]
+    assert app.observers.counts["call", "expired"] == 20 == app.observers.counts["call", "cancelled"]
+
+
 def test_limits_are_told_the_busiest_first(place, app):
     gate, began = threading.Event(), []
 

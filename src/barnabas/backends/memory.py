@@ -45,9 +45,7 @@ class MemoryBackend(Notes, MemoryAdmin):
     """A place for topics, queues and tables that ends with the process."""
 
     def __init__(self, url: str, clock: Any) -> None:
-        self.url = url
-        self.closed = False
-        self.clock = clock
+        self.url, self.closed, self.clock = url, False, clock
         self.lock = threading.RLock()
         self.logs: dict[str, list[_Partition]] = {}
         self.retention: dict[str, Any] = {}
@@ -59,9 +57,7 @@ class MemoryBackend(Notes, MemoryAdmin):
         self.later: list[tuple[float, int, str, OutgoingJob]] = []  # due at, number, "scheduled" or "retry"
         self.buried: dict[int, OutgoingJob] = {}
         self.workers: list[MemoryQueues] = []
-        self._number = 0
-        self._spin = 0
-        self._unswept = 0
+        self._number = self._spin = self._unswept = 0
         self._watchers: list[Callable[[], None]] = []
         super().__init__()
 
@@ -290,12 +286,8 @@ class MemoryLog:
     """The topics of one consumer group, as one member sees them."""
 
     def __init__(self, home: MemoryBackend, group: str, topics: list[str], start: str, ordered: bool, listener: Listener) -> None:
-        self.atomic = home
-        self.home = home
-        self.group = group
-        self._start = start
-        self._ordered = ordered
-        self._listener = listener
+        self.atomic = self.home = home
+        self.group, self._start, self._ordered, self._listener = group, start, ordered, listener
         self._parts: dict[tuple[str, int], Part] = {}
         self._all = [(topic, n) for topic in topics for n in range(len(home.logs[topic]))]
         self._waiter = _Waiter()
@@ -396,9 +388,7 @@ class MemoryQueues:
     """The queues of one worker."""
 
     def __init__(self, home: MemoryBackend, queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any) -> None:
-        self.atomic = home
-        self.home = home
-        self._guard = guard
+        self.atomic, self.home, self._guard = home, home, guard
         self._order = QueueOrder(queues)
         self.parts = {name: Part(name, -1, i) for i, name in enumerate(self._order.names)}
         self.work: dict[int, OutgoingJob] = {}

@@ -14,7 +14,7 @@ from barnabas.errors import Refused, UnknownTopic
 from barnabas.jobs.beyond import ALL
 from barnabas.jobs.limit import WANT, Need
 from barnabas.jobs.payload import enqueued_at, recalled, requeued
-from barnabas.jobs.unique import Ask, held, marked
+from barnabas.jobs.unique import VAIN, Ask, held, marked
 from barnabas.message import Member, Outgoing, OutgoingJob
 from barnabas.ports import Position, Process, QueueState, StoredJob
 
@@ -196,6 +196,10 @@ class MemoryAdmin:
             return False, None
         now, since = self.clock.now(), self.clock.monotonic()
         self.turns.pop(number, None)
+        if ask.created == VAIN:
+            for need in [need for need in ask.needs if not need.span]:
+                self._wake(need)
+            return False, marked(ask)
         for need in ask.needs:
             at = self.full(need, now, number)
             if at is None:

@@ -202,7 +202,9 @@ for i, job in ipairs(jobs) do
       local is, behind, soon = crowded(need, jid, created)
       if is and not full then full, before, early, of = true, behind, soon, need end
     end
-    if not full then
+    if created == 'inf' then -- it is not to run
+      of = nil
+    elseif not full then
       local said = ''
       for _, need in ipairs(needs) do said = said .. need.text .. ' ' end
       redis.call('HSET', mine, sequence, said .. '\n' .. jid) -- first: what is taken is somebody's, whatever comes

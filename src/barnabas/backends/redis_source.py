@@ -20,7 +20,7 @@ from barnabas.backends.redis_life import BLOCK, Life
 from barnabas.backends.shares import HOST, QueueOrder, members_ended, tell
 from barnabas.engine.alone import CRASHES
 from barnabas.errors import BackendError
-from barnabas.jobs.unique import marked
+from barnabas.jobs.unique import VAIN, marked
 from barnabas.message import Row
 from barnabas.ports import Listener, Part, Result
 from barnabas.verdict import Again, Dead
@@ -314,6 +314,8 @@ class RedisQueues:
                 gone.add(number)
             elif answer != 1:
                 marks[number] = marked(ask, text(answer))
+            elif ask.created == VAIN:
+                marks[number] = marked(ask)
             elif ask.needs:
                 has[number] = ask
                 if any(need.span for need in ask.needs):

@@ -36,9 +36,7 @@ class SqliteBackend(Notes, SqliteAdmin):
     """One file, as this process sees it."""
 
     def __init__(self, url: str, settings: Any, clock: Any) -> None:
-        self.url = url
-        self.closed = False
-        self.clock = clock
+        self.url, self.closed, self.clock = url, False, clock
         self._joining, self._next, self._mutex = (threading.Lock() for _ in range(3))  # the last two: doors as host.Turn has
         super().__init__(OpenFile(url.removeprefix("sqlite:///"), settings.session_timeout))
         self._names: dict[tuple[str, str], int] = {}

@@ -8,6 +8,7 @@ the job's declaration for it.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,6 +18,7 @@ from barnabas.jobs.limit import By, Kind, Need, digest, slack, slot
 from barnabas.jobs.payload import Failed, PayloadError, failed, parse
 from barnabas.message import LockedJob
 
+VAIN = inf
 AGAIN = 5.0  # seconds after which a job with on_conflict="reschedule" is tried again
 RUN = ":RUN"
 AT_ENQUEUE = ("raise", "reject", "replace", "log")
@@ -96,7 +98,8 @@ def answer(job: LockedJob, holder: str) -> Any:
 
 class Ask(NamedTuple):
     """What a claimed job needs before it may run: a slot of each of `needs` (a lock of the run is one, the first); `free`: the
-    lock that it gives back as it begins, "" for none. `fault`: why that could not be told. `created`: epoch seconds."""
+    lock that it gives back as it begins, "" for none. `fault`: why that could not be told. `created`: epoch seconds; VAIN: it
+    is too late for it, or its batch was cancelled, so it is not to run, and takes no slots for that."""
 
     needs: tuple[Need, ...]
     free: str
@@ -196,8 +199,11 @@ class Guard:
             return None  # nor does that
         except Exception as error:
             return Ask((), "", f"in the by= of its {option}=: {told(error)}", payload.jid, 0.0)
-        free = held(data) if lock is not None and lock.starts else ""
-        return Ask(tuple(needs), free, "", payload.jid, payload.created_at or 0.0) if needs or free else None
+        free, since, more = held(data) if lock is not None and lock.starts else "", payload.created_at or 0.0, payload.more
+        if more is not None and payload.jid not in job.begun:
+            late = more.expires_at is not None and job.app.clock.now() > more.expires_at
+            since = VAIN if late or job.app.batches_met.get(more.batch, ("", ""))[1] == "cancelled" else since
+        return Ask(tuple(needs), free, "", payload.jid, since) if needs or free else None
 
 
 class Late(BarnabasError):
@@ -207,8 +213,8 @@ class Late(BarnabasError):
 def marked(ask: Ask, holder: str | None = None, since: float | None = None) -> list[tuple[str, bytes]] | None:
     """What a claimed job's row says of its needs, in the place of headers: who has its lock, what is wrong, until when it must
     begin (its slots were taken no sooner than `since`, monotonic seconds); nothing if it may run."""
-    if holder is not None:
-        return [("busy", holder.encode())]
+    if holder is not None or ask.created == VAIN:
+        return [("busy", holder.encode())] if holder is not None else [("vain", b"")]
     spans = [need.span for need in ask.needs if need.span] if since is not None else ()
     if spans:
         return [("until", repr(since + 0.75 * min(map(slack, spans))).encode())]  # type: ignore[operator]
@@ -219,8 +225,8 @@ def refused(owner: str, mark: Sequence[tuple[str, bytes]], now: float) -> Except
     """Why a job with such a mark does not run (now: monotonic seconds)."""
     (what, said), *_ = mark
     text = said.decode(errors="replace")
-    if what == "until":
-        return Late() if now > float(text) else None
+    if what in ("until", "vain"):
+        return Late() if what == "vain" or now > float(text) else None
     return Busy(f"{owner} is unique: job {text} is at work", text) if what == "busy" else BarnabasError(f"{owner}: {text}")
 
 

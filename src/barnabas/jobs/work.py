@@ -106,10 +106,7 @@ class JobHandler:
         self, name: str, entries: Mapping[str, Entry], awaited: bool, observers: Observers, patience: float = 0.0
     ) -> None:
         self._patience, self._met = patience, set[str]()  # how long unknown jobs are left to others; which ones a log line named
-        self.name = name
-        self.awaited = awaited
-        self.observers = observers
-        self._entries = entries
+        self.name, self.awaited, self.observers, self._entries = name, awaited, observers, entries
         self.app = next((entry.job.app for entry in entries.values()), None)
         self.timed = any(e.job.timeout for e in entries.values())
         self.function: Callable[..., Any] = _call  # (an async job's coroutine is awaited by who calls)
@@ -151,6 +148,8 @@ class JobHandler:
             target = (_more_async if self.awaited else _more, end, *args)
         if guarded and row[3]:
             if (why := refused(entry.job.owner, row[3], entry.job.app.clock.monotonic())) is not None:
+                if isinstance(why, Late):
+                    entry.job.begun.add(payload.jid)
                 raise why
             run.part.begun.add(row[0])
         if guarded and entry.job.slots:
