@@ -28,9 +28,7 @@ class Neighbours:
     """This process among those that own partitions and jobs of a file: a row, a locked file, a thread that looks around."""
 
     def __init__(self, home: "SqliteBackend", session: float) -> None:
-        self.home = home
-        self.session = session
-        self.number = 0
+        self.home, self.session, self.number = home, session, 0
         self.life: Life | None = None
         self._end = threading.Event()
         self._threads: list[threading.Thread] = []

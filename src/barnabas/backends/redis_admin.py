@@ -114,10 +114,14 @@ class RedisAdmin:
                     yield from self._find_set(kind, key, queue)
 
     def _find_work(self, queue: str | None) -> Iterator[StoredJob]:
-        for owner in sorted(self.client.hkeys(self.key("barnabas:workers"))):
-            name = text(owner)
-            held = self.client.hgetall(self.key(f"barnabas:work:{name}"))
-            for field, payload in sorted(held.items(), key=lambda item: int(item[0].partition(b":")[0])):
+        workers: dict[bytes, bytes] = self.client.hgetall(self.key("barnabas:workers"))
+        for name, queues in sorted((text(name), text(names).split()) for name, names in workers.items()):
+            pipe = self.client.pipeline(transaction=True).hgetall(self.key(f"barnabas:work:{name}"))
+            for each in queues:  # what has landed is as good as claimed
+                pipe.lrange(self.key(f"barnabas:landing:{name}:{each}"), 0, -1)
+            held, *landed = pipe.execute()
+            fresh = [(f"0:{each}".encode(), job) for each, jobs in zip(queues, landed, strict=True) for job in jobs]
+            for field, payload in sorted([*held.items(), *fresh], key=lambda item: int(item[0].partition(b":")[0])):
                 at = text(field).partition(":")[2]
                 if queue in (None, at):
                     yield _stored(("work", at, payload), at, None, name, payload)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("barnabas")
 LEASE, RENEW, SCAN = 30, 5.0, 10.0  # seconds: a sign of life is good for, its renewal, looking for the dead
 BLOCK = 10  # seconds a blocking move may last: it ends before a lease does, or a job could land with a dead process
-SWEEP = 60.0  # seconds between looks for locks whose jobs were deleted; longer than what a dead process held is out of sight
+SWEEP, MISSES = 15.0, 3  # seconds between looks for locks whose jobs were deleted; so many in a row have to miss one
 CALM = 30.0  # after a restart or reconnect nobody is taken for dead: all need the time to give a sign
 TICK = 1.0  # seconds between looks at what operators ask for
 BEAT = 60  # seconds that Sidekiq believes a heartbeat
@@ -170,24 +170,23 @@ class Life:
             faulthandler.dump_traceback(file=sys.stderr)
 
     def _sweep(self) -> None:
-        """Free the locks of unique jobs that others have deleted, on Sidekiq's web page or by a command: of such as two looks
-        in a row find nowhere. And let nobody wait for a slot behind those."""
-        home, pause, missing = self.home, SWEEP, dict[bytes, bytes]()
+        """Free the locks of unique jobs that others have deleted, on Sidekiq's web page or by a command: of such as three
+        looks in a row find nowhere. And let nobody wait for a slot behind those."""
+        home, pause, missed = self.home, SWEEP, dict[tuple[bytes, bytes], int]()
         while not self._stop.wait(pause):
-            began, before, missing = time.monotonic(), missing, {}
+            began, before, missed = time.monotonic(), missed, {}
             try:
                 leads = (home.key("barnabas:sweep"), self.source.name)
                 if home.client.set(*leads, nx=True, ex=int(3 * pause) + 1) or home.client.get(leads[0]) == leads[1].encode():
                     locks: dict[bytes, bytes] = home.client.hgetall(home.key("barnabas:locks"))
                     stored = {job.jid for job in home.find_jobs() if job.state != "dead"} if locks else set()
-                    missing = {lock: jid for lock, jid in locks.items() if text(jid) not in stored}
+                    missed = {lock: before.get(lock, 0) + 1 for lock in locks.items() if text(lock[1]) not in stored}
                     waiting = home.client.scan_iter(home.key("barnabas:waiting:*"), 1000)
                     while names := [text(key).partition("barnabas:waiting:")[2] for key in islice(waiting, 100)]:
                         home.script("rouse", len(names), *names)
-                for lock, jid in before.items():
-                    if missing.get(lock) == jid:
-                        home.script("free", lock, jid)
-                        log.warning("job %s was deleted by somebody else; its lock %s is free", text(jid), text(lock))
+                for lock, jid in [lock for lock, times in missed.items() if times >= MISSES]:
+                    home.script("free", lock, jid)
+                    log.warning("job %s was deleted by somebody else; its lock %s is free", text(jid), text(lock))
             except Exception as error:
                 log.debug("looking for locks without a job failed: %s", error)
             pause = max(SWEEP, 100 * (time.monotonic() - began))

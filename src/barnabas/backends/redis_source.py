@@ -145,8 +145,7 @@ class RedisQueues:
         self.landing = Landing(home, self.name)
         self.parts: dict[str, Part] = {}
         self.life = Life(home, self)
-        self.wake = self.landing.wake
-        self._listener = listener
+        self.wake, self._listener = self.landing.wake, listener
         self._order = QueueOrder(queues)
         self._claimed: Found = []
         self._ripe: list[str] = []  # batches that are worth a look

@@ -26,10 +26,8 @@ class Fetcher:
     """The wait that both sources share: until the bell says that something is there, or somebody calls `wake`."""
 
     def __init__(self, home: "SqliteBackend", listener: Listener) -> None:
-        self.atomic = home
-        self.home = home
-        self.listener = listener
-        self.waiting = False
+        self.atomic = self.home = home
+        self.listener, self.waiting = listener, False
         self._event = threading.Event()
         self.wake = self._event.set
 

@@ -225,8 +225,7 @@ class JobBatch:
         self.app, self.id = app, id
         self._record = record  # None: it is that of the job in hand
         self._hand: Hand | None = None
-        self._filling = record is None
-        self._size = 0
+        self._filling, self._size = record is None, 0
         self._head, self._numbers = new_jid()[:12], count(int(new_jid()[:11], 16))
 
     def enqueue(self, job: Any, /, *args: Any, **kwargs: Any) -> Future[str]:
