@@ -111,12 +111,13 @@ class KafkaLog(KafkaMember):
         some = messages[::8]
         weight = 1 + sum(map(len, some)) / max(1, len(some))  # tombstones have no length
         ats: list[Any] = list(map(Message.partition, messages))
-        if len(self._names) + len(self._retries) > 1:
-            ats = list(zip(map(Message.topic, messages), ats, strict=True))
+        name, topics = self._names[0], list(map(Message.topic, messages)) if len(self._names) + len(self._retries) > 1 else []
+        if topics and topics.count(name) < len(topics):  # else it is the same for all, and numbers are compared faster
+            ats = list(zip(topics, ats, strict=True))
         start = 0
-        for at, run in [(ats[0], ats)] if ats and ats.count(ats[0]) == len(ats) else groupby(ats):
-            end = start + (len(ats) if run is ats else sum(1 for _ in run))
-            claim = self._claims.get(at if type(at) is tuple else (self._names[0], at))
+        for at, run in groupby(ats):
+            end = start + len(list(run))
+            claim = self._claims.get(at if type(at) is tuple else (name, at))
             if claim is not None:
                 claim.weight = weight
                 rows = (as_rows if claim.part.retries else self._rows)(messages[start:end])
