@@ -15,7 +15,9 @@ from test_cli import Shell
 
 from barnabas import App, Retry
 from barnabas.dead import deal, letters, newest
+from barnabas.errors import DeclarationError
 from barnabas.queues import jobs
+from barnabas.replay import replay
 from barnabas.worker import Worker
 
 APP = """
@@ -459,6 +461,15 @@ def test_completion(shop, words, offered):
 # The functions, in memory.
 
 
+def drain(app):
+    worker, pause = Worker(app), threading.Event()
+    worker.start()
+    while not worker.drained():
+        assert worker.failed() is None
+        pause.wait(0.005)
+    assert worker.stop(5.0) == []
+
+
 def test_in_memory_as_well():
     app, seen, broken = App("shop", events="memory:", jobs="memory:", checkpoint_interval=0.02), [], [True]
     steps = app.topic("steps", int, partitions=2)
@@ -473,17 +484,9 @@ def test_in_memory_as_well():
     def mail(n: int):
         step(n)
 
-    def drain():
-        worker, pause = Worker(app), threading.Event()
-        worker.start()
-        while not worker.drained():
-            assert worker.failed() is None
-            pause.wait(0.005)
-        assert worker.stop(5.0) == []
-
     steps.send_many(range(10)).result(5)
     mail.enqueue_many([(n,) for n in range(10, 15)]).result(5)
-    drain()
+    drain(app)
     first, causes = newest(letters(app), 7)
     assert len(first) == 7 and causes == {"failed 1 times, last with ValueError": 10, "ValueError": 5}
     assert sorted(e.error for e in jobs(app, state="dead")) == [f"ValueError: broken {n}" for n in range(10, 15)]
@@ -495,8 +498,31 @@ def test_in_memory_as_well():
     for thread in threads:
         thread.join()
     assert list(letters(app)) == []
-    drain()
+    drain(app)
     assert sorted(seen) == [n for n in range(15) if n != 7]
+    app.close()
+
+
+@pytest.mark.parametrize("marks", [
+    *({"at": at} for at in (b"x", b"\xff", b"nan", b"inf", b"9e99")), {}, {"topic": b"\xff"}, {"attempts": b"-"},
+    {"topic": b"steps", "partition": b"", "offset": b"z", "attempts": b"1"},
+], ids=str)  # fmt: skip
+def test_rubbish_in_a_retry_topic_is_dead_or_handled(marks):
+    app, seen = App("shop", events="memory:", jobs="memory:", checkpoint_interval=0.02), []
+    steps = app.topic("steps", int, partitions=1)
+    app.consumer(steps, name="step", retry=Retry(0))(seen.append)
+    app.events.declare(app.all_topics())
+    headers = [(f"barnabas-retry-{name}", data) for name, data in marks.items()]
+    for topic in (steps, steps.retry_topic("shop-step")):
+        app.events.send([(topic, None, None, value, headers, time.time(), None) for value in (b"rubbish", b"5")])
+    app.events.send([(steps.dead_topic, None, None, b"5", [("barnabas-group", b"shop-step")], time.time(), None)])
+    drain(app)
+    assert seen == [5, 5]
+    dead = list(letters(app))
+    assert [letter.reason[:11] for letter in dead] == ["undecodable"] * 2
+    assert replay(app, "steps", 0, 1).verdict == replay(app, "steps", 0, 1, "step").verdict == "done"
+    with pytest.raises(DeclarationError, match=r"reads topic 'steps\.dead'"):
+        replay(app, "steps.dead", 0, 0)
     app.close()
 
 

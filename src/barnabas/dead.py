@@ -62,7 +62,7 @@ def letters(
     begin = since.timestamp() if since is not None else 0.0
     names = {each.group: each.name for each in app.consumers.values()}
     found = _at(app, addresses) if addresses else _of_topics(app, topic) if queue is name is None else ()
-    for letter in filter(None, map(partial(_letter, names), found)):
+    for letter in filter(None, map(partial(of_message, names), found)):
         fits = group in (None, letter.group) and (key is None or letter.key in keys)
         if fits and (error is None or error in letter.reason or error in letter.exception) and letter.time >= begin:
             yield letter
@@ -78,12 +78,13 @@ def of_job(entry: Entry) -> Letter:
     return Letter(entry.job.jid, entry.job.queue, entry.name, None, entry.time, entry.runs, entry.error, kind, entry)
 
 
-def _letter(names: Mapping[str, str], message: Stored) -> Letter | None:
+def of_message(names: Mapping[str, str], message: Stored) -> Letter | None:
+    """A message of a dead topic; None if it is somebody else's. names: of the groups' consumers."""
     said = told(message)
     try:
         numbers = [int(said[each]) for each in ("partition", "offset", "attempts")]
         reason, source, group = said["reason"], said["topic"], said["group"]
-    except (KeyError, ValueError):  # somebody else's message
+    except (KeyError, ValueError):
         return None
     where = f"{message.topic}[{message.partition}]@{message.offset}"
     time, exception = message.timestamp or 0.0, said.get("exception", "")

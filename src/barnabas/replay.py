@@ -12,7 +12,7 @@ import msgspec
 
 from barnabas.app import App
 from barnabas.consumer import Consumer
-from barnabas.dead import original, told
+from barnabas.dead import of_message, original, told
 from barnabas.engine.handler import origin
 from barnabas.engine.observe import Failed, Observers
 from barnabas.errors import DeclarationError, UnknownTopic
@@ -69,15 +69,14 @@ def replay(app: App, topic: str, partition: int, offset: int, consumer: str | No
     stored = find(app.events, topic, partition, offset)
     if stored is None:
         raise UnknownTopic(f"nothing is stored at {topic}[{partition}]@{offset} (any more)")
-    said = told(stored)
-    group = said.get("group")
+    said, group = told(stored), None
     row: Row = (offset, stored.key, stored.value, stored.headers, stored.timestamp or 0.0)
-    if group is not None:
-        told_of, topic, partition = original(app, stored), said["topic"], int(said["partition"])
+    if topic.endswith(".dead") and (letter := of_message({}, stored)) is not None:
+        told_of, topic, partition, group = original(app, stored), letter.source, int(said["partition"]), letter.group
         if isinstance(told_of, str):
             raise UnknownTopic(told_of)
         row = told_of
-    elif "retry-topic" in said:
+    elif ".retry." in topic and "retry-topic" in said:
         first, own = origin(stored.headers)
         row = (int(first["offset"]), stored.key, stored.value, own, stored.timestamp or 0.0)
         group, topic, partition = topic.rpartition(".retry.")[2], first["topic"].decode(), int(first["partition"])

@@ -7,6 +7,7 @@ import apsw
 import pytest
 from shops import Shop, opened, until
 
+from barnabas.dead import deal, letters
 from barnabas.errors import BarnabasError, SendError, ValueTooLarge
 from barnabas.future import Future
 from barnabas.message import OutgoingJob
@@ -103,14 +104,20 @@ def test_rubbish_as_jobs_is_dead_with_its_reason(shop: Shop) -> None:
         db.set_busy_timeout(10_000)
         (queue,) = db.execute("SELECT gid FROM heads WHERE topic = 'notes'").fetchone()
         for payload in (5, 1.5, "text", '{"class": "note", "args": [-7]}', b"x" * 10_000_000):
-            db.execute("INSERT INTO jobs (queue, state, jid, payload) VALUES (?, 0, 'sql', ?)", (queue, payload))
+            for state, at in ((0, None), (2, 2e9)):
+                row = (queue, state, at, "sql", payload)
+                db.execute("INSERT INTO jobs (queue, state, at, jid, payload) VALUES (?, ?, ?, ?, ?)", row)
         db.execute("UPDATE jobs SET state = 2, at = 1.0 WHERE at > 1.9e9")
     worker = shop.worker("--drain", "--only", "queue:notes")
     assert until(lambda: worker.poll() is not None, "the worker to drain", 80) and worker.returncode == 0, shop.log()[-3000:]
     assert {int(words[-1]) for words in shop.said("end", "note")} == {*range(0, COUNT, 1000), -7}
     rows = app.jobs.query("SELECT state, note, typeof(payload) FROM jobs")
-    assert Counter(state for state, _, _ in rows) == {4: COUNT + 4}
+    assert Counter(state for state, _, _ in rows) == {4: COUNT + 8}
     assert all(note for _, note, _ in rows)
+    with apsw.Connection(str(shop.path)) as db:
+        db.execute("UPDATE jobs SET payload = 5 WHERE jid = 'sql'")
+    assert sum(letter.name == "?" for letter in letters(app, queue="notes")) > COUNT // 2
+    assert deal(app, letters(app, ["sql"]), retry=True).done == 8
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import closing
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import apsw
@@ -18,7 +19,7 @@ import pytest
 from barnabas import App
 from barnabas.backends import sqlite_read
 from barnabas.backends.host import Life, look
-from barnabas.backends.sqlite_care import backup, check, compact
+from barnabas.backends.sqlite_care import backup, check, compact, expire
 from barnabas.backends.sqlite_file import SCHEMA, SOUND, check_library, check_place, migrate, mounted
 from barnabas.backends.sqlite_file import STEPS as OURS
 from barnabas.errors import BackendError, Refused
@@ -300,6 +301,15 @@ def test_a_damaged_file(path):
     assert found.problems[0].startswith("integrity: ") or "it is damaged" in found.problems[0], found.problems
 
 
+def test_a_reader_of_a_damaged_file_says_so_in_our_words(path):
+    app = open_app(path)
+    app.events.topics()
+    test_a_damaged_file(path)
+    with pytest.raises(BackendError, match="damaged"):
+        app.events.open_work({"care-look": ["things"]}, ["slow"])
+    app.close()
+
+
 @pytest.mark.parametrize(("data", "says"), [(None, "there is no such file"), (b"nonsense" * 1000, "it is not a SQLite file")])
 def test_no_file_of_ours(tmp_path, data, says):
     if data is not None:
@@ -371,6 +381,28 @@ def test_a_backup_of_a_damaged_file_is_none(path, tmp_path):
     with pytest.raises(BackendError, match="damaged"):
         backup(str(path), str(tmp_path / "copy.db"))
     assert not (tmp_path / "copy.db").exists()
+
+
+# expire.
+
+
+def test_what_expires_goes_in_small_steps(tmp_path, monkeypatch):
+    app = open_app(tmp_path / "care.db")
+    blobs, events = app.topic("blobs", codec="raw", partitions=1), app.events
+    for _ in range(12):
+        blobs.send_many([bytes(900_000)] * 2).result(30)
+    left, write = [events.topics()[0].partitions[0][2]], events.write
+
+    def watched(act):
+        count = write(act)
+        left.append(events.topics()[0].partitions[0][2])
+        return count
+
+    monkeypatch.setattr(events, "write", watched)
+    expire(events, time.time() + 8 * 86400)
+    assert left[0] > 20_000_000 and left[-1] == 0
+    assert max(before - after for before, after in pairwise(left)) < 7_000_000
+    app.close()
 
 
 # compact.

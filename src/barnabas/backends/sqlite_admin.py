@@ -157,7 +157,7 @@ class SqliteAdmin(SqliteStore):
         """The jobs of a state (and queue), a page at a time: the file is not held meanwhile."""
         where, by = _FOUND[kind]
         same, beyond = (
-            f"SELECT j.id, j.at, j.died, j.rank, j.jid, h.topic, j.state, j.crashes, j.payload, {_PROCESS} FROM jobs j "
+            f"SELECT j.id, at, died, rank, jid, topic, state, crashes, CAST(payload AS BLOB), {_PROCESS} FROM jobs j "
             "CROSS JOIN heads h ON h.gid = j.queue LEFT JOIN processes r ON r.id = j.owner "  # CROSS: jobs are the outer loop
             f"WHERE {where} {'' if gid is None else 'AND j.queue = :queue'} AND {follow} ORDER BY j.{by}, j.id LIMIT {PAGE}"
             for follow in (f"j.{by} = :from AND j.id > :id", f"j.{by} > :from")  # (no index helps with both in one)
@@ -187,7 +187,7 @@ class SqliteAdmin(SqliteStore):
         before = db.total_changes()
         rows = [{"id": id_, "jid": jid, "state": state, "now": now} for id_, jid, state in refs]
         for row in rows if to == "ready" or queue is not None else ():
-            data: bytes = (one(db, "SELECT payload FROM jobs WHERE id = ?", (row["id"],)) or (b"",))[0]
+            data: bytes = (one(db, "SELECT CAST(payload AS BLOB) FROM jobs WHERE id = ?", (row["id"],)) or (b"",))[0]
             fresh = recalled(data, now) if queue is None else requeued(data, queue)
             row |= {"payload": fresh, "queue": qid, "lock": held(data) or None}
         # Numbers of dropped jobs come again, and what somebody else has moved meanwhile is not what was meant.

@@ -22,7 +22,7 @@ PAGES = 2_000  # copied between two looks at how far a backup has come
 SHOWN = 3  # of many alike
 WAL_LARGE = 64 * 1024 * 1024
 SPARE = 16 * 1024 * 1024  # free bytes that are worth a word
-STEP = 50  # records in one transaction: a few milliseconds
+STEP, STEP_BYTES = 50, 4 << 20  # dropped in one transaction: a few milliseconds
 EVERY = 10.0  # seconds between two looks
 
 # What must never be there, and how it is found.
@@ -203,10 +203,7 @@ def expire(home: "SqliteBackend", now: float) -> int:
     for name, keep in list(home.retention.items()):
         for gid in home.parts.get(name, ()):
             while _expired(home, gid, keep, now):
-                count = home.write(partial(_step, home=home, gid=gid, keep=keep, now=now))
-                dropped += count
-                if count < STEP:
-                    break
+                dropped += home.write(partial(_step, home=home, gid=gid, keep=keep, now=now))
     _forget(home, now)
     return dropped
 
@@ -234,7 +231,7 @@ def _expired(home: "SqliteBackend", gid: int, keep: object, now: float) -> list[
     first, next_, held = home.query("SELECT first, next, bytes FROM heads WHERE gid = ?", (gid,))[0]
     slowest = home.query("SELECT coalesce(min(offset), ?) FROM positions WHERE gid = ?", (next_, gid))[0][0]
     floor = next_ if force else slowest
-    low = gid << SHIFT
+    low, most = gid << SHIFT, held - STEP_BYTES
     found = []
     for id_, count, length, time in home.query(
         "SELECT id, count, length(data), time FROM records WHERE id >= ? AND id < ? ORDER BY id LIMIT ?",
@@ -242,7 +239,7 @@ def _expired(home: "SqliteBackend", gid: int, keep: object, now: float) -> list[
     ):
         old = age is not None and time < now - age
         much = size is not None and held > size
-        if not (old or much) or (id_ & ((1 << SHIFT) - 1)) + count > floor:
+        if not (old or much) or held < most or (id_ & ((1 << SHIFT) - 1)) + count > floor:
             break
         held -= length
         found.append((id_, count, length))

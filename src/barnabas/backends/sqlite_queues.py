@@ -198,7 +198,7 @@ class SqliteQueues(Fetcher):
 
     def _move_due(self, db: apsw.Connection, now: float) -> None:
         due: list[Any] = db.execute(
-            "SELECT id, payload, queue FROM jobs WHERE at IS NOT NULL AND at <= ? ORDER BY at LIMIT ?", (now, DUE)
+            "SELECT id, CAST(payload AS BLOB), queue FROM jobs WHERE at IS NOT NULL AND at <= ? ORDER BY at LIMIT ?", (now, DUE)
         ).fetchall()
         for id_, payload, _ in due:
             with suppress(PayloadError):  # rubbish is buried, with its reason, by the worker that meets it

@@ -2,7 +2,8 @@
 
 import errno
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -88,23 +89,24 @@ class SqliteReader:
         return self._query(sql, args)
 
     def _query(self, sql: str, args: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
+        with self._read() as db:
+            return db.execute(sql, args).fetchall()
+
+    @contextmanager
+    def _read(self) -> Iterator[apsw.Connection]:
+        """The reading connection, alone; its errors in our words."""
         try:
             with self._reading:
-                return self.file.reader.execute(sql, args).fetchall()
+                yield self.file.reader
         except apsw.Error as error:
             raise explain(self.path, error) from error
 
-    def refresh(self) -> list[int]:
-        """Read the heads; returns the numbers of partitions and queues that changed."""
-        changed = []
-        heads = self.heads
-        for gid, next_ in self._query("SELECT gid, next FROM heads"):
-            if heads.get(gid) != next_:
-                heads[gid] = next_
-                changed.append(gid)
-        if any(gid not in self._known for gid in changed):
+    def refresh(self) -> None:
+        """Read the heads."""
+        heads: dict[int, int] = dict(self._query("SELECT gid, next FROM heads"))
+        self.heads.update(heads)
+        if not heads.keys() <= self._known:
             self._learn()
-        return changed
 
     def _learn(self) -> None:
         rows = self._query("SELECT gid, topic, partition FROM heads ORDER BY gid")
@@ -145,7 +147,7 @@ class SqliteReader:
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
         count = 0
         self.check()
-        with self._reading, self.file.reader as db:  # one transaction, one state of the file
+        with self._read() as db, db:  # one transaction, one state of the file
             for group, topics in groups.items():
                 for topic in topics:
                     for next_, first, offset, open_ in db.execute(
@@ -187,18 +189,15 @@ class SqliteReader:
         """Stored records of one partition, from the one that holds `offset` on: about `rows` messages, `size` bytes."""
         low = gid << SHIFT
         found = []
-        try:
-            with self._reading:
-                for id_, count, data in self.file.reader.execute(
-                    "SELECT id, count, data FROM records WHERE id >= coalesce((SELECT max(id) FROM records "
-                    "WHERE id BETWEEN ? AND ?), ?) AND id < ? AND id + count > ? ORDER BY id",
-                    (low, low | offset, low, low + (1 << SHIFT), low | offset),
-                ):
-                    found.append((id_, data))
-                    rows -= count
-                    size -= len(data)
-                    if rows <= 0 or size <= 0:
-                        break
-        except apsw.Error as error:
-            raise explain(self.path, error) from error
+        with self._read() as db:
+            for id_, count, data in db.execute(
+                "SELECT id, count, data FROM records WHERE id >= coalesce((SELECT max(id) FROM records "
+                "WHERE id BETWEEN ? AND ?), ?) AND id < ? AND id + count > ? ORDER BY id",
+                (low, low | offset, low, low + (1 << SHIFT), low | offset),
+            ):
+                found.append((id_, data))
+                rows -= count
+                size -= len(data)
+                if rows <= 0 or size <= 0:
+                    break
         return found

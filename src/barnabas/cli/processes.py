@@ -61,8 +61,8 @@ def quiet(app: App, names: tuple[str, ...], as_json: bool) -> None:
 @command()
 @_WHO
 def stop(app: App, names: tuple[str, ...], as_json: bool) -> int:
-    """Stop processes (by name, by pid, or all) as SIGTERM does, and wait for their end. Under a supervisor that is to
-    run on, another process takes the place of a stopped one."""
+    """Stop processes (by name, by pid, or all) as SIGTERM does, and wait for their end. A supervisor starts none in their
+    place, and ends with its last one."""
     waited = {process.name: process for process in _named(app, names)}
     began = time.monotonic()
     for process in waited.values():

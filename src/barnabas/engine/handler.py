@@ -4,6 +4,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from barnabas.codec import make_codec, misfit
@@ -172,11 +173,12 @@ class Handler:
         offset, key, _, headers, timestamp = row
         attempt = part.attempts.get(offset, 0) + 1
         if headers and part.retries:
-            first, headers = origin(headers)
-            return Delivery(
-                first["topic"].decode(), int(first["partition"]), int(first["offset"]), key, value, headers, timestamp,
-                int(first["attempts"]) + attempt, self.group,
-            )
+            first, own = origin(headers)
+            with suppress(KeyError, ValueError):  # another program's rubbish stands for itself
+                return Delivery(
+                    first["topic"].decode(), int(first["partition"]), int(first["offset"]), key, value, own, timestamp,
+                    int(first["attempts"]) + attempt, self.group,
+                )
         return Delivery(part.topic, part.partition, offset, key, value, list(headers or ()), timestamp, attempt, self.group)
 
     def bind(self, run: Run, row: Row) -> tuple[Any, ...]:
@@ -341,8 +343,11 @@ def origin(headers: Headers) -> tuple[dict[str, bytes], list[tuple[str, bytes]]]
 
 
 def retry_at(row: Row) -> float:
-    """When a message of a retry topic is due (epoch seconds)."""
-    return float(origin(row[3] or ())[0].get("at", b"0"))
+    """When a message of a retry topic is due (epoch seconds); at once where nothing that makes sense says so."""
+    with suppress(ValueError):
+        if (at := float(origin(row[3] or ())[0].get("at", b"0"))) < 1e11:
+            return at
+    return 0.0
 
 
 def as_it_is(row: Row) -> Row:
