@@ -507,10 +507,12 @@ def test_check(shell):
 def test_check_finds_what_is_wrong(shell):
     shell("topics")
     (shell.folder / "barnabas.toml").write_text(
-        '[topics.orders]\npartitions = 5\n[topics.order]\npartitions = 5\n[jobs]\nqueues = ["slow"]\n'
+        '[topics.orders]\npartitions = 5\n[topics.order]\npartitions = 5\n[jobs]\n'
+        'queues = ["slow"]\nconcurrency = {mial = 1}\n'
     )
     [report] = shell.json("check", status=1)
     assert "partitions" in report["problems"][0]
+    assert "jobs.concurrency names mial: no job has such a queue" in report["problems"][1]
     assert report["warnings"] == [
         "[topics.order] in the settings has no effect: did you mean orders?",
         "nothing here runs job 'notify': its queue 'mail' is not in the setting queues",

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from barnabas import backends
 from barnabas.clock import Clock
 from barnabas.consumer import Consumer, check_name, refuse_unknown
+from barnabas.engine.hand import CURRENT
 from barnabas.engine.hooks import after, before, check_hook, refuse_async
 from barnabas.engine.observe import Observer, Observers
-from barnabas.errors import DeclarationError, SendError
+from barnabas.errors import DeclarationError, Refused, SendError, must, whole
 from barnabas.job import OPTIONS as JOB_OPTIONS
 from barnabas.job import STORED, Job
 from barnabas.ports import Backend
@@ -72,17 +73,11 @@ class App:
         refuse_unknown(owner, options, TOPIC_OPTIONS)
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name):
             raise DeclarationError(f"{owner}: its name may have up to 200 letters, digits, dots, dashes, underscores")
-        partitions = options.get("partitions")
-        if partitions is not None and (partitions is True or not isinstance(partitions, int) or not 1 <= partitions <= 10_000):
-            raise DeclarationError(f"{owner}: partitions={partitions!r}: give a whole number from 1 to 10000")
-        limit = options.get("limit")
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            raise DeclarationError(f"{owner}: limit={limit!r}: give the most bytes of an encoded value, 1 or more")
-        retention = options.get("retention")
-        if retention is not None and not isinstance(retention, Retention):
-            raise DeclarationError(f"{owner}: retention={retention!r}: give Retention(age=SECONDS, size=BYTES)")
-        if not isinstance(options.get("rekeyed", False), bool):
-            raise DeclarationError(f"{owner}: rekeyed={options['rekeyed']!r}: give True or False")
+        n, limit, kept, rekeyed = (options.get(option) for option in ("partitions", "limit", "retention", "rekeyed"))
+        must(n is None or (whole(n) and 1 <= n <= 10_000), owner, "partitions", n, "give a whole number from 1 to 10000")
+        must(limit is None or (whole(limit) and limit > 0), owner, "limit", limit, "give the most bytes of a value, 1 or more")
+        must(kept is None or isinstance(kept, Retention), owner, "retention", kept, "give Retention(age=SECONDS, size=BYTES)")
+        must(rekeyed is None or isinstance(rekeyed, bool), owner, "rekeyed", rekeyed, "give True or False")
         if name in self.topics:
             known = self.topics[name]
             if known.type != type or self._declared[name] != options:
@@ -121,6 +116,8 @@ class App:
         name, group, start ("earliest"|"latest"), concurrency (1), order ("key"|"partition"|"none"), retry (Retry(5)),
         on_dead ("topic"|"skip"|"stop"), timeout (seconds), responds=[...], tables=[...], hooks=[...], batch (Batch()).
         """
+        if callable(topics):
+            raise DeclarationError(f"@app.consumer on {topics!r}: say what it reads: @app.consumer(TOPIC)")
         own = [topics] if isinstance(topics, Topic) else list(topics) if isinstance(topics, list | tuple) else [topics]
 
         def declare(target: F) -> F:
@@ -203,6 +200,9 @@ class App:
         """
         from barnabas.jobs.cron import Schedule  # most apps have none
 
+        if callable(line):
+            raise DeclarationError(f'@app.cron on {line!r}: say when: @app.cron("30 6 * * *"), or every=timedelta(...)')
+
         def declare(target: Any) -> Job:
             job: Job = target if isinstance(target, Job) else self.job(target)
             schedule = Schedule(job, line, every, tz, on_missed, overlap, name)
@@ -279,42 +279,35 @@ class App:
         self.hooks.append(hook)
         return hook
 
+    def _hook(self, kind: str, function: F, among: list[Any], made: Callable[[F], Any] | None = None) -> F:
+        check_hook(function, kind)
+        among.append(function if made is None else made(function))
+        return function
+
     def before(self, function: F) -> F:
         """`function(delivery)` runs before every handler and job."""
-        check_hook(function, "before")
-        self.hooks.append(before(function))
-        return function
+        return self._hook("before", function, self.hooks, before)
 
     def after(self, function: F) -> F:
         """`function(delivery, outcome)` runs after every handler and job that succeeded."""
-        check_hook(function, "after")
-        self.hooks.append(after(function))
-        return function
+        return self._hook("after", function, self.hooks, after)
 
     def before_enqueue(self, function: F) -> F:
         """`function(job)` sees each job's fields before it is stored; it may change them, or return False to refuse."""
-        check_hook(function, "before_enqueue")
-        self.enqueue_hooks.append(function)
-        return function
+        return self._hook("before_enqueue", function, self.enqueue_hooks)
 
     def on_start(self, function: F) -> F:
         """Runs once in each worker process before its first delivery: open pools here. May be async: then it runs on
         the event loop of the async handlers."""
-        check_hook(function, "on_start")
-        self.start_hooks.append(function)
-        return function
+        return self._hook("on_start", function, self.start_hooks)
 
     def on_stop(self, function: F) -> F:
         """Runs once in each worker process after its last delivery. May be async."""
-        check_hook(function, "on_stop")
-        self.stop_hooks.append(function)
-        return function
+        return self._hook("on_stop", function, self.stop_hooks)
 
     def observe(self, observer: Observer) -> Observer:
         """Hand every Settled, Failed and Statistics record to `observer`; it may look, never change."""
-        check_hook(observer, "observe")
-        self.observers.watchers.append(observer)
-        return observer
+        return self._hook("observe", observer, self.observers.watchers)
 
     # Backends, opened at first use.
 
@@ -373,7 +366,9 @@ class App:
             self.__dict__.update(before)
 
     def close(self) -> None:
-        """Flush what was sent and let go of the backends; the next use opens them again."""
+        """Flush what was sent and let go of the backends; the next use opens them again. Not for a handler: raises Refused."""
+        if (hand := CURRENT.get()) is not None and hand.open and hand.app is self:
+            raise Refused("app.close() in a handler would take the backends away from the worker that runs it: leave it out")
         with self._lock:
             for kind in ("events", "jobs"):
                 backend = self.__dict__.pop(f"_{kind}", None)

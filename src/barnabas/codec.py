@@ -51,7 +51,8 @@ def known(type_: Any) -> Any:
                 continue
             seen.add(id(node))
             if isinstance(node, inspect.CustomType) and node.cls is not object:
-                raise TypeError(f"there is no way to read {node.cls.__name__}")
+                alone = ", as pydantic models are read on their own only" * is_pydantic(node.cls)
+                raise TypeError(f"there is no way to read {node.cls.__name__}{alone}")
             for name in node.__struct_fields__:
                 value = getattr(node, name)
                 nodes += value if isinstance(value, tuple | list) else [value]

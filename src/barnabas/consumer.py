@@ -8,7 +8,7 @@ from barnabas.engine.handler import Handler, Route, make_route
 from barnabas.engine.hooks import check_hooks, check_takes, refuse_async
 from barnabas.engine.observe import Observers
 from barnabas.engine.respond import RespondTo, respond_to
-from barnabas.errors import DeclarationError
+from barnabas.errors import DeclarationError, must, whole
 from barnabas.retry import Retry
 from barnabas.settings import QUEUE_NAME
 from barnabas.state.table import Table
@@ -25,7 +25,7 @@ class Batch:
     __slots__ = ("max", "wait")
 
     def __init__(self, max: int = 1000, wait: float = 0.5) -> None:
-        if isinstance(max, bool) or not isinstance(max, int) or max < 1:
+        if not whole(max) or max < 1:
             raise DeclarationError(f"Batch(max={max!r}): give the most messages of a batch, 1 or more")
         if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait < float("inf"):
             raise DeclarationError(f"Batch(wait={wait!r}): give the seconds a batch may wait to fill up, 0 or more")
@@ -52,13 +52,6 @@ def check_name(owner: str, option: str, name: Any, slashes: bool = False) -> Non
         raise DeclarationError(f"{owner}: {option}={name!r}: give {what}")
 
 
-def check_timeout(owner: str, timeout: Any) -> None:
-    """Refuse what is no number of seconds."""
-    fits = isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 < timeout < float("inf")
-    if timeout is not None and not fits:
-        raise DeclarationError(f"{owner}: timeout={timeout!r}: give the seconds one run may take, above 0, or None")
-
-
 def check_call(owner: str, tags: Any, **seconds: Any) -> None:
     """Refuse tags that are no texts, and what is no number of seconds."""
     if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) and tag for tag in tags):
@@ -71,14 +64,14 @@ def check_call(owner: str, tags: Any, **seconds: Any) -> None:
 
 def check_priority(owner: str, priority: Any) -> None:
     """Refuse what is no priority."""
-    if isinstance(priority, bool) or not isinstance(priority, int) or not -10 <= priority <= 10:
-        raise DeclarationError(f"{owner}: priority={priority!r}: give a whole number, -10 (last) to 10 (first); most have 0")
+    way_out = "give a whole number, -10 (last) to 10 (first); most have 0"
+    must(whole(priority) and -10 <= priority <= 10, owner, "priority", priority, way_out)
 
 
 def check_queue(owner: str, queue: Any, option: str = "queue") -> None:
     """Refuse a queue's name that Sidekiq's web page could not show."""
-    if not isinstance(queue, str) or not QUEUE_NAME.fullmatch(queue):
-        raise DeclarationError(f"{owner}: {option}={queue!r}: a queue's name has up to 200 letters, digits and _ : . -")
+    fits = isinstance(queue, str) and QUEUE_NAME.fullmatch(queue)
+    must(fits, owner, option, queue, "a queue's name has up to 200 letters, digits and _ : . -")
 
 
 def _given(options: dict[str, Any], option: str, default: Any) -> Any:
@@ -123,62 +116,52 @@ class Consumer:
         refuse_async(self.owner, self.awaited, [*app.hooks, *self.hooks])
         if not self.responds and any("respond" in r.params.kinds for r in routes):
             raise DeclarationError(f"{self.owner}: it asks for a Respond; say on which topics: responds=[...]")
-        if options.get("batch") is not None and not routes[0].params.batch:
-            self._refuse("batch", options["batch"], "it belongs to a batch handler, whose first parameter is list[T]")
+        alone = options.get("batch") is not None and not routes[0].params.batch
+        must(not alone, self.owner, "batch", self.batch, "it belongs to a batch handler, whose first parameter is list[T]")
 
-    def _refuse(self, option: str, value: Any, way_out: str) -> None:
-        raise DeclarationError(f"{self.owner}: {option}={value!r}: {way_out}")
+    def _must(self, fits: Any, option: str, way_out: str) -> None:
+        must(fits, self.owner, option, getattr(self, option), way_out)
 
     def _list(self, option: str, options: dict[str, Any]) -> list[Any]:
         value = options.get(option, ())
-        if not isinstance(value, list | tuple):
-            self._refuse(option, value, f"give a list: {option}=[...]")
+        must(isinstance(value, list | tuple), self.owner, option, value, f"give a list: {option}=[...]")
         return list(value)
 
     def _responds(self, options: dict[str, Any]) -> list[RespondTo]:
         responds: list[RespondTo] = []
         for answer in self._list("responds", options):
             if not isinstance(answer, RespondTo):
-                if not isinstance(answer, Topic):
-                    self._refuse("responds", answer, "give topics, as app.topic(...) returns them, or respond_to(...)")
+                way_out = "give topics, as app.topic(...) returns them, or respond_to(...)"
+                must(isinstance(answer, Topic), self.owner, "responds", answer, way_out)
                 answer = respond_to(answer)
-            if any(other.topic is answer.topic for other in responds):
-                self._refuse("responds", answer.topic, "it is named twice; for several answers use multiple=True")
+            twice = any(other.topic is answer.topic for other in responds)
+            must(not twice, self.owner, "responds", answer.topic, "it is named twice; for several answers use multiple=True")
             responds.append(answer)
         return responds
 
     def _check(self, options: dict[str, Any]) -> None:
         for option in ("name", "group"):
-            check_name(self.owner, option, getattr(self, option))
-        if self.group == f"{self.app.name}-dead":
-            self._refuse("group", self.group, "there `barnabas dead` keeps what was dealt with; give another name= or group=")
-        if not self.topics or not all(isinstance(t, Topic) for t in self.topics):
-            self._refuse("topics", self.topics, "give a topic, as app.topic(...) returns it, or a list of them")
-        if len({topic.name for topic in self.topics}) < len(self.topics):
-            self._refuse("topics", self.topics, "name each topic once")
-        if self.start not in ("earliest", "latest"):
-            self._refuse("start", self.start, 'give "earliest" or "latest"; `barnabas reset` moves an existing group')
-        n = self.concurrency
-        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 10_000:
-            self._refuse("concurrency", n, "give a whole number from 1 to 10000: deliveries in work at once per process")
-        if self.order not in ("key", "partition", "none"):
-            self._refuse("order", self.order, 'give "key", "partition" or "none"')
-        if not isinstance(self.retry, Retry):
-            self._refuse("retry", self.retry, "give Retry(times, ...), Retry(0) for none")
-        if self.on_dead not in ("topic", "skip", "stop"):
-            self._refuse("on_dead", self.on_dead, 'give "topic" (the dead-letter topic), "skip" (and count) or "stop"')
-        check_timeout(self.owner, self.timeout)
-        for table in self.tables:
-            if not isinstance(table, Table):
-                self._refuse("tables", table, "give tables, as app.table(...) returns them")
-        if self.tables and self.order == "none":
-            self._refuse("order", "none", 'tables need an order; use "key" or "partition"')
-        if self.tables and not self.retry.ordered:
-            self._refuse("retry", "Retry(ordered=False)", "tables need an order; use Retry(..., ordered=True)")
-        if self.tables and self.order == "key" and self.concurrency > 1 and any(t.rekeyed for t in self.topics):
-            self._refuse("order", "key", 'of a rekeyed topic, two keys could write one cell at once; use "partition"')
-        if options.get("batch") is not None and not isinstance(options["batch"], Batch):
-            self._refuse("batch", options["batch"], "give Batch(max=1000, wait=0.5)")
+            check_name(self.owner, option, "" if self.name in ("<lambda>", "partial") else getattr(self, option))
+        way_out = "there `barnabas dead` keeps what was dealt with; give another name= or group="
+        self._must(self.group != f"{self.app.name}-dead", "group", way_out)
+        fit = self.topics and all(isinstance(topic, Topic) for topic in self.topics)
+        self._must(fit, "topics", "give a topic, as app.topic(...) returns it, or a list of them")
+        self._must(len({topic.name for topic in self.topics}) == len(self.topics), "topics", "name each topic once")
+        check_call(self.owner, (), timeout=self.timeout)
+        batch, tables, topics = _given(options, "batch", self.batch), self.tables, self.topics
+        self._must(self.start in ("earliest", "latest"), "start", 'give "earliest" or "latest"; `barnabas reset` moves a group')
+        many = whole(self.concurrency) and 1 <= self.concurrency <= 10_000
+        self._must(many, "concurrency", "give a whole number from 1 to 10000: deliveries in work at once per process")
+        self._must(self.order in ("key", "partition", "none"), "order", 'give "key", "partition" or "none"')
+        self._must(isinstance(self.retry, Retry), "retry", "give Retry(times, ...), Retry(0) for none")
+        way_out = 'give "topic" (the dead-letter topic), "skip" (and count) or "stop"'
+        self._must(self.on_dead in ("topic", "skip", "stop"), "on_dead", way_out)
+        self._must(all(isinstance(table, Table) for table in tables), "tables", "give tables, as app.table(...) returns them")
+        self._must(not tables or self.order != "none", "order", 'tables need an order; use "key" or "partition"')
+        self._must(not tables or self.retry.ordered, "retry", "tables need an order; use Retry(..., ordered=True)")
+        rekeyed = tables and self.order == "key" and self.concurrency > 1 and any(t.rekeyed for t in topics)
+        self._must(not rekeyed, "order", 'of a rekeyed topic, two keys could write one cell at once; use "partition"')
+        must(isinstance(batch, Batch), self.owner, "batch", batch, "give Batch(max=1000, wait=0.5)")
 
     def _function(self, holder: Any, topic: Topic[Any]) -> Any:
         """The function for one topic: the method named like it, else `process`."""
@@ -196,8 +179,7 @@ class Consumer:
         routes = []
         for topic in self.topics:
             function = self._function(holder, topic)
-            if not callable(function):
-                self._refuse("handler", function, "give a function, an async function or a class")
+            must(callable(function), self.owner, "handler", function, "give a function, an async function or a class")
             if inspect.isclass(holder):
                 function = function.__get__(object())
             routes.append(make_route(self.owner, topic, function))

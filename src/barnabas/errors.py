@@ -2,6 +2,7 @@
 
 import os
 from types import TracebackType
+from typing import Any
 
 
 class BarnabasError(Exception):
@@ -120,6 +121,17 @@ class RetryAfter(Exception):
             raise ValueError(f"RetryAfter({seconds!r}): give seconds, from 0 to 1,000,000,000")
         super().__init__(reason or f"retry after {seconds} s")
         self.seconds = seconds
+
+
+def must(fits: Any, owner: str, option: str, value: Any, way_out: str) -> None:
+    """Raise DeclarationError for an option that does not fit."""
+    if not fits:
+        raise DeclarationError(f"{owner}: {option}={value!r}: {way_out}")
+
+
+def whole(value: Any) -> bool:
+    """Whether it is a whole number; yes and no are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def text(error: BaseException) -> str:

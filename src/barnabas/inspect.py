@@ -24,6 +24,7 @@ from barnabas.job import Job
 from barnabas.message import Message
 from barnabas.ports import Backend, TopicState
 from barnabas.topic import Retention
+from barnabas.worker import chosen
 
 CHUNK = 1000  # rows of one partition that are read at once
 
@@ -109,9 +110,12 @@ def check(app: App) -> tuple[list[str], list[str]]:
                 warnings.append(f"{what} {topic.type!r}, which has none: messages without are dead")
     used = {table.name for consumer in app.consumers.values() for table in consumer.tables}
     try:
+        chosen(app)
+        for owner in [job.owner for job in app.job_handlers.values() if job.priority]:
+            app.ranks(owner)
         for name in sorted(used):
             app.events.cell(name, "")
-    except BarnabasError as error:  # no backend for tables; or out of reach, which was said before
+    except BarnabasError as error:  # what a worker refuses as it starts; or out of reach, which was said before
         problems[str(error)] = None
     idle = [name for name in app.tables if name not in used]
     warnings += [f"no consumer names table {name!r}: add it to a consumer's tables=[...]" for name in idle]

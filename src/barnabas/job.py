@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from itertools import islice
@@ -11,11 +10,11 @@ from typing import Any
 import msgspec
 
 from barnabas.codec import known, make_codec
-from barnabas.consumer import check_call, check_name, check_priority, check_queue, check_timeout, refuse_unknown
+from barnabas.consumer import check_call, check_name, check_priority, check_queue, refuse_unknown
 from barnabas.engine.hand import CURRENT
-from barnabas.engine.handler import refuse_generator
+from barnabas.engine.handler import hints_of, refuse_generator
 from barnabas.engine.hooks import check_hooks, check_takes, refuse_async
-from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError
+from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError, must, whole
 from barnabas.future import Future, gathered, resolved
 from barnabas.jobs.beyond import KEPT, read_outcome
 from barnabas.jobs.limit import Concurrent, limits
@@ -33,12 +32,89 @@ OPTIONS = (
 )  # fmt: skip
 LINK = -1.0  # in place of the time of a job that begins when the one before it in its chain has ended
 CHAIN = 1000  # jobs in a chain: each carries those behind it
+PLAIN = "a job gets what JSON can say: plain types, dataclasses, TypedDicts, msgspec Structs"
+RETRIES = "give the number of retries (0: none), True for 25, or False"
 _NONE: dict[str, Any] = {}
 _new: Any = tuple.__new__  # a third of the price of OutgoingJob(...)
 _NEEDED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-class Job:
+class Calls:
+    """What a job and a job with other options have: ways to enqueue it."""
+
+    _job: "Job"
+    _call: Mapping[str, Any] = _NONE
+
+    def enqueue(self, *args: Any, **kwargs: Any) -> Future[str]:
+        """Store a job; the future gives its id once it is durable (None if a before_enqueue hook refused it).
+
+        Keywords are bound to positions. Inside a handler the job leaves when the handler has returned. Raises
+        SendError for arguments that do not fit the function or cannot be stored.
+        """
+        return self._job._enqueue(args, kwargs, None, self._call)
+
+    def enqueue_in(self, delay: float | timedelta, *args: Any, **kwargs: Any) -> Future[str]:
+        """Store a job that runs after `delay` (seconds or a timedelta)."""
+        return self._job._enqueue(args, kwargs, self._job._after(delay), self._call)
+
+    def enqueue_at(self, when: float | datetime, *args: Any, **kwargs: Any) -> Future[str]:
+        """Store a job that runs at `when`: epoch seconds, or a datetime (a naive one is local time)."""
+        return self._job._enqueue(args, kwargs, _at(when), self._call)
+
+    def enqueue_many(self, arguments: Iterable[tuple[Any, ...]]) -> Future[list[str]]:
+        """Store one job for each tuple of arguments; the future gives their ids once all are durable."""
+        job, call = self._job, self._call
+        if job.queued:  # each may be refused
+            return gathered([job._enqueue(args, _NONE, None, call) for args in map(job._tuple, arguments)])
+        hand = CURRENT.get()
+        held = hand is not None and hand.open and "now" not in call
+        out, calls, low, high = list[OutgoingJob](), iter(arguments), job._least, job._most
+        while chunk := [
+            a if type(a) is tuple and low <= len(a) <= high else job._positions(job._tuple(a), _NONE) for a in islice(calls, 1000)
+        ]:
+            ids = [job._new_id(not held, call)[0] for _ in chunk] if held or "batch" in call else new_jids(len(chunk))
+            out += job._alike(chunk, call, ids)
+        if not (jids := [made[3] for made in out]):
+            return resolved(jids)
+        last: Future[str] = Future()
+        out[-1] = out[-1]._replace(future=last)
+        many: Future[list[str]] = Future(None, hand if held else None)
+        _speak(last, many, jids)
+        job._leave(out, held)
+        return many
+
+    def then(self, *jobs: "Calls") -> "Options":
+        """A chain: `job.then(second, third).enqueue(...)`. Each begins when the one before it has returned, with what that
+        returned as its argument. It is stored in the job itself; a job that dies ends it, and retried goes on with it."""
+        if strange := [each for each in jobs if not isinstance(each, Calls)]:
+            raise DeclarationError(f"{self._job.owner}: then({strange[0]!r}): give jobs, as app.job has made them")
+        more = self._call.get("more", {})
+        chain = [*more.get("then", ()), *(link._link() for link in jobs)]
+        if len(chain) >= CHAIN:
+            raise DeclarationError(f"{self._job.owner}: a chain of {len(chain) + 1} jobs: {CHAIN} are the most")
+        for each in [self._job, *(link._job for link in jobs[:-1])]:
+            if each.app.job_handlers.get(each.name) is not each:
+                raise DeclarationError(f"{each.owner} is run by another program, which knows no chains: it can only be the last")
+        last = (jobs[-1]._job, len(chain)) if jobs else (self._job, 0)
+        return Options(self._job, {**self._call, "more": {**more, "then": chain}, "last": last})
+
+    def _link(self) -> dict[str, Any]:
+        """What a chain stores of this job. Raises DeclarationError for what cannot be part of one."""
+        job, call = self._job, self._call
+        if job._least > 1 or not (job._most or job._rest):
+            raise DeclarationError(
+                f"{job.owner} cannot be part of a chain: it gets one argument, what the job before it returned, and takes "
+                f"{job._signature}"
+            )
+        if job.queued:
+            raise DeclarationError(f"{job.owner} is unique from its enqueueing on: in a chain it can only be the first job")
+        if {"then", "batch"} & call.get("more", {}).keys() or "now" in call:
+            raise DeclarationError(f"{job.owner}: a chain is made of jobs, not of chains; now= and batch= are its first job's")
+        queue, retry, extra = job._called(call, LINK)
+        return {"class": job.name, "queue": queue, "retry": retry, **extra}
+
+
+class Job(Calls):
     """A job of an app. Calling it calls the function; `enqueue` stores it for a worker, in Sidekiq's JSON."""
 
     def __init__(self, app: Any, function: Callable[..., Any], **options: Any) -> None:
@@ -46,7 +122,7 @@ class Job:
         self.name: str = getattr(function, "__name__", "") if named is None else named
         self.owner = f"job {self.name!r}"
         refuse_unknown(self.owner, options, OPTIONS)
-        self.app, self.function = app, function
+        self.app, self.function, self._job = app, function, self
         self.queue: str = options.get("queue", "default")
         self.retry: bool | int = options.get("retry", 25)
         self.timeout: float | None = options.get("timeout")
@@ -82,49 +158,43 @@ class Job:
         runs = self.lock is not None and self.lock.runs
         self.slots = runs or any(isinstance(each.limit, Concurrent) for each in self.limits)  # others may wait for its end
         self.guarded = bool(self.limits) or (self.lock is not None and (runs or self.lock.starts))
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, function, updated=())  # its attributes are not ours: tenacity's `retry`, say
 
-    def _refuse(self, option: str, value: Any, way_out: str) -> None:
-        raise DeclarationError(f"{self.owner}: {option}={value!r}: {way_out}")
+    def _must(self, fits: Any, option: str, way_out: str) -> None:
+        must(fits, self.owner, option, getattr(self, option), way_out)
 
     def _check(self) -> None:
-        if not callable(self.function) or inspect.isclass(self.function):
-            self._refuse("function", self.function, "decorate a function, sync or async")
+        plain = callable(self.function) and not inspect.isclass(self.function)
+        self._must(plain, "function", "decorate a function, sync or async")
         check_name("job", "name", "" if self.name == "<lambda>" else self.name, slashes=True)
         check_queue(self.owner, self.queue)
-        if not isinstance(self.retry, int) or self.retry < 0:
-            self._refuse("retry", self.retry, "give the number of retries (0: none), True for 25, or False")
-        check_timeout(self.owner, self.timeout)
-        if not isinstance(self.dead, bool):
-            self._refuse("dead", self.dead, "give False if a job out of retries is to vanish (counted), else True")
+        self._must(isinstance(self.retry, int) and self.retry >= 0, "retry", RETRIES)
+        self._must(isinstance(self.dead, bool), "dead", "give False if a job out of retries is to vanish (counted), else True")
 
     def _check_failing(self) -> None:
         window = self.retry_for
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or not 0 < window <= 10**9):
-            self._refuse("retry_for", window, "give whole seconds since the first failure, 1 to 1,000,000,000, or None")
-        if window is not None and not self.retry:
-            self._refuse("retry_for", window, f"retry={self.retry!r} says that there are no retries; leave one of them out")
+        within = window is None or (whole(window) and 0 < window <= 10**9)
+        self._must(within, "retry_for", "give whole seconds since the first failure, 1 to 1,000,000,000, or None")
+        way_out = f"retry={self.retry!r} says that there are no retries; leave one of them out"
+        self._must(window is None or self.retry, "retry_for", way_out)
         if self.retry_queue is not None:
             check_queue(self.owner, self.retry_queue, "retry_queue")
-        if not isinstance(self.backtrace, int) or self.backtrace < 0:
-            self._refuse("backtrace", self.backtrace, "give the number of lines to store, True for all, or False")
-        check_call(self.owner, self.tags, expires_in=self.expires_in, result_ttl=self.result_ttl, max_runtime=self.max_runtime)
+        lines = isinstance(self.backtrace, int) and self.backtrace >= 0
+        self._must(lines, "backtrace", "give the number of lines to store, True for all, or False")
+        seconds = {name: getattr(self, name) for name in ("timeout", "expires_in", "result_ttl", "max_runtime")}
+        check_call(self.owner, self.tags, **seconds)
         check_priority(self.owner, self.priority)
         for option in CALLED:
-            function = getattr(self, option)
-            takes = "count, error, job" if option == "retry_delay" else "job, error"
-            if function is not None and (not callable(function) or inspect.iscoroutinefunction(function)):
-                self._refuse(option, function, f"give a plain function({takes}), not an `async def`: it runs between two jobs")
-            elif function is not None:
+            if (function := getattr(self, option)) is not None:
+                takes = "count, error, job" if option == "retry_delay" else "job, error"
+                plain = callable(function) and not inspect.iscoroutinefunction(function)
+                self._must(plain, option, f"give a plain function({takes}), not an `async def`: it runs between two jobs")
                 check_takes(f"{self.owner}: {option}", function, *takes.split(", "))
 
     def _plan(self) -> None:
         """Read the signature once: how many arguments, and how stored ones are decoded by their annotations."""
         parameters = list(self._signature.parameters.values())
-        try:
-            hints = typing.get_type_hints(self.function)
-        except Exception as error:
-            raise DeclarationError(f"{self.owner}: its annotations cannot be read ({error}); import the names they use") from None
+        hints = hints_of(self.owner, self.function)
         fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
         self._rest = False
         for p in parameters:
@@ -132,7 +202,8 @@ class Job:
             if p.kind is p.VAR_POSITIONAL:
                 self._rest = True
             elif p.kind not in _NEEDED:
-                self._refuse("parameter", p.name, "a job's arguments are stored in order; keyword-only ones cannot be")
+                way_out = "a job's arguments are stored in order; keyword-only ones cannot be (a wrapper needs functools.wraps)"
+                must(False, self.owner, "parameter", p.name, way_out)
             elif p.default is p.empty:
                 fields.append((f"a{len(fields)}", hint))
             else:
@@ -145,7 +216,8 @@ class Job:
             shape = msgspec.defstruct("Args", fields, array_like=True, forbid_unknown_fields=not self._rest)
             self._decode = msgspec.json.Decoder(known(shape)).decode
         except TypeError as error:
-            raise DeclarationError(f"{self.owner}: its arguments cannot be decoded by their annotations: {error}") from None
+            said = f"its arguments cannot be decoded by their annotations: {error}; {PLAIN}"
+            raise DeclarationError(f"{self.owner}: {said}") from None
         self._free = msgspec.json.Decoder(list[Any]).decode
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -318,26 +390,6 @@ class Job:
             raise SendError(f"{call}{delay!r}): give seconds or a timedelta")
         return float(self.app.clock.now() + max(0.0, seconds))
 
-    def enqueue(self, *args: Any, **kwargs: Any) -> Future[str]:
-        """Store a job; the future gives its id once it is durable (None if a before_enqueue hook refused it).
-
-        Keywords are bound to positions. Inside a handler the job leaves when the handler has returned. Raises
-        SendError for arguments that do not fit the function or cannot be stored.
-        """
-        return self._enqueue(args, kwargs, None)
-
-    def enqueue_in(self, delay: float | timedelta, *args: Any, **kwargs: Any) -> Future[str]:
-        """Store a job that runs after `delay` (seconds or a timedelta)."""
-        return self._enqueue(args, kwargs, self._after(delay))
-
-    def enqueue_at(self, when: float | datetime, *args: Any, **kwargs: Any) -> Future[str]:
-        """Store a job that runs at `when`: epoch seconds, or a datetime (a naive one is local time)."""
-        return self._enqueue(args, kwargs, _at(when))
-
-    def enqueue_many(self, arguments: Iterable[tuple[Any, ...]]) -> Future[list[str]]:
-        """Store one job for each tuple of arguments; the future gives their ids once all are durable."""
-        return self.options().enqueue_many(arguments)
-
     def enqueue_debounced(self, key: str, /, *args: Any, wait: float | timedelta, **kwargs: Any) -> Future[str]:
         """Store a job that runs after `wait` (seconds or a timedelta), unless it is asked for again by the same `key`: of calls
         that follow each other more quickly, the last one runs. The others end as "superseded"."""
@@ -359,11 +411,6 @@ class Job:
         self._leave([out, note(name, jid.encode(), at + KEPT, last)], held is not None)
         return future
 
-    def then(self, *jobs: "Job | Options") -> "Options":
-        """A chain: `job.then(second, third).enqueue(...)`. Each begins when the one before it has returned, with what that
-        returned as its argument. It is stored in the job itself; a job that dies ends it, and retried goes on with it."""
-        return Options(self, _NONE).then(*jobs)
-
     def options(
         self, *, queue: str | None = None, retry: bool | int | None = None, tags: list[str] | None = None,
         expires_in: float | None = None, priority: int | None = None, now: bool = False, batch: Any = None,
@@ -372,8 +419,7 @@ class Job:
         it leaves at once. batch: an app.batch() that it is to be of."""
         if queue is not None:
             check_queue(self.owner, queue)
-        if retry is not None and (not isinstance(retry, int) or retry < 0):
-            self._refuse("retry", retry, "give the number of retries (0: none), True for 25, or False")
+        must(retry is None or (isinstance(retry, int) and retry >= 0), self.owner, "retry", retry, RETRIES)
         check_call(self.owner, tags or [], expires_in=expires_in)
         check_priority(self.owner, priority or 0)
         more = {name: value for name, value in (("expires_in", expires_in), ("priority", priority)) if value is not None}
@@ -398,7 +444,7 @@ class Enqueued(Future[str], eq=False, gc=False):
         return self._last.outcome(jid, timeout)
 
 
-class Options:
+class Options(Calls):
     """A job with other options, as `job.options(...)` returns it."""
 
     def __init__(self, job: Job, call: Mapping[str, Any]) -> None:
@@ -413,68 +459,6 @@ class Options:
                 "its enqueueing on, so that it may not be stored at all"
             )
         return Options(job, {**self._call, "batch": batch, "more": {**self._call.get("more", {}), "batch": batch.id}})
-
-    def then(self, *jobs: "Job | Options") -> "Options":
-        """As Job.then."""
-        links = [each if isinstance(each, Options) else Options(each, _NONE) for each in jobs]
-        more = self._call.get("more", {})
-        chain = [*more.get("then", ()), *(link._link() for link in links)]
-        if len(chain) >= CHAIN:
-            raise DeclarationError(f"{self._job.owner}: a chain of {len(chain) + 1} jobs: {CHAIN} are the most")
-        for each in [self._job, *(link._job for link in links[:-1])]:
-            if each.app.job_handlers.get(each.name) is not each:
-                raise DeclarationError(f"{each.owner} is run by another program, which knows no chains: it can only be the last")
-        last = (links[-1]._job, len(chain)) if links else (self._job, 0)
-        return Options(self._job, {**self._call, "more": {**more, "then": chain}, "last": last})
-
-    def _link(self) -> dict[str, Any]:
-        """What a chain stores of this job. Raises DeclarationError for what cannot be part of one."""
-        job, call = self._job, self._call
-        if job._least > 1 or not (job._most or job._rest):
-            raise DeclarationError(
-                f"{job.owner} cannot be part of a chain: it gets one argument, what the job before it returned, and takes "
-                f"{job._signature}"
-            )
-        if job.queued:
-            raise DeclarationError(f"{job.owner} is unique from its enqueueing on: in a chain it can only be the first job")
-        if {"then", "batch"} & call.get("more", {}).keys() or "now" in call:
-            raise DeclarationError(f"{job.owner}: a chain is made of jobs, not of chains; now= and batch= are its first job's")
-        queue, retry, extra = job._called(call, LINK)
-        return {"class": job.name, "queue": queue, "retry": retry, **extra}
-
-    def enqueue(self, *args: Any, **kwargs: Any) -> Future[str]:
-        """As Job.enqueue."""
-        return self._job._enqueue(args, kwargs, None, self._call)
-
-    def enqueue_in(self, delay: float | timedelta, *args: Any, **kwargs: Any) -> Future[str]:
-        """As Job.enqueue_in."""
-        return self._job._enqueue(args, kwargs, self._job._after(delay), self._call)
-
-    def enqueue_at(self, when: float | datetime, *args: Any, **kwargs: Any) -> Future[str]:
-        """As Job.enqueue_at."""
-        return self._job._enqueue(args, kwargs, _at(when), self._call)
-
-    def enqueue_many(self, arguments: Iterable[tuple[Any, ...]]) -> Future[list[str]]:
-        """As Job.enqueue_many."""
-        job, call = self._job, self._call
-        if job.queued:  # each may be refused
-            return gathered([job._enqueue(args, _NONE, None, call) for args in map(job._tuple, arguments)])
-        hand = CURRENT.get()
-        held = hand is not None and hand.open and "now" not in call
-        out, calls, low, high = list[OutgoingJob](), iter(arguments), job._least, job._most
-        while chunk := [
-            a if type(a) is tuple and low <= len(a) <= high else job._positions(job._tuple(a), _NONE) for a in islice(calls, 1000)
-        ]:
-            ids = [job._new_id(not held, call)[0] for _ in chunk] if held or "batch" in call else new_jids(len(chunk))
-            out += job._alike(chunk, call, ids)
-        if not (jids := [made[3] for made in out]):
-            return resolved(jids)
-        last: Future[str] = Future()
-        out[-1] = out[-1]._replace(future=last)
-        many: Future[list[str]] = Future(None, hand if held else None)
-        _speak(last, many, jids)
-        job._leave(out, held)
-        return many
 
 
 def _speak(last: Future[Any], future: Future[Any], value: Any) -> None:

@@ -48,6 +48,9 @@ class Retry:
         self.give_up_on = give_up_on
         self.ordered = ordered
 
+    def __repr__(self) -> str:
+        return f"Retry({self.times}, ordered={self.ordered})"
+
     def wait(self, retry: int, rand: Callable[[], float] | None = None) -> float:
         """Seconds to wait before the retry of this number (from 1)."""
         if rand is None:

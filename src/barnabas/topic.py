@@ -5,7 +5,7 @@ from typing import Any, Generic, TypeVar
 
 from barnabas.codec import as_key, make_codec, make_key
 from barnabas.engine.hand import CURRENT, id_of
-from barnabas.errors import DeclarationError, SendError, UnknownTopic, ValueTooLarge
+from barnabas.errors import BarnabasError, DeclarationError, SendError, UnknownTopic, ValueTooLarge, told
 from barnabas.future import Future
 from barnabas.message import Headers, Key, Message, Outgoing
 
@@ -203,10 +203,14 @@ class Topic(Generic[T]):
 
     def stored(self, row: tuple[Any, ...]) -> Message[T]:
         """The Message of a row that a sink stored: (topic, partition, offset, key, value, headers, timestamp)."""
-        _, partition, offset, key, value, headers, timestamp = row
+        _, partition, offset, key, data, headers, timestamp = row
+        try:
+            value: Any = None if data is None else self.decode(data)
+        except Exception as error:
+            at = f"stored at {self.name}[{partition}]@{offset}, and no {self.type!r}"
+            raise BarnabasError(f"what was sent is {at} ({told(error)}): handlers that read it as one let it die") from error
         return Message(
-            topic=self.name, value=None if value is None else self.decode(value),  # type: ignore[arg-type]
-            key=key, headers=headers or (), timestamp=timestamp, partition=partition,
+            topic=self.name, value=value, key=key, headers=headers or (), timestamp=timestamp, partition=partition,
             offset=-1 if offset is None else offset,  # a broker that has it from an earlier try does not say where
         )  # fmt: skip
 

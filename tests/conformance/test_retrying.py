@@ -11,6 +11,7 @@ from watching import Step, failures, settled, wait_for
 
 from barnabas import Batch, Delivery, Message, Reject, Retry, RetryAfter
 from barnabas.engine.handler import Stop, to_retry
+from barnabas.errors import BarnabasError
 
 QUICK = 0.01  # seconds
 
@@ -271,9 +272,16 @@ class Mute(Exception):
         raise RuntimeError("nothing to say")
 
 
+class Panic(BaseException):
+    """As Rust's, in Python."""
+
+
+WILD = [(Mute(), "Mute: (RuntimeError while reading"), (SystemExit(3), "SystemExit: 3"), (Panic("rust"), "Panic: rust")]
+
+
 @pytest.mark.parametrize("kind", ["sync", "async", "batch", "job", "async job"])
-@pytest.mark.parametrize(("error", "said"), [(Mute(), "Mute: (RuntimeError while reading"), (SystemExit(3), "SystemExit: 3")])
-def test_an_error_that_cannot_be_printed_or_wants_the_process_to_end_is_a_failure(place, app, topic, kind, error, said):
+@pytest.mark.parametrize(("error", "said"), WILD)
+def test_an_error_that_cannot_be_printed_or_is_no_exception_is_a_failure(place, app, topic, kind, error, said):
     runs, nothing = [], Retry(1, backoff=lambda n: "soon")  # a backoff that fails must not cost the message either
 
     def fail(step):
@@ -315,7 +323,7 @@ def test_a_message_that_cannot_be_decoded_is_dead_at_once_with_all_headers(place
     before = app.clock.now()
     bad = topic.send(b'{"key": "k", "n": "no number"}', key="k", headers=[("own", b"1")]).result
     topic.send(msgspec.json.encode(Step("k", 7)), key="k").result(5)
-    with pytest.raises(msgspec.ValidationError):
+    with pytest.raises(BarnabasError, match="ValidationError"):
         bad(5)
     place.drain(app)
     assert seen == [Step("k", 7)]

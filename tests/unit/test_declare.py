@@ -1,14 +1,16 @@
 """Declarations: whatever cannot work is refused where it stands, by a message that names the option, the value and the
 way out."""
 
+import functools
 import re
-from typing import Any
+import sys
+from typing import Annotated, Any
 
 import msgspec
 import pytest
 
-from barnabas import App, Batch, Delivery, Respond, Retention, Retry, respond_to
-from barnabas.errors import BarnabasError, DeclarationError, SendError, SettingError
+from barnabas import App, Batch, Delivery, Respond, Retention, Retry, respond_to, testing
+from barnabas.errors import BarnabasError, DeclarationError, Refused, SendError, SettingError
 from barnabas.inspect import check
 
 
@@ -61,6 +63,23 @@ def nothing_around():
 
 
 def two(self, order): ...
+
+
+def by_keyword(order: Order, *, delivery: Delivery): ...
+
+
+def wrapper(function, *args, **kwargs): ...
+
+
+class Callable:
+    def __call__(self, order: Order): ...
+
+
+class Model:
+    __pydantic_validator__ = model_validate_json = None
+
+
+def of_a_model(model: Model): ...
 
 
 def consume(function: Any = handler, **options: Any) -> Any:
@@ -118,6 +137,12 @@ REFUSED = {
     "consumer topics": (lambda app: app.consumer([])(handler), "topics", "[]", "app.topic(...)"),
     "consumer topics by name": (lambda app: app.consumer("orders")(handler), "topics", "'orders'", "app.topic(...)"),
     "one topic twice": (lambda app: app.consumer([app.orders] * 2)(handler), "topics", "<topic orders>", "each topic once"),
+    "consumer of nothing": (lambda app: app.consumer(handler), "consumer", "handler", "@app.consumer(TOPIC)"),
+    "cron of nothing": (lambda app: app.cron(handler), "cron", "handler", "every=timedelta"),
+    "consumer without a name": (consume(lambda order: None), "name", "''", "printable"),
+    "handler by keyword": (consume(by_keyword), "Delivery", "'delivery'", "asks by annotation"),
+    "handler of an object": (consume(Callable(), name="x"), "annotations", "Callable", "a function or a method"),
+    "wrapper": (consume(functools.partial(wrapper, plain), name="x"), "parameter", "takes no", "functools.wraps"),
     "consumer name": (consume(name=""), "name", "''", "give a text"),
     "consumer name without end": (consume(name="a" * 201), "name", "aaa", "up to 200"),
     "queue without end": (job(queue="a" * 201), "queue", "aaa", "up to 200"),
@@ -216,6 +241,9 @@ REFUSED = {
     "job hooks": (job(hooks=generator), "hooks", "generator", "hooks=[...]"),
     "job hooks that are none": (job(hooks=[plain]), "hooks", "plain", "generator function"),
     "async hook for a sync job": (job(hooks=[async_hook]), "hooks", "async_hook", "`async def`"),
+    "job of a wrapper": (job(wrapper), "parameter", "'kwargs'", "functools.wraps"),
+    "job of a pydantic model": (job(of_a_model), "annotations", "Model", "msgspec Structs"),
+    "chain of a function": (lambda app: job()(app).then(plain), "then", "plain", "give jobs"),
     "job of a class": (job(Order), "function", "Order", "decorate a function"),
     "job of another kind": (lambda app: app.job(NOTHING), "function", "<nothing>", "decorate a function"),
     "options queue": (lambda app: job()(app).options(queue="?"), "queue", "'?'", "letters, digits"),
@@ -394,12 +422,62 @@ def test_a_topic_declared_twice_alike_is_the_same_and_otherwise_refused(app):
         app.topic("orders", dict, key="customer")
 
 
+@pytest.mark.parametrize(("url", "driver", "extra"), [
+    ("kafka://x", "confluent_kafka", "kafka"), ("redis://x", "redis", "redis"), ("redis://x", "hiredis", "redis"),
+])  # fmt: skip
+def test_a_driver_that_is_not_installed_is_named(monkeypatch, url, driver, extra):
+    kind = "events" if extra == "kafka" else "jobs"
+    for name in [name for name in sys.modules if name.startswith("barnabas.backends.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, driver, None)
+    with pytest.raises(SettingError, match=re.escape(f"{driver} is not installed; pip install 'barnabas[{extra}]'")):
+        getattr(App("a", **{kind: url}), kind)
+
+
 # Handlers.
+
+
+Big = Annotated[int, msgspec.Meta(gt=10)]
+
+
+def test_what_an_annotation_asks_of_a_value_is_asked(app):
+    """Of the type that a Struct's field would have; notes of others say nothing."""
+    numbers, seen = app.topic("numbers", int), []
+
+    def read(first, n: Annotated[Big | None, "noted"], delivery: Delivery | None = None):
+        seen.append((first, n, delivery is not None))
+
+    def count(n: Annotated[int, msgspec.Meta(gt=10)]):
+        seen.append(n)
+
+    app.consumer(numbers, name="read")(functools.partial(read, "given"))
+    count.retry = "an attribute of the function, not an option"
+    job = app.job(functools.wraps(count)(functools.partial(count)))
+    with testing.run(app, raises=False) as t:
+        numbers.send_many([5, 50])
+        numbers.send(None, key="k")
+        job.enqueue(5), job.enqueue(50)
+        t.drain()
+        assert sorted(seen, key=str) == [("given", 50, True), ("given", None, True), 50]
+        assert [letter.value for letter in t.dead(numbers)] == [5] and [each["args"] for each in t.dead(job)] == [[5]]
+
+
+def test_a_value_that_is_none_of_its_topic_is_told_of_where_it_is_stored(app):
+    lacks = r"stored at orders\[\d\]@0, and no .*Order.* missing required field"
+    with testing.run(app), pytest.raises(BarnabasError, match=lacks):
+        app.orders.send({"customer": "ann"}, key="k").result(5)
+
+
+def test_a_handler_cannot_close_its_app(app):
+    app.consumer(app.orders, name="x")(lambda order: app.close())
+    with testing.run(app) as t, pytest.raises(Refused, match="leave it out"):
+        app.orders.send(Order(1))
+        t.drain()
 
 
 def test_a_handler_without_a_parameter_is_refused(app):
     with pytest.raises(DeclarationError, match="takes no parameter; its first one is the value"):
-        app.consumer(app.orders)(lambda: None)
+        app.consumer(app.orders, name="x")(lambda: None)
 
 
 def test_a_parameter_that_nothing_binds_to_is_refused(app):

@@ -193,6 +193,37 @@ def test_a_process_that_is_killed_holds_no_lock_though_a_child_that_it_forked_li
     assert dead
 
 
+CHILDREN = """
+import multiprocessing, sys
+from barnabas import App
+app = App("children")
+numbers, sent = app.topic("numbers", int), app.topic("sent", int)
+
+def send(n):
+    sent.send(n)  # nobody waits for it
+
+def ask(n):
+    child = multiprocessing.get_context("fork").Process(target=send, args=(n,))
+    child.start(), child.join()
+
+app.consumer(numbers, name="ask")(ask)
+if __name__ == "__main__":
+    numbers.send(2).result(5)
+    ask(1)
+    from barnabas.cli import main
+    sys.argv[1:] = ["run", "--app", "children:app", "--drain"]
+    main()
+"""
+
+
+def test_what_a_child_sends_is_stored_also_that_of_a_handler(tmp_path):
+    (tmp_path / "children.py").write_text(CHILDREN)
+    done = subprocess.run([sys.executable, "children.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    with closing(open_app(tmp_path / "barnabas.db")) as app:
+        assert [sum(end for _, end, _ in t.partitions) for t in app.events.topics() if t.name == "sent"] == [2], done.stderr
+
+
 # Schemas.
 
 FIRST = """

@@ -2,18 +2,20 @@
 
 import atexit
 import os
+import sys
 import weakref
 from functools import cache
 from importlib import import_module
 from typing import Any
 
+from barnabas.engine.hand import CURRENT
 from barnabas.errors import SettingError
 
 _FILES = {"sqlite": "sqlite", "memory": "memory", "kafka": "kafka", "redis": "redis", "rediss": "redis"}
 _open: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _ended: list[bool] = []  # the process is at its end
 _inherited: list[Any] = []  # a forked child keeps its parent's backends, and with them its handles, untouched, here
-_EXTRAS = {"kafka": "confluent_kafka", "redis": "redis", "rediss": "redis"}  # the drivers, installed as barnabas[NAME]
+_DRIVERS = ("confluent_kafka", "redis", "hiredis")  # installed as barnabas[NAME]
 
 
 def open_url(url: str, settings: Any, kind: str, clock: Any) -> Any:
@@ -26,13 +28,16 @@ def open_url(url: str, settings: Any, kind: str, clock: Any) -> Any:
     try:
         module = import_module(f"barnabas.backends.{_FILES[scheme]}")
     except ModuleNotFoundError as error:
-        if error.name != _EXTRAS.get(scheme):
+        if error.name not in _DRIVERS:
             raise
         raise SettingError(f"{kind}={url!r}: {error.name} is not installed; pip install 'barnabas[{_FILES[scheme]}]'") from None
     backend = module.open_backend(url, settings, clock)
     if scheme != "memory":
         _open.add(backend)
         _look_after()
+        child = sys.modules.get("multiprocessing.process")
+        if child is not None and child.parent_process() is not None:  # it ends without what atexit has
+            sys.modules["multiprocessing.util"].Finalize(None, _at_exit, exitpriority=0)
         if _ended:  # a send of somebody's own exit function, behind ours: nobody flushes it later
             send = backend.send
             backend.send = lambda *given: (send(*given), backend.flush(settings.send_timeout))
@@ -53,7 +58,9 @@ def _at_exit() -> None:
 
 
 def _in_child() -> None:
-    """After a fork: the parent's handles are its own; the child opens new ones at its next use."""
+    """After a fork: the parent's handles are its own; the child opens new ones at its next use. Nobody settles a handler here,
+    so what it sends leaves at once."""
+    CURRENT.set(None)
     for backend in [each for each in _open if not each.closed]:
         backend.closed = True
         if hasattr(backend, "disown"):  # what would outlive the parent if it stayed open here, too

@@ -218,6 +218,8 @@ class Crew:
     def failed(self, slot: int, run: Run, row: Row, error: BaseException, whole: bool = False) -> float | None:
         """What becomes of a row whose run ended in `error`: None to go on with the next, or when to run it again
         (monotonic seconds; negative: stop, it is given back)."""
+        if isinstance(error, KeyboardInterrupt | GeneratorExit):  # Ctrl-C in a test, the end of a loop: not the handler's failure
+            raise error
         if self.current[slot] is not run:
             return STOP
         if self.handler.awaited and (slot in self.cancelled or isinstance(error, asyncio.CancelledError)):

@@ -1,11 +1,14 @@
 """A user's function or class, compiled once at start: how its parameters are bound, and what a failure becomes."""
 
+import functools
 import inspect
 import types
 import typing
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
+
+import msgspec
 
 from barnabas.codec import make_codec, misfit
 from barnabas.engine.hand import CURRENT
@@ -36,11 +39,25 @@ class Params(NamedTuple):
 
 
 def _strip_none(annotation: Any) -> tuple[Any, bool]:
+    """An annotation without None, and without notes that no decoder minds; and whether None was in it."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        bare, none = _strip_none(annotation.__origin__)
+        minded = tuple(note for note in annotation.__metadata__ if isinstance(note, msgspec.Meta))
+        return (typing.Annotated[(bare, *minded)] if minded else bare), none
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         rest = [a for a in typing.get_args(annotation) if a is not type(None)]
         if len(rest) < len(typing.get_args(annotation)):
-            return (rest[0] if len(rest) == 1 else typing.Union[tuple(rest)]), True  # noqa: UP007
+            return (_strip_none(rest[0])[0] if len(rest) == 1 else typing.Union[tuple(rest)]), True  # noqa: UP007
     return annotation, annotation is type(None)
+
+
+def hints_of(owner: str, function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function, also in a functools.partial. Refuses those that cannot be read."""
+    try:
+        return typing.get_type_hints(function.func if isinstance(function, functools.partial) else function, include_extras=True)
+    except Exception as error:
+        way_out = "import the names they use" if isinstance(error, NameError) else "give a function or a method"
+        raise DeclarationError(f"{owner}: its annotations cannot be read ({error}); {way_out}") from None
 
 
 def refuse_generator(owner: str, function: Callable[..., Any]) -> None:
@@ -58,19 +75,20 @@ def not_run(out: Any) -> TypeError:
 def bind_params(owner: str, function: Callable[..., Any], topic_type: Any = Any) -> Params:
     """Read a handler's signature once. Refuses parameters that nothing can be bound to."""
     refuse_generator(owner, function)
-    try:
-        hints = typing.get_type_hints(function)
-    except Exception as error:
-        raise DeclarationError(f"{owner}: its annotations cannot be read ({error}); import the names they use") from None
+    hints = hints_of(owner, function)
     kinds: list[str] = []
     value: Any = Any
     batch = optional = False
     for parameter in inspect.signature(function).parameters.values():
         hint = hints.get(parameter.name, Any)
-        inner = typing.get_args(hint)[0] if typing.get_origin(hint) is list and typing.get_args(hint) else None
-        if hint is Respond:
+        noted = hint.__origin__ if typing.get_origin(hint) is typing.Annotated else hint
+        inner = typing.get_args(noted)[0] if typing.get_origin(noted) is list and typing.get_args(noted) else None
+        bare = _strip_none(hint)[0]
+        if parameter.kind is parameter.KEYWORD_ONLY:  # calls are by position
+            bare = inner = None
+        if bare is Respond:
             kinds.append("respond")
-        elif hint is Delivery or typing.get_origin(hint) is Delivery:
+        elif bare is Delivery or typing.get_origin(bare) is Delivery:
             kinds.append("delivery")
         elif inner is Delivery or typing.get_origin(inner) is Delivery:
             kinds.append("deliveries")
@@ -103,7 +121,7 @@ def make_route(owner: str, topic: Any, function: Callable[..., Any]) -> Route:
     """Bind one topic to one function: the annotation decides how values are decoded, else the topic's type."""
     params = bind_params(f"{owner}: {getattr(function, '__name__', function)}", function, topic.type)
     if "value" not in params.kinds and not params.kinds:
-        raise DeclarationError(f"{owner}: the handler takes no parameter; its first one is the value")
+        raise DeclarationError(f"{owner}: it takes no parameter; its first one is the value (a wrapper needs functools.wraps)")
     decode = topic.decode
     if topic.codec == "raw" and params.value not in (Any, bytes):
         what = 'carries bytes as they are; annotate it as bytes, or declare the topic with a type and codec="json"'

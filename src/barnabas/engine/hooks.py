@@ -87,7 +87,7 @@ def wrap(function: Callable[..., Any], hooks: Sequence[Any], awaited: bool, owne
     """`function` with `hooks` around it, outermost first. The wrapper takes the delivery as an extra first argument."""
     refuse_async(owner, awaited, hooks)
     if any(inspect.isasyncgenfunction(hook) for hook in hooks):
-        return _wrap_mixed(function, hooks)
+        return lambda delivery, /, *args: _onion(delivery, function, args, list(hooks))
 
     if len(hooks) == 1 and not awaited:
         return _wrap_once(function, hooks[0])
@@ -198,16 +198,8 @@ def _forget() -> None:
         hand.forget()
 
 
-def _wrap_mixed(function: Callable[..., Any], hooks: Sequence[Any]) -> Callable[..., Any]:
-    """The wrapper for async handlers of which at least one hook is an async generator."""
-
-    async def hooked(delivery: Any, /, *args: Any) -> Any:
-        return await _onion(delivery, function, args, list(hooks))
-
-    return hooked
-
-
 async def _onion(delivery: Any, function: Callable[..., Any], args: tuple[Any, ...], hooks: list[Any]) -> Any:
+    """An async handler of which at least one hook is an async generator."""
     if not hooks:
         try:
             return await function(*args)

@@ -66,7 +66,7 @@ async def work(crew: "Crew", slot: int) -> None:
                     crew.overdue(slot, run, run.rows[done])
                 if answer is not None:
                     answer(hand, out)
-            except (Exception, asyncio.CancelledError, SystemExit) as error:
+            except BaseException as error:  # no Exception: sys.exit, a panic of Rust, a Timeout of gevent
                 hand.drop()
                 hand.open = not awaited
                 parked = crew.failed(slot, run, run.rows[done], error)
@@ -144,7 +144,7 @@ async def _call(crew: "Crew", slot: int, run: Any, rows: Sequence[Any]) -> BaseE
                 crew.overdue(slot, run, hand.row)
             if handler.answer is not None:
                 handler.answer(hand, out)
-    except (Exception, asyncio.CancelledError, SystemExit) as error:
+    except BaseException as error:
         hand.drop()
         return error
     finally:

@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import CoroutineType
@@ -82,7 +81,7 @@ class Entry:
             answer = function(msgspec.json.decode(data), error)
             hand.keep()
             return answer
-        except (Exception, CancelledError, SystemExit):
+        except BaseException:
             hand.drop()
             log.exception("%s: %s failed; the job goes where it went without it", self.job.owner, option)
             return None
