@@ -68,7 +68,10 @@ def misfit(stored: Any, wanted: Any) -> tuple[bool, list[str]]:
     far as that is known."""
     from msgspec import inspect
 
-    nodes = [inspect.type_info(Any if type_ is None or is_pydantic(type_) else type_) for type_ in (stored, wanted)]
+    try:
+        nodes = [inspect.type_info(Any if type_ is None or is_pydantic(type_) else type_) for type_ in (stored, wanted)]
+    except TypeError:  # a return annotation may say anything
+        return False, []
     kinds = [{_KINDS.get(type(each).__name__, "") for each in getattr(node, "types", (node,))} for node in nodes]
     kinds = [{""} if getattr(node, "array_like", False) else kind for node, kind in zip(nodes, kinds, strict=True)]
     has, must = [getattr(node, "fields", ()) for node in nodes]

@@ -4,7 +4,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from barnabas.engine.handler import Handler, Route, make_route
+from barnabas.codec import misfit
+from barnabas.engine.handler import Handler, Params, Route, make_route
 from barnabas.engine.hooks import check_hooks, check_takes, refuse_async
 from barnabas.engine.observe import Observers
 from barnabas.engine.respond import RespondTo, respond_to
@@ -116,6 +117,8 @@ class Consumer:
         refuse_async(self.owner, self.awaited, [*app.hooks, *self.hooks])
         if not self.responds and any("respond" in r.params.kinds for r in routes):
             raise DeclarationError(f"{self.owner}: it asks for a Respond; say on which topics: responds=[...]")
+        for params in [route.params for route in routes if self.responds]:
+            self._check_answers(params)
         alone = options.get("batch") is not None and not routes[0].params.batch
         must(not alone, self.owner, "batch", self.batch, "it belongs to a batch handler, whose first parameter is list[T]")
 
@@ -138,6 +141,20 @@ class Consumer:
             must(not twice, self.owner, "responds", answer.topic, "it is named twice; for several answers use multiple=True")
             responds.append(answer)
         return responds
+
+    def _check_answers(self, params: Params) -> None:
+        """Refuse an annotation by which every answer would be dead."""
+        returned, (answer, *more) = params.returned, self.responds
+        nothing, asks = returned is type(None), "respond" in params.kinds
+        if not asks and (more or nothing) and any(each.required for each in self.responds):
+            names = ", ".join(each.topic.name for each in self.responds)
+            why = "returns None" if nothing else "what it returns does not say on which"
+            raise DeclarationError(f"{self.owner}: it is to answer on {names}, and {why}; give it a parameter `respond: Respond`")
+        wrong, lacks = (False, []) if more or nothing or answer.topic.codec == "raw" else misfit(returned, answer.topic.type)
+        if wrong or lacks:
+            what = f"it returns {returned!r}, and topic {answer.topic.name!r} carries {answer.topic.type!r}"
+            way_out = f"which needs {', '.join(lacks)} as well" if lacks else "annotate it as that, or declare the topic anew"
+            raise DeclarationError(f"{self.owner}: {what}; {way_out}")
 
     def _check(self, options: dict[str, Any]) -> None:
         for option in ("name", "group"):

@@ -164,10 +164,13 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
         return value  # type: ignore[no-any-return]
 
 
-def gathered(futures: "list[Future[Any]]") -> "Future[list[Any]]":
-    """One future for all of these: their values, without those that are None; or, once all are known, the first error."""
-    hand = next((future._hand for future in reversed(futures) if future._hand is not None), None)  # whom a wait concerns
-    left, many = [len(futures)], Future[list[Any]](None, hand)
+def gathered(futures: "list[Future[Any]]", many: "Future[Any] | None" = None, value: Any = None) -> "Future[Any]":
+    """One future (`many`) for all of these: `value` (None where a handler failed, and they did not leave), or their values,
+    without those that are None; or, once all are known, the first error."""
+    if many is None:
+        hand = next((future._hand for future in reversed(futures) if future._hand is not None), None)  # whom a wait concerns
+        many = Future(None, hand)
+    left = [len(futures)]
 
     def known(_: Any) -> None:
         with _LOCK:
@@ -177,12 +180,16 @@ def gathered(futures: "list[Future[Any]]") -> "Future[list[Any]]":
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             many.fail(errors[0])
+        elif value is not None:
+            many.resolve(None if any(future._value is None for future in futures) else value)
         else:
-            many.resolve([value for future in futures if (value := future.result()) is not None])
+            many.resolve([one for future in futures if (one := future.result()) is not None])
 
     for future in futures:
         future.add_done_callback(known)
-    return many if futures else resolved([])
+    if not futures:
+        many.resolve([] if value is None else value)
+    return many
 
 
 def resolved(value: Any, id: Any = None) -> Future[Any]:

@@ -79,9 +79,8 @@ class Calls:
         last: Future[str] = Future()
         out[-1] = out[-1]._replace(future=last)
         many: Future[list[str]] = Future(None, hand if held else None)
-        _speak(last, many, jids)
         job._leave(out, held)
-        return many
+        return gathered([last], many, jids)
 
     def then(self, *jobs: "Calls") -> "Options":
         """A chain: `job.then(second, third).enqueue(...)`. Each begins when the one before it has returned, with what that
@@ -406,7 +405,7 @@ class Job(Calls):
         if out is None:
             return resolved(None)
         last: Future[str] = Future()
-        _speak(last, future, jid)
+        gathered([last], future, jid)
         # The note comes last: it never names a job that is not there.
         self._leave([out, note(name, jid.encode(), at + KEPT, last)], held is not None)
         return future
@@ -461,23 +460,8 @@ class Options(Calls):
         return Options(job, {**self._call, "batch": batch, "more": {**self._call.get("more", {}), "batch": batch.id}})
 
 
-def _speak(last: Future[Any], future: Future[Any], value: Any) -> None:
-    """The last of several that leave together speaks for all: with it, `future` has its value or its error."""
-
-    def done(last: Future[Any]) -> None:
-        error = last.exception()
-        if error is not None:
-            future.fail(error)
-        else:  # None: the handler failed, and none of them left
-            future.resolve(None if last.result() is None else value)
-
-    last.add_done_callback(done)
-
-
 def _at(when: float | datetime) -> float:
     at = when.timestamp() if isinstance(when, datetime) else when
     if isinstance(at, bool) or not isinstance(at, int | float) or not at < END:
         raise SendError(f"enqueue_at({when!r}): give epoch seconds (not milliseconds), up to the year 9999, or a datetime")
     return float(at)
-
-

@@ -26,7 +26,7 @@ from barnabas.clock import FakeClock
 from barnabas.codec import make_codec
 from barnabas.engine.observe import Failed, Observers
 from barnabas.engine.runner import Runner
-from barnabas.errors import BarnabasError
+from barnabas.errors import BarnabasError, own_part
 from barnabas.inspect import span
 from barnabas.job import Job
 from barnabas.jobs.payload import PayloadError, parse
@@ -208,7 +208,7 @@ def _cause(failure: Failed) -> BaseException:
     where = f"{failure.name}, {failure.topic}{at}, attempt {failure.attempt}"
     error = failure.error or BarnabasError(f"{failure.name}: {failure.reason}")
     error.add_note(f"{where}: {failure.outcome}; t.drain(raises=False) lets retries and dead letters go their way")
-    return error
+    return error.with_traceback(own_part(error) or error.__traceback__)
 
 
 def _parsed(payload: bytes) -> Any:

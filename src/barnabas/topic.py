@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 from barnabas.codec import as_key, make_codec, make_key
 from barnabas.engine.hand import CURRENT, id_of
 from barnabas.errors import BarnabasError, DeclarationError, SendError, UnknownTopic, ValueTooLarge, told
-from barnabas.future import Future
+from barnabas.future import Future, gathered
 from barnabas.message import Headers, Key, Message, Outgoing
 
 T = TypeVar("T")
@@ -100,6 +100,8 @@ class Topic(Generic[T]):
                 data = self.encode(value)
                 if key is None and self._key is not None:
                     key = self._key(value)
+            elif key is None and self._key is not None:
+                raise ValueError("None has no key, and a tombstone needs one: give key=")
             if key is not None:
                 if type(key) is not str:
                     key = as_key(key)
@@ -167,31 +169,25 @@ class Topic(Generic[T]):
             for value in values:
                 hand.add(self._from(value))
                 count += 1
-            future = hand.future(_message_id)
-            if count:
-                last = hand.outputs.pop()  # type: ignore[attr-defined]
-                hand.add((*last[:6], _Counted(_many=future, _count=count)))
-            else:
-                future.resolve(0)
-            return future
+            return gathered([_last(hand.outputs)] if count else [], hand.future(_message_id), count)
         return self._send_many(values)
 
     def _send_many(self, values: Iterable[Any]) -> Future[int]:
-        future: Future[int] = Future()
-        total = _Total(future)
+        count, lasts = 0, list[Future[Any]]()
         chunk: list[Outgoing] = []
         try:
             outgoing = self.outgoing
             for value in values:
                 chunk.append(self._from(value) if type(value) is Message else outgoing(value))
                 if len(chunk) == CHUNK:
-                    total.add(self.app.events, chunk)
-                    chunk = []
+                    some, chunk, count = chunk, [], count + CHUNK
+                    lasts.append(_last(some))
+                    self.app.events.send(some)
         finally:
             if chunk:
-                total.add(self.app.events, chunk)
-        total.end()
-        return future
+                lasts.append(_last(chunk))
+                self.app.events.send(chunk)
+        return gathered(lasts, Future(), count + len(chunk))
 
     def _from(self, value: Any) -> Outgoing:
         if type(value) is Message:
@@ -215,51 +211,11 @@ class Topic(Generic[T]):
         )  # fmt: skip
 
 
-class _Total:
-    """Counts the chunks of one send_many; resolves its future with the number of messages when all are durable."""
-
-    def __init__(self, future: Future[int]) -> None:
-        self.future = future
-        self.count = 0
-        self.open = 1
-        self.error: BaseException | None = None
-
-    def add(self, sink: Any, chunk: list[Outgoing]) -> None:
-        last: Future[Any] = Future()
-        self.count += len(chunk)
-        self.open += 1
-        last.add_done_callback(self._done)
-        chunk[-1] = (*chunk[-1][:6], last)
-        try:
-            sink.send(chunk)
-        except BaseException as error:
-            last.fail(error)
-            raise
-
-    def _done(self, last: Future[Any]) -> None:
-        self.error = self.error or last.exception()
-        self.end()
-
-    def end(self) -> None:
-        self.open -= 1
-        if self.open == 0 and not self.future.done():
-            if self.error is not None:
-                self.future.fail(self.error)
-            else:
-                self.future.resolve(self.count)
-
-
-class _Counted(Future[Any], eq=False, gc=False):
-    """Stands for the future of the last message of a send_many inside a handler: that resolves with their number."""
-
-    _many: Any = None
-    _count: int = 0
-
-    def resolve(self, value: Any) -> None:
-        self._many.resolve(None if value is None else self._count)
-
-    def fail(self, error: BaseException, told: bool = False) -> None:
-        self._many.fail(error, told)
+def _last(outs: Any) -> Future[Any]:
+    """The future of the last of several that leave together: it speaks for all."""
+    future: Future[Any] = Future()
+    outs[-1] = (*outs[-1][:6], future)
+    return future
 
 
 def _message_id(cause: str, index: int) -> str:

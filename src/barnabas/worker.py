@@ -18,7 +18,7 @@ from barnabas.app import App
 from barnabas.consumer import Consumer
 from barnabas.engine.alone import Gate
 from barnabas.engine.crew import Crew
-from barnabas.engine.crews import LoopCrew, ThreadCrew
+from barnabas.engine.crews import LoopCrew, ThreadCrew, within
 from barnabas.engine.runner import CANCELLED, Pauses, Runner
 from barnabas.errors import BackendError, DeclarationError
 from barnabas.jobs.beyond import SAID
@@ -35,7 +35,7 @@ RECYCLE = 75  # exit status of a process that makes way for another: a handler h
 def chosen(app: App, only: Iterable[str] = (), skip: Iterable[str] = ()) -> tuple[list[Consumer], list[str] | dict[str, int]]:
     """The consumers and queues to run: all, or those named by --only and --except ("queue:NAME" names a queue).
 
-    A job's name stands for its queue. Raises DeclarationError for a name that nothing has.
+    A job's name stands for its queue. Raises DeclarationError for a name that nothing has, and where nothing is left.
     """
     declared = list(dict.fromkeys(q for job in app.job_handlers.values() for q in (job.queue, job.retry_queue) if q))
     queues = declared if app.settings.queues is None else app.settings.queues
@@ -60,9 +60,10 @@ def chosen(app: App, only: Iterable[str] = (), skip: Iterable[str] = ()) -> tupl
         return (not wanted or name in wanted) and name not in unwanted
 
     consumers = [c for c in app.consumers.values() if runs(c.name)]
-    if isinstance(queues, dict):
-        return consumers, {q: w for q, w in queues.items() if runs(f"queue:{q}")}
-    return consumers, [q for q in queues if runs(f"queue:{q}")]
+    left = [q for q in queues if runs(f"queue:{q}")]
+    if not consumers and not left:
+        raise DeclarationError("there is nothing to run: the app has no consumer and no job (or --only and --except left none)")
+    return consumers, {q: queues[q] for q in left} if isinstance(queues, dict) else left
 
 
 def memory() -> int:
@@ -98,8 +99,6 @@ class Worker:
     def __init__(self, app: App, *, only: Iterable[str] = (), skip: Iterable[str] = (), inline: bool = False) -> None:
         self.app = app
         self.consumers, self.queues = chosen(app, only, skip)
-        if not self.consumers and not self.queues:
-            raise DeclarationError("there is nothing to run: the app has no consumer and no job (or --only left none)")
         self.cron = Cron(app, [s for s in app.crons.values() if s.job.queue in self.queues])
         self.batches: Any = None  # jobs.batch.Keeper
         self.inline = inline
@@ -169,7 +168,7 @@ class Worker:
                 try:
                     crew.call(method, own, timeout=5.0)
                 except Exception as error:
-                    log.error("%s: its %s() failed: %r", consumer.name, what, error)
+                    log.error("%s: its %s() failed: %r", consumer.name, what, error, exc_info=error)
 
         runner = self._runner(consumer.name, [crew], on_parts=on_parts if instance is not None else None)
         runner.ends = getattr(instance, "tear_down", None)
@@ -275,7 +274,7 @@ class Worker:
             if self.inline:
                 self.drive(out)
             else:
-                asyncio.run_coroutine_threadsafe(out, self._event_loop()).result(timeout)
+                within(timeout, asyncio.run_coroutine_threadsafe(out, self._event_loop()))
 
     def failed(self) -> BaseException | None:
         """The error that ended a runner, if any did."""

@@ -194,6 +194,12 @@ def test_a_tombstone_has_a_key_and_no_value(place, orders):
     assert place.stored(orders) == [message]
 
 
+def test_none_without_a_key_is_refused_where_values_have_one(place, orders):
+    with pytest.raises(SendError, match=r"'orders'.*a tombstone needs one: give key="):
+        orders.send(None)
+    assert place.app().topic("ticks").send(None).result(5).value is None
+
+
 def test_an_empty_value_is_not_a_tombstone(place):
     raw = place.app().topic("raw", codec="raw", partitions=1)
     raw.send_many([b"", Message(value=None, key="k"), b"\x00"]).result(5)

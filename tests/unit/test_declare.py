@@ -4,12 +4,13 @@ way out."""
 import functools
 import re
 import sys
-from typing import Annotated, Any
+from contextlib import nullcontext
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import pytest
 
-from barnabas import App, Batch, Delivery, Respond, Retention, Retry, respond_to, testing
+from barnabas import App, Batch, Delivery, Message, Respond, Retention, Retry, respond_to, testing
 from barnabas.errors import BarnabasError, DeclarationError, Refused, SendError, SettingError
 from barnabas.inspect import check
 
@@ -309,6 +310,35 @@ def test_a_value_that_its_handler_may_be_able_to_read_is_not(app, carried, read)
 
     handle.__annotations__["value"] = read
     app.consumer(app.topic("carried", carried))(handle)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize(
+    ("returns", "responds", "said"),
+    [
+        (int, "orders", "it returns <class 'int'>, and topic 'orders' carries"),
+        (str | None, "orders", "it returns <class 'str'>, and topic 'orders' carries"),
+        (Bill, "orders", "which needs id as well"),
+        (Message[Bill], "orders", "which needs id as well"),
+        (None, "orders", "answer on orders, and returns None; give it a parameter `respond: Respond`"),
+        (Order, "orders anything", "answer on orders, anything, and what it returns does not say on which; give it a parameter"),
+        (Order | None, "orders", ""),
+        (dict, "orders", ""), (Message, "orders", ""), (Any, "orders", ""), (NoReturn, "orders", ""),
+        (int | Order, "orders", ""), (Bill, "anything", ""), (str, "raw", ""), (None, "perhaps", ""),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_annotation_by_which_each_answer_would_be_dead_is_refused(app, batch, returns, responds, said):
+    topics = {"orders": app.orders, "anything": app.topic("anything"), "raw": app.topic("raw", codec="raw")}
+    topics["perhaps"] = respond_to(app.orders, required=False)
+
+    def handle(value): ...
+
+    many = batch and returns in (int, Order, Bill)
+    handle.__annotations__.update({"value": list[Order] if batch else Order, "return": list[returns] if many else returns})
+    declare = call(app.consumer(app.orders, responds=[topics[name] for name in responds.split()]), handle)
+    with pytest.raises(DeclarationError, match=re.escape(said)) if said else nullcontext():
+        declare(app)
 
 
 def test_check_warns_of_fields_that_a_handler_needs_and_its_topic_does_not_have():

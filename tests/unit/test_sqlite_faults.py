@@ -9,7 +9,7 @@ import pytest
 
 from barnabas import App
 from barnabas.backends.host import Life
-from barnabas.errors import BackendError
+from barnabas.errors import BackendError, BufferFull
 from barnabas.message import OutgoingJob
 from barnabas.ports import Result
 
@@ -136,6 +136,22 @@ def test_what_is_left_at_the_end_has_failed(app: App, tmp_path: Path, caplog: An
         assert "was closed before" in str(future.exception(0))
     del futures, future
     assert "nobody looked" not in caplog.text
+
+
+def test_what_a_full_buffer_refuses_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice would take twice as long, and could store it twice."""
+    url = f"sqlite:///{tmp_path}/a.db"
+    app = App("a", events=url, jobs=url, buffer_messages=10, send_timeout=0.2)
+    topic, tries = app.topic("t", int), list[int]()
+    topic.send(0).result(5)
+    os.rename(tmp_path / "a.db", tmp_path / "away")
+    topic.send(1)
+    send = app.events.send
+    monkeypatch.setattr(app.events, "send", lambda out: tries.append(len(out)) or send(out))  # type: ignore[func-returns-value]
+    with pytest.raises(BufferFull, match=r"was full for 0\.2 s"):
+        topic.send_many(range(3000))
+    assert tries == [2000]
+    app.close()
 
 
 def test_a_bell_that_cannot_be_rung_fails_no_commit(app: App) -> None:

@@ -63,12 +63,9 @@ def _found(app: App, consumer: str | None, addresses: tuple[str, ...] = (), **wh
 def list_(app: App, as_json: bool, limit: int, **which: Any) -> None:
     """List dead letters. The newest first, then how many died of what; those dealt with are left out."""
     newest, causes = letters.newest(_found(app, **which), limit)
-    if as_json:
-        for letter in newest:
-            draw.json_line(_summary(letter))
-        return
-    draw.listing(False, newest, COLUMNS, _row, "there are no dead letters" + (" that match" if any(which.values()) else ""))
-    if causes:
+    shown = [_summary(letter) for letter in newest] if as_json else newest
+    draw.listing(as_json, shown, COLUMNS, _row, "there are no dead letters" + (" that match" if any(which.values()) else ""))
+    if causes and not as_json:
         draw.table(("number#", "died of"), [(count, short(cause)) for cause, count in causes.most_common()])
 
 
@@ -120,9 +117,9 @@ def _absent(app: App, addresses: tuple[str, ...], seen: set[str]) -> int:
     return draw.absent([f"{each} is no dead letter: {letters.missing(app, each)}" for each in absent], "barnabas dead list")
 
 
-@dead.command(json=False)
+@dead.command()
 @_filters
-def export(app: App, **which: Any) -> None:
+def export(app: App, as_json: bool, **which: Any) -> None:
     """Print all matching dead letters as JSON lines, with headers and values: messages as `read` does, jobs as `jobs`."""
     for letter in _found(app, **which):
         draw.json_line(_whole(letter))

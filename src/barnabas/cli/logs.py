@@ -9,6 +9,7 @@ import msgspec
 
 from barnabas.app import App
 from barnabas.engine.hand import CURRENT
+from barnabas.errors import own_part
 from barnabas.jobs.payload import PayloadError, parse
 from barnabas.message import offset_of
 
@@ -43,7 +44,14 @@ class Context(logging.Filter):
         return {"consumer": consumer, "topic": part.topic, "partition": part.partition, "offset": offset_of(row)}
 
 
-class Text(logging.Formatter):
+class _Own(logging.Formatter):
+    """Of a traceback, the user's part."""
+
+    def formatException(self, ei: Any) -> str:
+        return super().formatException((ei[0], ei[1], (ei[1] and own_part(ei[1])) or ei[2]))
+
+
+class Text(_Own):
     """A line for people; on a terminal it first clears the status line."""
 
     def __init__(self, terminal: bool) -> None:
@@ -62,7 +70,7 @@ class Text(logging.Formatter):
         return super().formatMessage(record)
 
 
-class Json(logging.Formatter):
+class Json(_Own):
     """One JSON object a line; what a logging call gives as `extra` is in it."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -67,7 +67,13 @@ def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
     if 0 < most < (used := memory()):  # it would make way again and again
         sizes = f"max_memory is {draw.size(most)}, but this app uses {draw.size(used)} before its first message"
         raise SettingError(f"{sizes}; give it more, or 0 for no limit")
-    worker.start()
+    try:
+        worker.start()
+    except Exception as wrong:  # of a hook, a set_up or a class; ours are shown by whoever called
+        if isinstance(wrong, BarnabasError):
+            raise
+        log.error("the start failed: %s", told(wrong), exc_info=wrong)
+        return 1
     _tune()
     if lifeline is not None:
         lifeline.say("ready")

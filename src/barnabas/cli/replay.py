@@ -13,7 +13,7 @@ from barnabas.cli import draw, logs
 from barnabas.cli.jobs import fields
 from barnabas.cli.loading import Wrong, command, known
 from barnabas.cli.read import as_fields
-from barnabas.errors import UnknownTopic, own_part
+from barnabas.errors import BarnabasError, UnknownTopic, own_part
 from barnabas.replay import Replay
 from barnabas.replay import replay as run
 
@@ -45,6 +45,10 @@ def replay(
             came = run(app, where[0], where[1], where[2], consumer)
     except UnknownTopic as error:
         raise Wrong(str(error), f"barnabas read {where[0]}") from error
+    except Exception as error:  # of an on_start, a set_up or a class
+        if isinstance(error, BarnabasError):
+            raise
+        raise Wrong("the start failed:\n" + str(_trace(error)).partition("\n")[2].rstrip()) from error
     if as_json:
         draw.json_line(_fields(came))
     else:

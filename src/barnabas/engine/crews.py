@@ -12,6 +12,16 @@ from barnabas.engine.work import SLOT
 from barnabas.future import Future
 
 
+def within(timeout: float, future: Any, more: str = "") -> None:
+    """Wait for a user's function; raises what it raises, TimeoutError after `timeout` seconds."""
+    try:
+        future.result(timeout)
+    except TimeoutError:
+        if future.done():
+            raise
+        raise TimeoutError(f"it took longer than {timeout:g} s{more}") from None
+
+
 class ThreadCrew(Crew):
     """Threads: for sync handlers."""
 
@@ -37,12 +47,7 @@ class ThreadCrew(Crew):
         with self._work:
             self._calls.append(act)
             self._work.notify_all()
-        try:
-            future.result(timeout)
-        except TimeoutError:
-            if future.done():
-                raise
-            raise TimeoutError(f"no thread of {self.handler.name!r} was free for it within {timeout} s") from None
+        within(timeout, future, f", or no thread of {self.handler.name!r} was free for it")
 
     def _drive(self, slot: int) -> None:
         try:
@@ -158,7 +163,7 @@ class LoopCrew(Crew):
             if asyncio.iscoroutine(out):
                 await out
 
-        asyncio.run_coroutine_threadsafe(act(), self.loop).result(timeout)
+        within(timeout, asyncio.run_coroutine_threadsafe(act(), self.loop))
 
     def cancel(self, slot: int, run: Run, why: str) -> bool:
         at = slot * SLOT + self.base + 1

@@ -17,7 +17,7 @@ from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
 from barnabas.engine.respond import Respond, make_answer
 from barnabas.errors import BarnabasError, DeclarationError, own_part, told
-from barnabas.message import Delivery, Headers, Outgoing, Row
+from barnabas.message import Delivery, Headers, Message, Outgoing, Row
 from barnabas.retry import decide
 from barnabas.verdict import Again, Dead
 
@@ -36,6 +36,7 @@ class Params(NamedTuple):
     batch: bool
     optional: bool  # the annotation allows None
     returns_none: bool  # the return annotation allows None
+    returned: Any  # an answer's type, by that annotation, or Any
 
 
 def _strip_none(annotation: Any) -> tuple[Any, bool]:
@@ -104,8 +105,12 @@ def bind_params(owner: str, function: Callable[..., Any], topic_type: Any = Any)
     if "deliveries" in kinds and not batch:
         raise DeclarationError(f"{owner}: list[Delivery] belongs to a batch handler, whose first parameter is list[T]")
     returns = hints.get("return", Any)
-    may_not_answer = returns not in (Any, type(None)) and _strip_none(returns)[1]  # `-> None` answers by Respond, if at all
-    return Params(kinds, value, batch, optional, may_not_answer)
+    returned, nothing = _strip_none(returns)
+    may_not_answer = returns not in (Any, type(None)) and nothing  # `-> None` answers by Respond, if at all
+    for origin in (list, Message) if batch else (Message,):
+        if typing.get_origin(returned) is origin or returned is origin:
+            returned = typing.get_args(returned)[0] if typing.get_args(returned) else Any
+    return Params(kinds, value, batch, optional, may_not_answer, returned)
 
 
 class Route(NamedTuple):
