@@ -230,7 +230,8 @@ def test_reset_to_an_offset_a_time_or_the_end(ops):
     [move] = ops.json("reset", "shop-bill", "--to", "2", "--partition", "1", "--yes")
     assert (move["partition"], move["to"], move["open"]) == (1, 2, ends[1] - 2)
     error = ops("reset", "bill", "--to", "99", "--partition", "1", "--yes", status=1).stderr
-    assert f"orders[1] has no offset 99: it holds 0 to {ends[1] - 1}; {ends[1]} is next" in error
+    said = f"orders[1] has no offset 99: it holds 0 to {ends[1] - 1}; {ends[1]} is next"
+    assert f"{said}\nNext, try: barnabas lag shop-bill" in error
     assert "needs --partition N" in ops("reset", "bill", "--to", "2", status=2).stderr
     assert "--to earliest|latest|OFFSET|TIME" in ops("reset", "bill", status=2).stderr
     nowhere = ops("reset", "bill", "--to", "latest", "--topic", "order", "--yes", status=1).stderr

@@ -237,6 +237,8 @@ def check(app: App, path: Path, seed: int, kills: dict[str, int]) -> Report:
                 handled += high - low
                 if consumer.order != "none" and consumer.retry.ordered:
                     _check_order(where, first, consumer.order == "key")
+    if not handled and not jids:
+        raise Lost("nothing was sent: `load` is to use the app it is given (a script that is run is another module than its app)")
     return Report(seed, handled, repeats, len(jids), max(map(_still, seen.values()), default=0.0), dict(kills))
 
 

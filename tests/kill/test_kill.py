@@ -197,6 +197,9 @@ def test_the_tool_sees_what_is_lost_or_out_of_order(folder: Path) -> None:
 
     kill("room:app", load=room.load, kills=2, workers=2, folder=folder, seed=SEED)
     path = folder / "witness"
+    (folder / "empty").touch()
+    with pytest.raises(Lost, match="nothing was sent"):
+        check(App("none", events="memory:"), folder / "empty", 0, {})
     lines = path.read_text().splitlines(keepends=True)
     item = [(n, json.loads(line)) for n, line in enumerate(lines) if "kill-step" in line]
     first = next(n for n, line in item if line[2:4] == [3, 0])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from barnabas import App, Concurrent, Rate, while_executing
+from barnabas.backends.host import Bell
 from barnabas.clock import FakeClock
 from barnabas.jobs.unique import Guard, Late, refused
 from barnabas.ports import Result
@@ -58,6 +60,28 @@ def test_stored_jobs_are_found_in_time_in_proportion_to_their_number(tmp_path: P
         assert took[0] > 10 and took[1] < 2.5 * took[0]
     finally:
         app.close()
+
+
+@pytest.mark.parametrize("way", ["inotify", "polling"])
+def test_who_waits_is_woken_by_the_commit_of_another(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bell.watch, "__defaults__", (60.0, 0.005))  # nobody looks without being woken, within this test
+    if way == "polling":
+        monkeypatch.setattr(Bell, "_inotify", lambda bell: None)
+    apps = [App("shop", events=f"sqlite:///{tmp_path}/shop.db") for _ in range(2)]
+    (mine, yours) = (app.topic("numbers", int, partitions=1) for app in apps)
+    yours.send(0).result(5)
+    source = apps[0].events.log("g", [mine], start="latest", ordered=True, listener=Nobody())
+    try:
+        assert source.fetch(10, 0.0) == []
+        for n in range(1, 4):
+            timer = threading.Timer(0.1, yours.send, (n,))
+            timer.start()
+            ((_, rows),) = source.fetch(10, 10.0)
+            assert [row[0] for row in rows] == [n]
+    finally:
+        source.close()
+        for app in apps:
+            app.close()
 
 
 OPEN = """

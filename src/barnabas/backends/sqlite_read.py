@@ -174,12 +174,8 @@ class SqliteReader:
 
     def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
         gid = self.parts[topic][partition]
-        rows: list[Row] = []
-        at = offset
-        while len(rows) < limit:
-            found = self.records(gid, at, limit, 1 << 22)
-            if not found:
-                break
+        rows, at = list[Row](), offset
+        while len(rows) < limit and (found := self.records(gid, at, limit, 1 << 22)):
             for record, data in found:
                 rows += [row for row in self.unpack(record, data) if row[0] >= offset]
             at = rows[-1][0] + 1 if rows else at + 1
@@ -196,8 +192,7 @@ class SqliteReader:
                 (low, low | offset, low, low + (1 << SHIFT), low | offset),
             ):
                 found.append((id_, data))
-                rows -= count
-                size -= len(data)
+                rows, size = rows - count, size - len(data)
                 if rows <= 0 or size <= 0:
                     break
         return found

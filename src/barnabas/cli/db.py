@@ -11,8 +11,7 @@ import click
 
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import AppGroup, Wrong
-from barnabas.errors import Refused
+from barnabas.cli.loading import AppGroup, Wrong, hinted
 
 
 @click.group(cls=AppGroup)
@@ -68,11 +67,8 @@ def backup(app: App, file: str, of: str | None, as_json: bool) -> None:
         what = "events and jobs have a file each; name one: --of events, --of jobs"
         raise Wrong(what if paths else f"{of} are not in a sqlite: file", misuse=True)
     began = monotonic()
-    with _bar(as_json) as tell:
-        try:
-            size = backup(paths[0], os.path.abspath(file), tell)
-        except Refused as error:  # no process is in its way
-            raise Wrong(str(error), "barnabas db backup --help") from None
+    with hinted("barnabas db backup --help"), _bar(as_json) as tell:
+        size = backup(paths[0], os.path.abspath(file), tell)
     seconds = monotonic() - began
     said = f"{paths[0]}: {draw.size(size)} copied to {file} and checked, in {seconds:.1f} s"
     draw.say(as_json, said, file=paths[0], backup=os.path.abspath(file), bytes=size, seconds=seconds)

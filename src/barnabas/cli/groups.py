@@ -11,7 +11,7 @@ from barnabas import inspect
 from barnabas import lag as groups
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import Wrong, command, known
+from barnabas.cli.loading import Wrong, command, hinted, known
 from barnabas.cli.read import as_start
 
 
@@ -84,7 +84,8 @@ def reset(app: App, group: str, dry_run: bool, yes: bool, clear_tables: bool, as
         raise click.UsageError(f"--to {to} is an offset and needs --partition N; a time is written as ISO 8601")
     group = group_of(app, group, [at.group for at in app.events.positions()])
     tables = [table.name for each in app.consumers.values() if each.group == group for table in each.tables]
-    moves = groups.plan(app, group, **where)
+    with hinted(f"barnabas lag {group}"):
+        moves = groups.plan(app, group, **where)
     members = groups.members(app, group)
     if members and not dry_run:
         what = f"group {group!r} is at work in {', '.join(members)}; its processes must be stopped first"

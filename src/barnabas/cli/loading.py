@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,15 @@ class Wrong(BarnabasError):
     def __init__(self, message: str, next_command: str = "", misuse: bool = False) -> None:
         super().__init__(message)
         self.next_command, self.misuse = next_command, misuse
+
+
+@contextlib.contextmanager
+def hinted(command: str) -> Iterator[None]:
+    """An error in it names this command to try next."""
+    try:
+        yield
+    except BarnabasError as error:
+        raise Wrong(str(error), command) from error
 
 
 def load(spec: str | None) -> App:
