@@ -343,6 +343,22 @@ def test_a_job_that_nobody_knows_in_time_fails_as_ever(place):
     assert "no job 'Later' is declared here" in dead["error_message"]
 
 
+def test_the_time_that_nobody_knows_a_job_begins_anew_after_a_run(place):
+    old, new = place.app(unknown="wait", unknown_timeout=600), place.app()
+    new.clock = old.clock
+    if place.name == "memory":
+        new._jobs = old.jobs
+    old.job(name="known")(lambda: None)
+    new.job(name="report", retry=3)(lambda: 1 / 0)
+    new.foreign_job("report", retry=3).enqueue().result(5)
+    for worker, seconds in ((old, 31), (new, 3600), (old, 0)):
+        place.drain(worker)
+        place.again(worker)
+        old.clock.advance(seconds)
+    (stored,) = payloads(new, state="retry")
+    assert stored["retry_count"] == 0 and old.observers.counts["report", "waits"] == 2
+
+
 # Results and progress.
 
 

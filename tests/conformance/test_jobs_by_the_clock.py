@@ -46,8 +46,8 @@ def test_no_tick_is_doubled_and_none_missed_beyond_the_policy(place, policy):
     crons = [Cron(app, app.crons.values()) for app in apps]
     crons[0].step()
     rand, expected, before = random.Random(7), [], START
-    while before < START + 350 * 60:  # three policies: over 1,000 ticks
-        clock.advance(rand.choice((3, 11, 25, 70, 200)))
+    while before < START + 1000 * 60:
+        clock.advance(rand.choice((3, 11, 25, 70, 200, 800)))
         which = rand.randrange(3)
         if rand.random() < 0.1:  # it was restarted
             crons[which] = Cron(apps[which], apps[which].crons.values())
@@ -60,7 +60,7 @@ def test_no_tick_is_doubled_and_none_missed_beyond_the_policy(place, policy):
         elif missed and (policy == "once" or now - last <= LATE):
             expected.append(last)
         before = last
-    assert ticks(apps[0]) == expected and len(expected) > 60
+    assert ticks(apps[0]) == expected and len(expected) > 40
 
 
 def test_processes_that_race_for_a_tick_enqueue_it_once(place):

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from barnabas import App, RetryAfter, steps
+from barnabas import App, RetryAfter, steps, until_executed
 from barnabas.backends import redis_life
 from barnabas.jobs import steps as _steps
 
 for name, value in (pair.split("=") for pair in os.environ.get("KILL_TIMES", "").split()):
     setattr(redis_life, name, float(value) if "." in value else int(value))
 _steps.SAVE = 0.2
-app = App("room", events="memory:", threads=6, coroutines=6, stop_timeout=5.0, session_timeout=4.0, send_timeout=120.0)
-WITNESS = os.open(Path(os.environ["KILL_FOLDER"]) / "witness", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+times = {"stop_timeout": 5.0, "session_timeout": 4.0, "send_timeout": 120.0}
+app = App("room", events="memory:", threads=6, coroutines=6, unknown="wait", **times)
+FOLDER = Path(os.environ["KILL_FOLDER"])
+WITNESS = os.open(FOLDER / "witness", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
 
 def say(what: str, *numbers: float) -> None:
@@ -42,6 +44,18 @@ def third(n: int) -> int:
 @app.job
 def index(page: int, version: int) -> None:
     say("index", page, version)
+
+
+@app.job(unique=until_executed(by="page", on_conflict="replace"))
+def replace(page: int, version: int) -> None:
+    say("replace", page, version)
+
+
+if "KILL_TIMES" not in os.environ or (FOLDER / "deployed").exists():  # a worker knows it only if it began after the deploy
+
+    @app.job(tags=["rare"])
+    def rare(n: int) -> None:
+        say("rare", n)
 
 
 @app.job(expires_in=2)

@@ -1,5 +1,5 @@
-"""Chains, results, schedules, debounced calls, deadlines and steps keep their promises, all at once, whatever is killed, frozen
-or restarted: seen by an outside witness."""
+"""Chains, results, schedules, debounced and replaced calls, deadlines, steps, priorities and deploys keep their promises, all at
+once, whatever is killed, frozen or restarted: seen by an outside witness."""
 
 import json
 import time
@@ -10,18 +10,21 @@ from typing import Any
 import pytest
 from team import QUICK, Team
 
-from barnabas.errors import JobFailed
+from barnabas.errors import Conflict, JobFailed
 
 CHAINS, ITEMS = 10, 300  # before each blow; of a walk, of which two begin at every fifth
 TICKS = 20  # real ones, at least
 LATE = 1.0  # seconds from the look at a deadline to the first line of the job, on a busy machine
 
 
-def enqueue(room: Any, number: int, futures: list[Any], chains: dict[int, Any]) -> None:
-    chain = room.first.then(room.second, room.third)
+def enqueue(room: Any, number: int, futures: list[Any], chains: dict[int, Any], versions: dict[Any, Any]) -> None:
+    priority = {"priority": number % 3} if room.app.jobs.ranks else {}
+    chain = room.first.options(**priority).then(room.second, room.third)
     for n in range(number * CHAINS, number * CHAINS + CHAINS):
         chains[n] = chain.enqueue(n)
     futures += [room.index.enqueue_debounced(f"page {number}", number, version, wait=0.3) for version in range(4)]
+    versions |= {(number, n): room.replace.enqueue_in(0.1 * (n % 2), number, n) for n in range(4)}
+    futures.append(room.rare.enqueue(number))
     futures += [room.alarm.enqueue(n, time.time() + 2) for n in range(number * 5, number * 5 + 5)]
     if number % 5 == 0:
         futures += [room.walk.enqueue(number, ITEMS), room.walk_awaited.enqueue(number + 1, ITEMS)]
@@ -33,6 +36,7 @@ def check(folder: Path, backend: str, blows: int) -> None:
     app, dice, witness = room.app, team.dice, folder / "witness"
     futures: list[Any] = []
     chains: dict[int, Any] = {}
+    versions: dict[Any, Any] = {}
 
     def stored() -> list[Any]:
         jobs = [(job.state, json.loads(job.payload)) for job in app.jobs.find_jobs()]
@@ -44,13 +48,17 @@ def check(folder: Path, backend: str, blows: int) -> None:
 
     with team.at_work(app):
         for number in range(blows):
-            enqueue(room, number, futures, chains)
+            enqueue(room, number, futures, chains, versions)
+            if number == blows // 3:
+                (folder / "deployed").touch()
             until, size = time.monotonic() + 4, witness.stat().st_size + dice.randrange(100, 2500)
             while time.monotonic() < until and witness.stat().st_size < size:  # else nothing but starts would be hit
                 time.sleep(0.01)
             team.blow(kind := dice.choice(kinds), within=0.0 if kind == "worker" else 0.3)
         for future in [*futures, *chains.values()]:
             future.result(60)
+        kept = {at for at, future in versions.items() if not isinstance(future.exception(60), Conflict)}
+        team.kill(0)  # (one at least knows what was deployed)
         team.drain(left, 120)
         dead, ticks = [job for job in stored() if job[0] == "dead"], [job[2][0] for job in stored() if job[1] == "tick"]
         assert len(dead) <= 1 + blows // 10, f"{dead} are dead\n{team.tail}"
@@ -60,6 +68,11 @@ def check(folder: Path, backend: str, blows: int) -> None:
         again = {what: f"{len(set(all_))} and {len(all_) - len(set(all_))} again" for what, all_ in said.items()}
         print(again, dict(team.blows), dead)
         verify(room, blows, said, dead, ticks, chains, team.seed)
+        gone = {(name, args[0]) for _, name, args, _ in dead}
+        newest = dict(sorted(kept)) if kept else {}
+        lost = [at for at in newest.items() if at not in said["replace"] and ("replace", at[0]) not in gone]
+        lost += [n for n in range(blows) if (n,) not in said["rare"] and ("rare", n) not in gone]
+        assert len(newest) == blows and not lost, f"seed {team.seed}: {lost} did not run"
         names = {f"steps:{jid}" for _, _, _, jid in dead}
         assert notes(app, "steps:") <= names
 

@@ -16,7 +16,7 @@ from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
 from barnabas.errors import BarnabasError, Reject, RetryAfter, TimedOut, told
 from barnabas.jobs.beyond import BadResult, End, Unneeded, leave
-from barnabas.jobs.payload import Payload, PayloadError, Wait, enqueued, failed, parse
+from barnabas.jobs.payload import Payload, PayloadError, Wait, enqueued, failed, parse, with_more
 from barnabas.jobs.steps import BadSteps, Interrupted, at_work
 from barnabas.jobs.unique import Busy, Guard, Late, clash, refused
 from barnabas.message import Delivery, Row
@@ -187,6 +187,8 @@ class JobHandler:
                 self._met.add(payload.name)
                 log.warning("job %r is not declared here: jobs of it are left to workers that know it", payload.name)
             return self._note(run, row, payload.name, payload.attempt, left, error, "waits")
+        if entry is not None and payload.more is not None and payload.more.unknown_since is not None:
+            data = with_more(data, unknown_since=None)  # who does not know it at its next run waits anew
         final = isinstance(error, Reject | BadArguments | BadResult | BadSteps)
         locked = clash(entry.job.lock.on_conflict, data, error, now) if entry is not None and isinstance(error, Busy) else None
         outcome = locked or failed(
