@@ -1,7 +1,6 @@
 # ruff: noqa: F401, F811 (a fixture is imported, and asked for by its name)
 """Operators and real processes: pauses, quiet, stop, reports and the dead, as `barnabas run` has them."""
 
-import json
 import os
 import signal
 import time
@@ -122,7 +121,7 @@ def test_the_dead_are_no_members_and_nothing_is_asked_of_them_any_more(shell, ho
     shell.order(1)
     run, (name,) = begun(shell, home, 1)
     run.until("bill 1")
-    home.set_control("pause key:shop-bill", json.dumps(["eve"]))
+    home.set_control('pause key:["shop-bill", "eve"]', "")
     home.set_control(f"process:{name}", "quiet")
     until(lambda: home.positions()[0].owner is None)
     positions = [position._replace(offset=0) for position in home.positions()]
@@ -130,7 +129,7 @@ def test_the_dead_are_no_members_and_nothing_is_asked_of_them_any_more(shell, ho
     run.end()
     assert home.processes() == []
     home.place(positions)
-    assert home.control() == {"pause key:shop-bill": '["eve"]'}
+    assert home.control() == {'pause key:["shop-bill", "eve"]': ""}
     with pytest.raises(Refused, match="no worker process"):
         home.set_control(f"process:{name}", "stop")
     assert "bill 1" in shell("run", "--drain", "--only", "bill").stderr

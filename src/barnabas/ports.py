@@ -273,7 +273,7 @@ class Backend(Sink, Protocol):
 
     def control(self) -> dict[str, str]:
         """What operators have asked for and not taken back, in all processes: {"pause group:NAME": "", "pause queue:NAME": "",
-        "pause key:NAME": a JSON list of keys, "process:NAME": "quiet" or "stop"}."""
+        'pause key:["GROUP", "KEY"]': "", "process:NAME": "quiet" or "stop"}."""
 
     def set_control(self, name: str, value: str | None) -> None:
         """Ask for it, durably; None takes it back. Processes obey within a second or two."""

@@ -112,24 +112,18 @@ def pauses(app: App) -> list[Pause]:
 
 
 def _pauses(control: dict[str, str], kinds: tuple[str, ...]) -> Iterator[Pause]:
-    for asked, value in sorted(control.items()):
+    for asked in sorted(control):
         what, _, name = asked.partition(":")
         kind = what.removeprefix("pause ")
         if what.startswith("pause ") and kind in kinds:
-            keys = json.loads(value) if kind == "key" else [None]
-            yield from (Pause(kind, name, key) for key in keys)
+            yield Pause(kind, *json.loads(name)) if kind == "key" else Pause(kind, name)
 
 
 def set_pause(app: App, pause: Pause, on: bool) -> bool:
     """Pause, or resume; False where it was so before."""
-    there = pauses(app)
-    if (pause in there) == on:
+    if (pause in pauses(app)) == on:
         return False
-    value = "" if on else None
-    if pause.kind == "key":
-        keys = [each.key for each in there if (each.kind, each.name) == ("key", pause.name) and each != pause]
-        keys += [pause.key] if on else []
-        value = json.dumps(keys) if keys else None
+    name = pause.name if pause.key is None else json.dumps([pause.name, pause.key])  # its own: two may be paused at once
     home = app.jobs if pause.kind == "queue" else app.events
-    home.set_control(f"pause {pause.kind}:{pause.name}", value)
+    home.set_control(f"pause {pause.kind}:{name}", "" if on else None)
     return True

@@ -311,8 +311,9 @@ class Worker:
         homes = self.homes
         control = {name: value for home in homes for name, value in home.control().items()}
         paused: list[str] = []
+        held = sorted(msgspec.json.decode(name[10:], type=tuple[str, str]) for name in control if name.startswith("pause key:"))
         for consumer, runner in zip(self.consumers, self.runners, strict=False):
-            keys = msgspec.json.decode(control.get(f"pause key:{consumer.group}", "[]"), type=list[str])
+            keys = [key for group, key in held if group == consumer.group]
             whole = f"pause group:{consumer.group}" in control
             paused += [consumer.name] * whole + [f"{consumer.name} --key {key}" for key in keys]
             self._pause(runner, Pauses(whole, frozenset(k for key in keys for k in (key, key.encode()))))

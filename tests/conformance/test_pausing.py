@@ -8,6 +8,7 @@ import pytest
 from watching import settled, wait_for
 
 from barnabas import Message, Retry
+from barnabas.processes import Pause, pauses, set_pause
 
 
 @pytest.fixture
@@ -16,9 +17,13 @@ def topic(app):
 
 
 def ask(app, name, value=""):
-    """What `barnabas pause` and `resume` do; a list is the keys of a group."""
-    home = app.jobs if "queue" in name else app.events
-    home.set_control(name, json.dumps(value) if isinstance(value, list) else value)
+    """What `barnabas pause` and `resume` do; of keys, those of a group that are to be paused (None: none)."""
+    if name.startswith("pause key:"):
+        wanted = {Pause("key", name[10:], key) for key in value or ()}
+        for pause in wanted.symmetric_difference(each for each in pauses(app) if each.kind == "key"):
+            assert set_pause(app, pause, pause in wanted) and not set_pause(app, pause, pause in wanted)
+        return
+    (app.jobs if "queue" in name else app.events).set_control(name, value)
 
 
 def send(topic, *steps):

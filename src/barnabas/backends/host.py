@@ -220,7 +220,7 @@ class Life:
         base = self._used
         self._used += 3 * workers
         if self._used > BOX_NUMBERS:
-            raise ValueError(f"more than {BOX_NUMBERS // 3} concurrent deliveries in one process: lower concurrency=")
+            raise BackendError(f"more than {BOX_NUMBERS // 3} deliveries at once in one process: lower concurrency=")
         self._reserve(3 * workers, base)
         return base
 

@@ -217,8 +217,9 @@ def _forget(home: "SqliteBackend", now: float) -> None:
     for start in range(0, len(past), 500):
         drop = [(tbl, *row) for row in past[start : start + 500]]  # its value, too: it may have been written anew
         home.write(partial(_drop, notes=drop))
-    if home.query("SELECT 1 FROM slots WHERE until < ? LIMIT 1", (now,)):
-        home.write(lambda db: db.execute("DELETE FROM slots WHERE until < ?", (now,)).fetchall())
+    past_slots = "SELECT id FROM slots WHERE until < ? LIMIT 1000"
+    while home.query(past_slots, (now,)):
+        home.write(lambda db: db.execute(f"DELETE FROM slots WHERE id IN ({past_slots})", (now,)).fetchall())
 
 
 def _drop(db: apsw.Connection, notes: list[tuple[int, str, bytes]]) -> None:
