@@ -44,7 +44,7 @@ def bill(order: dict) -> None:
     elif order.get("do") == "fail" and os.path.exists("gate"):
         raise ValueError("no")
 
-@app.consumer(orders, tables=[totals])
+@app.consumer(orders, name=os.environ.get("COUNT", "count"), tables=[totals])
 def count(order: dict) -> None:
     totals[order["of"]] = totals.get(order["of"], 0) + 1
 
@@ -267,6 +267,18 @@ def test_an_abandoned_group_is_named_and_can_be_forgotten(ops):
     assert "group shop-bill is forgotten" in ops("reset", "shop-bill", "--forget", "--yes", NAME="charge").stdout
     assert "shop-bill" not in ops("run", "--drain", NAME="charge").stderr
     assert "shop-bill" not in ops("lag", NAME="charge").stdout
+
+
+def test_a_consumer_that_was_renamed_does_not_count_again_what_its_table_holds(ops):
+    send(ops, {"n": 1, "of": "a"})
+    ops("run", "--drain")
+    error = ops("run", "--drain", COUNT="total", status=1).stderr
+    assert "the table 'totals' is not empty, and group 'shop-total' is new" in error
+    again = re.search("Next, try: barnabas (.*)", error)[1].split()
+    ops("run", "--drain", "--except", "total", COUNT="total")
+    ops(*again, "--yes", COUNT="total")
+    ops("run", "--drain", COUNT="total")
+    assert ops("table", "totals", "a").stdout == "1\n"
 
 
 def test_run_shows_no_password(ops):

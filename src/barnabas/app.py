@@ -129,12 +129,11 @@ class App:
                         f"{consumer.owner}: group={consumer.group!r} belongs to consumer {other.name!r}; two consumers "
                         "of one group would take each other's messages: give one of them another name= or group="
                     )
-                for table in consumer.tables:
-                    if table in other.tables:
-                        raise DeclarationError(
-                            f"{consumer.owner}: tables=: the table {table.name!r} belongs to consumer {other.name!r}; "
-                            f"give this one a table of its own, or read the other's: with {table.name}.open() as view"
-                        )
+                for table in [table for table in consumer.tables if table in other.tables]:
+                    raise DeclarationError(
+                        f"{consumer.owner}: tables=: the table {table.name!r} belongs to consumer {other.name!r}; "
+                        f"give this one a table of its own, or read the other's: with {table.name}.open() as view"
+                    )
             self.consumers[consumer.name] = consumer
             return target
 

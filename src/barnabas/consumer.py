@@ -26,10 +26,9 @@ class Batch:
     __slots__ = ("max", "wait")
 
     def __init__(self, max: int = 1000, wait: float = 0.5) -> None:
-        if not whole(max) or max < 1:
-            raise DeclarationError(f"Batch(max={max!r}): give the most messages of a batch, 1 or more")
-        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait < float("inf"):
-            raise DeclarationError(f"Batch(wait={wait!r}): give the seconds a batch may wait to fill up, 0 or more")
+        must(whole(max) and max >= 1, "Batch", "max", max, "give the most messages of a batch, 1 or more")
+        fits = not isinstance(wait, bool) and isinstance(wait, int | float) and 0 <= wait < float("inf")
+        must(fits, "Batch", "wait", wait, "give the seconds a batch may wait to fill up, 0 or more")
         self.max = max
         self.wait = float(wait)
 
@@ -171,8 +170,7 @@ class Consumer:
         self._must(many, "concurrency", "give a whole number from 1 to 10000: deliveries in work at once per process")
         self._must(self.order in ("key", "partition", "none"), "order", 'give "key", "partition" or "none"')
         self._must(isinstance(self.retry, Retry), "retry", "give Retry(times, ...), Retry(0) for none")
-        way_out = 'give "topic" (the dead-letter topic), "skip" (and count) or "stop"'
-        self._must(self.on_dead in ("topic", "skip", "stop"), "on_dead", way_out)
+        self._must(self.on_dead in ("topic", "skip", "stop"), "on_dead", 'give "topic" (dead letters), "skip" (counted), "stop"')
         self._must(all(isinstance(table, Table) for table in tables), "tables", "give tables, as app.table(...) returns them")
         self._must(not tables or self.order != "none", "order", 'tables need an order; use "key" or "partition"')
         self._must(not tables or self.retry.ordered, "retry", "tables need an order; use Retry(..., ordered=True)")

@@ -1,6 +1,6 @@
 """How far consumer groups are, and where they are to go on: what `barnabas lag`, `reset` and `top` show and do."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
 
@@ -146,6 +146,16 @@ def abandoned(app: App) -> list[str]:
     """The stored groups that carry the app's name, but that none of its consumers declares."""
     found = {at.group for at in app.events.positions(f"{app.name}-")} - {each.group for each in app.consumers.values()}
     return sorted(name for name in found if name != f"{app.name}-dead")
+
+
+def mixed(app: App, consumers: Iterable[Consumer]) -> Iterator[tuple[Consumer, str]]:
+    """Consumers that would begin as new groups on a table that another group wrote: what that counted would count again."""
+    def new(group: str) -> bool:
+        return all(at.group != group for at in app.events.positions(group))
+
+    for each, table in [(one, table.name) for one in consumers for table in one.tables if new(one.group)]:
+        if any(True for _ in app.events.cells(table)) and new(each.group):  # its first cells come together with its positions
+            yield each, table
 
 
 class Move(msgspec.Struct, frozen=True):

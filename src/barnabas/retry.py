@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from barnabas.errors import DeclarationError, Reject, ResponderError, RetryAfter, TableError, told
+from barnabas.errors import Reject, ResponderError, RetryAfter, TableError, must, told, whole
 from barnabas.verdict import Again, Dead
 
 Errors = type[BaseException] | tuple[type[BaseException], ...]
@@ -28,19 +28,16 @@ class Retry:
         self, times: int = 5, *, backoff: float | Sequence[float] | Callable[[int], float] = exponential, jitter: float = 0.1,
         on: Errors = Exception, give_up_on: Errors = (), ordered: bool = True,
     ) -> None:
-        if isinstance(times, bool) or not isinstance(times, int) or times < 0:
-            raise DeclarationError(f"Retry(times={times!r}): give the number of retries after the first run, 0 or more")
-        if not callable(backoff) and not _seconds(backoff):
-            how = "give seconds, a list of seconds or a function of the retry's number"
-            raise DeclarationError(f"Retry(backoff={backoff!r}): {how}")
-        if isinstance(jitter, bool) or not isinstance(jitter, int | float) or not 0 <= jitter <= 1:
-            raise DeclarationError(f"Retry(jitter={jitter!r}): give a share of the wait between 0 and 1")
+        must(whole(times) and times >= 0, "Retry", "times", times, "give the number of retries after the first run, 0 or more")
+        way_out = "give seconds, a list of seconds or a function of the retry's number"
+        must(callable(backoff) or _seconds(backoff), "Retry", "backoff", backoff, way_out)
+        share = not isinstance(jitter, bool) and isinstance(jitter, int | float) and 0 <= jitter <= 1
+        must(share, "Retry", "jitter", jitter, "give a share of the wait between 0 and 1")
         for name, errors in (("on", on), ("give_up_on", give_up_on)):
-            classes = errors if isinstance(errors, tuple) else (errors,)
-            if not all(isinstance(e, type) and issubclass(e, BaseException) for e in classes):
-                raise DeclarationError(f"Retry({name}={errors!r}): give an exception class or a tuple of them")
-        if not isinstance(ordered, bool):
-            raise DeclarationError(f"Retry(ordered={ordered!r}): give True (in place, order holds) or False (retry topic)")
+            each = errors if isinstance(errors, tuple) else (errors,)
+            fit = all(isinstance(error, type) and issubclass(error, BaseException) for error in each)
+            must(fit, "Retry", name, errors, "give an exception class or a tuple of them")
+        must(isinstance(ordered, bool), "Retry", "ordered", ordered, "give True (in place, order holds) or False (retry topic)")
         self.times = times
         self.backoff = backoff
         self.jitter = jitter

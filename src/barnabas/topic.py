@@ -5,7 +5,7 @@ from typing import Any, Generic, TypeVar
 
 from barnabas.codec import as_key, make_codec, make_key
 from barnabas.engine.hand import CURRENT, id_of
-from barnabas.errors import BarnabasError, DeclarationError, SendError, UnknownTopic, ValueTooLarge, told
+from barnabas.errors import BarnabasError, DeclarationError, SendError, UnknownTopic, ValueTooLarge, must, told
 from barnabas.future import Future, gathered
 from barnabas.message import Headers, Key, Message, Outgoing
 
@@ -28,8 +28,7 @@ class Retention:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
                 unit = "seconds" if name == "age" else "bytes"
                 raise DeclarationError(f"Retention({name}={value!r}): give {unit} above 0, or None for no limit")
-        if not isinstance(force, bool):
-            raise DeclarationError(f"Retention(force={force!r}): give True to drop even what a group has not read")
+        must(isinstance(force, bool), "Retention", "force", force, "give True to drop even what a group has not read")
         self.age = age
         self.size = size
         self.force = force

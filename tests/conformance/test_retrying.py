@@ -11,7 +11,7 @@ from watching import Step, failures, settled, wait_for
 
 from barnabas import Batch, Delivery, Message, Reject, Retry, RetryAfter
 from barnabas.engine.handler import Stop, to_retry
-from barnabas.errors import BarnabasError
+from barnabas.errors import BackendError, BarnabasError
 
 QUICK = 0.01  # seconds
 
@@ -304,6 +304,21 @@ def test_an_error_that_cannot_be_printed_or_is_no_exception_is_a_failure(place, 
     with place.running(app) as worker:
         wait_for(lambda: [f.outcome for f in failures(app)] == ["again"] * (not job or 1), worker=worker)
         assert said in failures(app)[0].reason and worker.failed() is None
+
+
+def test_a_handler_that_waits_for_a_backend_is_no_failure_and_says_so(place, app, topic, caplog):
+    tries = []
+
+    @app.consumer(topic, retry=Retry(0))
+    def read(step: Step):
+        tries.append(step)
+        if len(tries) == 1:
+            raise BackendError("out of reach")
+
+    topic.send(Step("k")).result(5)
+    place.drain(app)
+    assert len(tries) == 2 and not failures(app)
+    assert "read: what its handler asked of a backend failed" in caplog.text and "BackendError: out of reach" in caplog.text
 
 
 @pytest.mark.parametrize("seconds", ["5", -1, float("nan"), float("inf"), None])

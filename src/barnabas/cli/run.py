@@ -18,7 +18,7 @@ from barnabas.cli import draw, logs
 from barnabas.cli.loading import Wrong, command, load, override
 from barnabas.cli.process import ANEW, Status, Stopper, serve
 from barnabas.errors import BackendError
-from barnabas.lag import abandoned
+from barnabas.lag import abandoned, mixed
 from barnabas.supervisor import GRACE, Lifeline, Supervisor, spawner
 from barnabas.worker import Worker, chosen
 
@@ -164,6 +164,10 @@ def _announce(app: App, only: Any, skip: Any) -> None:
     for warning in settings.warnings:
         log.warning("%s", warning)
     with contextlib.suppress(BackendError):  # which the run itself will meet
+        for consumer, table in mixed(app, consumers):
+            what = f"the table {table!r} is not empty, and group {consumer.group!r} is new: it would count again what another has"
+            what += ' counted there. If it was renamed, declare group="ITS OLD ONE" (see barnabas lag); else empty the table'
+            raise Wrong(what, f"barnabas reset {consumer.name} --to {consumer.start} --clear-tables")
         for group in abandoned(app):
             log.warning(
                 "group %s is stored, and no consumer declares it: where one was renamed, group=%r makes it go on there, else "

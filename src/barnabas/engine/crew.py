@@ -5,6 +5,7 @@ the workers' coroutines themselves).
 """
 
 import asyncio
+import logging
 from array import array
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -52,6 +53,7 @@ class Crew:
         self.wake = wake
         self.results: deque[Result | tuple[Part, Sequence[Row]]] = deque()  # a pair: done, and nothing else to say
         self.fresh = 0  # rows in results that the fetch thread has not seen
+        self.quiet = float("-inf")  # until when it is not said again that a backend is away
         self.enough = 500  # fresh rows that are worth waking the fetch thread for
         self.current: list[Run | None] = [None] * size
         self.hands: list[Any] = [None] * size
@@ -232,6 +234,10 @@ class Crew:
             self.late.discard((id(run), row[0]))
             error = TimedOut(f"ran longer than its timeout of {self.handler.limit(run)} s, then: {told(error)}")
         if isinstance(error, BackendError):  # a table could not be read: not the message's fault, and no attempt of it
+            if self.monotonic() >= self.quiet:
+                self.quiet = self.monotonic() + 10.0
+                what = "%s: what its handler asked of a backend failed; it runs again, every second until that works: %s"
+                logging.getLogger("barnabas").warning(what, self.handler.name, told(error))
             return float(self.monotonic() + AWAY)
         now = self.clock.now()
         try:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any
 
 from barnabas.engine.hand import CURRENT
-from barnabas.errors import DeclarationError
+from barnabas.errors import DeclarationError, must
 from barnabas.verdict import Done
 
 Hook = Callable[[Any], Generator[None, Any, Any] | AsyncGenerator[None, Any]]
@@ -54,11 +54,10 @@ def refuse_async(owner: str, awaited: bool, hooks: Sequence[Any]) -> None:
 
 def check_hooks(owner: str, hooks: Any) -> list[Any]:
     """The value of `hooks=[...]`. Refuses what is no list of generator functions."""
-    if not isinstance(hooks, list | tuple):
-        raise DeclarationError(f"{owner}: hooks={hooks!r}: give a list: hooks=[...]")
+    must(isinstance(hooks, list | tuple), owner, "hooks", hooks, "give a list: hooks=[...]")
     for hook in hooks:
-        if not (inspect.isgeneratorfunction(hook) or inspect.isasyncgenfunction(hook)):
-            raise DeclarationError(f"{owner}: hooks=[{hook!r}]: a hook is a generator function with one `yield`")
+        generator = inspect.isgeneratorfunction(hook) or inspect.isasyncgenfunction(hook)
+        must(generator, owner, "hooks", [hook], "a hook is a generator function with one `yield`")
         check_takes(f"{owner}: hooks=[...]", hook, "delivery")
     return list(hooks)
 

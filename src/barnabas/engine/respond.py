@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from barnabas.engine.hand import Hand
-from barnabas.errors import DeclarationError, ResponderError
+from barnabas.errors import DeclarationError, ResponderError, must
 from barnabas.message import Message
 from barnabas.verdict import Done
 
@@ -22,8 +22,7 @@ class RespondTo(msgspec.Struct, frozen=True, eq=False):
 def respond_to(topic: Any, *, required: bool = True, multiple: bool = False) -> RespondTo:
     """Declare an answer in `responds=[...]`: `required` by every delivery, at most once unless `multiple`."""
     for name, value in (("required", required), ("multiple", multiple)):
-        if not isinstance(value, bool):
-            raise DeclarationError(f"respond_to({name}={value!r}): give True or False")
+        must(isinstance(value, bool), "respond_to", name, value, "give True or False")
     if not hasattr(topic, "outgoing"):
         raise DeclarationError(f"respond_to({topic!r}): give a topic, as app.topic(...) returns it")
     return RespondTo(topic, required, multiple)

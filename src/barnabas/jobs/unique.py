@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from barnabas.errors import BarnabasError, Conflict, DeclarationError, told
+from barnabas.errors import BarnabasError, Conflict, DeclarationError, must, told
 from barnabas.jobs.limit import By, Kind, Need, digest, slack, slot
 from barnabas.jobs.payload import Failed, PayloadError, failed, parse
 from barnabas.message import LockedJob
@@ -116,8 +116,7 @@ class Lock:
     """A job's declared uniqueness, checked against its parameters."""
 
     def __init__(self, owner: str, name: str, queue: str, signature: inspect.Signature, unique: Any) -> None:
-        if not isinstance(unique, Unique):
-            raise DeclarationError(f"{owner}: unique={unique!r}: give while_executing(...), until_executed(...) or the like")
+        must(isinstance(unique, Unique), owner, "unique", unique, "give while_executing(...), until_executed(...) or the like")
         self.owner, self._name, self._queue, self._signature = owner, name, queue, signature
         self.kind, self.by, self.on_conflict, self.ttl = unique
         self.queued = self.kind != "while_executing"  # it takes a lock as it is enqueued
