@@ -33,7 +33,8 @@ BACKENDS: dict[str, Callable[[Path], tuple[str, str]]] = {
 }
 JOBS_ONLY = {"redis"}  # their topics are another backend's, whose tests need no repetition
 EVENTS_ONLY = {"kafka"}  # their jobs are
-# The same cluster with the group protocol of KIP-848, in the tests that it could fail: who has what, from where on, and who next.
+# The same cluster with the group protocol of KIP-848, in the tests that it could fail: who has what, from where on, and who next
+# (the others are in `make soak`).
 PROTOCOL = re.compile("steering|pausing|partition|worker|owner|handled_once|assigned|revoked|retry_topic|apart|restart|latest")
 
 
@@ -141,6 +142,7 @@ class Place:
         return self.stored(topic.dead_topic)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the tests of topics alone to backends that have topics."""
 
@@ -150,7 +152,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return "topic(" in inspect.getsource(item.function)
         jobs = "jobs" in item.path.name or "stocked" in item.fixturenames or ".job" in inspect.getsource(item.function)
         if name == "kafka-consumer":
-            return not jobs and "sending" not in item.path.name and bool(PROTOCOL.search(item.path.name + item.originalname))
+            if not PROTOCOL.search(item.path.name + item.originalname):
+                item.add_marker("soak")
+            return not jobs and "sending" not in item.path.name
         return name not in JOBS_ONLY or jobs
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])

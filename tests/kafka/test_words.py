@@ -1,6 +1,8 @@
 """What is kept beside a committed offset, options, errors: without a broker."""
 
 import random
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -109,6 +111,16 @@ def events(monkeypatch=None, url="kafka://127.0.0.1:1", **options):
 def test_options_that_break_a_guarantee_are_refused(option: str, value: object, why: str) -> None:
     with pytest.raises(SettingError, match=why):
         events(**{option: value})
+
+
+def test_a_function_that_makes_tokens_is_called_by_the_driver() -> None:
+    asked = threading.Event()
+    options = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanisms": "OAUTHBEARER"}
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", send_timeout=0.1, kafka={
+        **options, "oauth_cb": lambda config: asked.set() or ("token", time.time() + 60),
+    })  # fmt: skip
+    assert app.events.admin is not None and asked.wait(5)
+    app.close()
 
 
 def test_an_option_that_the_driver_does_not_know_is_refused_with_its_name() -> None:

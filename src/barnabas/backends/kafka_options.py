@@ -49,7 +49,7 @@ def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
         why = _ALWAYS.get(name)
         if name in _UNLESS and str(value).lower() not in _UNLESS[name][0]:
             why = _UNLESS[name][1]
-        if why is None and callable(value):
+        if why is None and callable(value) and name != "oauth_cb":
             why = "callbacks are Barnabas' own; app.observe(...) tells what happens"
         if why is not None:
             raise SettingError(f"kafka={{{name!r}: ...}} cannot be set: {why}. Remove it.")
