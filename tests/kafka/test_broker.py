@@ -227,6 +227,25 @@ def test_a_member_that_another_fenced_says_so_and_does_not_claim_to_work(make, c
         assert "then start the process again" in caplog.text and "the backend works again" not in caplog.text
 
 
+def test_each_process_is_a_static_member_of_its_own(make, tmp_path) -> None:
+    app = make()
+    app.consumer(app.topic("orders", int, partitions=2), name="read")(lambda n: None)
+    code = ["from barnabas import App", 'app = App("shop", kafka={"group.instance.id": "env:POD"})']
+    (tmp_path / "shop.py").write_text("\n".join([*code, 'app.consumer(app.topic("orders", int), name="read")(lambda n: None)']))
+    words = [sys.executable, "-m", "barnabas", "run", "shop:app", "--processes", "2", "--events", app.events.url]
+    command = subprocess.Popen([*words, "--create-topics"], cwd=tmp_path, env={**os.environ, "POD": "pod7"})
+    group = f"{app.events.prefix}shop-read"
+
+    def members() -> set[str]:
+        return {member.group_instance_id for about in app.events._describe([group]).values() for member in about.members}
+
+    try:
+        wait_for(lambda: members() == {"pod7-1-shop-read", "pod7-2-shop-read"}, "two members")
+    finally:
+        command.terminate()
+        assert command.wait(30) == 0
+
+
 def test_kafkas_own_producer_chooses_the_same_partitions_and_its_records_are_read(make) -> None:
     app, seen = make(), []
     topic = app.topic("orders", bytes, codec="raw", partitions=7)

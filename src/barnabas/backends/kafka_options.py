@@ -12,12 +12,14 @@ log = logging.getLogger("barnabas.kafka")
 COMMON = {
     "enable.metrics.push": False, "socket.keepalive.enable": True, "log.connection.close": False,
     "reconnect.backoff.ms": 10,  # at first, doubled from time to time; 100 costs each new client 50 ms
+    "socket.timeout.ms": 7000,  # a frozen broker is asked no longer; the driver's 60,000 keep a group waiting for a minute
 }  # fmt: skip
 PRODUCER: dict[str, Any] = {
     **COMMON, "enable.idempotence": True, "acks": "all", "linger.ms": 2, "client.id": "barnabas",
     "partitioner": "murmur2_random",  # as Java's
     "sticky.partitioning.linger.ms": 0,  # messages without a key are spread
     "message.max.bytes": 1_000_000_000,  # a topic's own limit decides
+    "socket.timeout.ms": 30_000,  # Kafka waits that long for all replicas in sync; the driver's 60,000 outlast a checkpoint
 }  # fmt: skip
 CONSUMER: dict[str, Any] = {
     **COMMON, "partition.assignment.strategy": "cooperative-sticky", "client.id": "barnabas",

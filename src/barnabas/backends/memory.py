@@ -70,9 +70,8 @@ class MemoryBackend(Notes, MemoryAdmin):
                 if known is None:
                     self.logs[topic.name] = [_Partition() for _ in range(topic.partitions or DEFAULT_PARTITIONS)]
                 elif topic.partitions is not None and topic.partitions != len(known):
-                    raise DeclarationError(
-                        f"topic {topic.name!r}: partitions={topic.partitions}, but it is stored with {len(known)}"
-                    )
+                    what = f"topic {topic.name!r}: partitions={topic.partitions}"
+                    raise DeclarationError(f"{what}, but it is stored with {len(known)}")
                 self.retention[topic.name] = topic.retention
 
     def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:

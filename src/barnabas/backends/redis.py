@@ -217,9 +217,8 @@ class RedisBackend(RedisAdmin):
         self.hands.let_go(token, need, begun)
 
     def _refuse_topics(self) -> None:
-        raise BackendError(
-            f"{self.where.name} keeps jobs, not topics; give topics a home of their own: events=\"sqlite:///FILE.db\" or kafka://"
-        )
+        home = 'give topics a home of their own: events="sqlite:///FILE.db" or kafka://'
+        raise BackendError(f"{self.where.name} keeps jobs, not topics; {home}")
 
     # What workers use.
 

@@ -52,7 +52,9 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
     flags = {"create_topics": options.pop("create_topics") or None, "processes": processes}
     app = override(load(target or spec), events=options["events"], jobs=options["jobs"], **flags)
     if child is not None and "group.instance.id" in app.settings.kafka:  # two processes of one name would fence each other
-        app.settings.kafka["group.instance.id"] = f"{app.settings.kafka['group.instance.id']}-{child}"
+        from barnabas.backends.kafka_options import check_options
+
+        app.settings.kafka["group.instance.id"] = f"{check_options(app.settings.kafka)['group.instance.id']}-{child}"
     logs.set_up(app, child)
     if child is None:
         _announce(app, options["only"], options["skip"])
