@@ -24,10 +24,7 @@ class Part:
     )  # fmt: skip
 
     def __init__(self, topic: str, partition: int, id: int, group: str = "") -> None:
-        self.topic = topic
-        self.partition = partition
-        self.id = id
-        self.group = group
+        self.topic, self.partition, self.id, self.group = topic, partition, id, group
         self.retries = topic.endswith(f".retry.{group}")  # of the group's retry topic: without order, each when it is due
         self.until = FOREVER
         self.closed = False

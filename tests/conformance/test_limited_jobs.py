@@ -10,7 +10,7 @@ from watching import wait_for, waiting
 
 from barnabas import Concurrent, Rate, steps, while_executing
 from barnabas.errors import NoSlot
-from barnabas.queues import LimitInfo, jobs, limits, locks
+from barnabas.queues import LimitInfo, jobs, limits, locks, move
 
 
 @pytest.fixture
@@ -234,6 +234,24 @@ def test_what_is_not_to_run_takes_no_slot(place, app, kind):
         wait_for(worker.drained, "drained", worker)
     assert sorted(map(str, ran)) == ["100", "step 0", "step 1", "step 1", "step 2"]
     assert app.observers.counts["call", "expired"] == 20 == app.observers.counts["call", "cancelled"]
+
+
+@pytest.mark.parametrize("to", [None, "dead", "queue:elsewhere"])
+def test_who_waits_behind_jobs_that_an_operator_moves_comes_sooner(place, app, monkeypatch, to):
+    if place.name == "redis":
+        monkeypatch.setattr("barnabas.backends.redis_life.SWEEP", 0.1)
+
+    @app.job(limit=Rate(1, per=30))
+    def call(n: int): ...
+
+    def parked():
+        return [entry.job.at - app.clock.now() for entry in jobs(app, state="scheduled", queue="default")]
+
+    ids = [call.enqueue(n).result(5) for n in range(6)]
+    with place.running(app) as worker:
+        wait_for(lambda: len(parked()) == 5 and max(parked()) > 140, "all wait", worker)
+        assert move(app, list(jobs(app, ids[1:5])), to)["moved"] == 4
+        wait_for(lambda: [at for at in parked() if at > 1] and max(parked()) < 40, "it is the next", worker)
 
 
 def test_limits_are_told_the_busiest_first(place, app):

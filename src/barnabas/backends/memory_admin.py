@@ -145,7 +145,9 @@ class MemoryAdmin:
                 moved.update((n, job) for n, job in ready if (n, "ready") in wanted)
                 self.ready[name] = deque((n, job) for n, job in ready if (n, "ready") not in wanted)
             moved.update((n, job) for _, n, kind, job in self.later if (n, kind) in wanted)
-            self.later = [entry for entry in self.later if entry[1:3] not in wanted]
+            keys = {self.runs[n] for n, _ in wanted if n in self.runs}  # who waits behind these for a slot looks anew
+            later = [entry for entry in self.later if entry[1:3] not in wanted]
+            self.later = [(now, *entry[1:]) if self.runs.get(entry[1]) in keys else entry for entry in later]
             heapq.heapify(self.later)
             dead = [n for n, kind in wanted if kind == "dead" and n in self.buried]
             moved.update({n: self.buried.pop(n) for n in dead if to != "ready" or self._locked_again(n)})

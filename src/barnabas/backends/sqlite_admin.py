@@ -190,10 +190,13 @@ class SqliteAdmin(SqliteStore):
             data: bytes = (one(db, "SELECT CAST(payload AS BLOB) FROM jobs WHERE id = ?", (row["id"],)) or (b"",))[0]
             fresh = recalled(data, now) if queue is None else requeued(data, queue)
             row |= {"payload": fresh, "queue": qid, "lock": held(data) or None}
+        runs = "SELECT run FROM jobs WHERE id = :id AND jid = :jid AND state = 2 AND run IS NOT NULL"
+        keys = {(now, *run, now) for row in rows for run in db.execute(runs, row)}
         # Numbers of dropped jobs come again, and what somebody else has moved meanwhile is not what was meant.
         db.executemany(f"{_MOVES[to] if queue is None else _REQUEUED} AND id = :id AND jid = :jid AND state = :state", rows)
         moved = db.total_changes() - before
-        if moved:
+        if moved:  # (who waits behind one of these for a slot looks anew)
+            db.executemany("UPDATE jobs SET at = ? WHERE run = ? AND state = 2 AND at > ?", [*keys])
             self.stir(db, "partition = -1")
         return moved
 

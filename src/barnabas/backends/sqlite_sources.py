@@ -55,18 +55,13 @@ class SqliteLog(Fetcher):
         self, home: "SqliteBackend", group: str, topics: Sequence[Any], start: str, ordered: bool, listener: Listener
     ) -> None:
         super().__init__(home, listener)
-        self._group_name = group
-        self._start = start
-        self._ordered = ordered
+        self._group_name, self._start, self._ordered = group, start, ordered
         self._parts: dict[int, Part] = {}
         self._epochs: dict[int, int] = {}
         self._weight: dict[int, float] = {}  # bytes of a stored message of late
         self._topics = [t.name for t in topics]
         self._all = [(gid, t.name, n) for t in topics for n, gid in enumerate(home.parts[t.name])]
-        self._generation = -1
-        self._lapsed = False
-        self._lease = 0.0
-        self._limit = 1
+        self._generation, self._lapsed, self._lease, self._limit = -1, False, 0.0, 1
         home.write(self._enter)
         home.sources.append(self)
 

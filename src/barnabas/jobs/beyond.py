@@ -123,8 +123,7 @@ class End:
         self._entry, self._payload = entry, payload
         self._more: More = payload.more  # type: ignore[assignment]
         self.batch, self.tells = self._more.batch, self._more.result_ttl is not None
-        self.function = entry and entry.function
-        self._said = 0.0
+        self.function, self._said = entry and entry.function, 0.0
 
     def __enter__(self) -> None:
         self._token = _IN_HAND.set(self)
