@@ -7,7 +7,7 @@ import pytest
 from watching import wait_for
 
 from barnabas import Retry
-from barnabas.errors import TableError
+from barnabas.errors import BarnabasError, TableError
 
 
 class Order(msgspec.Struct):
@@ -201,6 +201,28 @@ def test_the_view_can_be_read_while_work_goes_on(place, app, orders, totals):
         for n in range(1, 6):
             orders.send(Order("ann", n))
             wait_for(lambda n=n: view(totals) == {"ann": Total(n)}, worker=worker)
+
+
+def test_a_cell_of_another_type_is_named(place, app, orders, totals):
+    """As after a deploy with another type."""
+    said = []
+
+    @app.consumer(orders, tables=[totals], retry=Retry(0))
+    def count(order: Order):
+        with pytest.raises(TypeError, match="not iterable"):
+            list(totals)
+        totals[order.customer] = "no Total"
+        try:
+            totals[order.customer]
+        except BarnabasError as error:
+            said.append(str(error))
+
+    orders.send(Order("ann", 1)).result(5)
+    place.drain(app)
+    with totals.open() as cells, pytest.raises(BarnabasError) as caught:
+        cells["ann"]
+    assert said == [str(caught.value)]
+    assert "table 'totals' holds under 'ann' what is no" in said[0] and "--clear-tables" in said[0]
 
 
 def test_an_empty_table_is_empty(place, totals):

@@ -9,7 +9,7 @@ import msgspec
 
 from barnabas.codec import as_key, known
 from barnabas.engine.hand import CURRENT, Hand
-from barnabas.errors import DeclarationError, TableError
+from barnabas.errors import BarnabasError, DeclarationError, TableError
 from barnabas.message import Key
 from barnabas.ports import Part, Result
 
@@ -95,11 +95,12 @@ class Table(Generic[T]):
         return hand, (self.name, stored)
 
     def __getitem__(self, key: Any) -> T:
-        hand, cell = self._cell(key)
-        data = hand.tables.read(hand, cell)
-        if data is None:
+        value = self.get(key, _ABSENT)
+        if value is _ABSENT:
             raise KeyError(key)
-        return self._decode(data)  # type: ignore[no-any-return]
+        return value  # type: ignore[no-any-return]
+
+    __iter__ = None  # else Python asks for the keys 0, 1, 2 and so on
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value under `key`, or `default`."""
@@ -111,7 +112,18 @@ class Table(Generic[T]):
         data = hand.run.cells.get(cell, _ABSENT) if not hand.cells else _ABSENT
         if data is _ABSENT:
             data = hand.tables.read(hand, cell)
-        return default if data is None else self._decode(data)
+        try:
+            return default if data is None else self._decode(data)
+        except msgspec.DecodeError:
+            return self.value(key, data)
+
+    def value(self, key: Any, data: bytes) -> Any:
+        """What a cell holds. Raises BarnabasError where that is of another type."""
+        try:
+            return self._decode(data)
+        except msgspec.DecodeError as error:
+            what = f"the table {self.name!r} holds under {key!r} what is no {self.type!r} ({error}); if that was changed, give"
+            raise BarnabasError(f"{what} new fields defaults, or begin anew: `barnabas reset` with --clear-tables") from error
 
     def __contains__(self, key: Any) -> bool:
         hand, cell = self._cell(key)
@@ -135,29 +147,27 @@ class Table(Generic[T]):
 
     def open(self) -> "AbstractContextManager[View[T]]":
         """A read-only view from outside, as of what is settled: `with totals.open() as view: view["AA"]`."""
-        return nullcontext(View(self.app.events, self.name, self._decode))
+        return nullcontext(View(self))
 
 
 class View(Mapping[str, T]):
     """A table as it was last settled. Read-only."""
 
-    def __init__(self, backend: Any, name: str, decode: Callable[[bytes], T]) -> None:
-        self._backend = backend
-        self._name = name
-        self._decode = decode
+    def __init__(self, table: Table[T]) -> None:
+        self._table = table
 
     def __getitem__(self, key: Any) -> T:
-        data = self._backend.cell(self._name, as_key(key))
+        data = self._table.app.events.cell(self._table.name, as_key(key))
         if data is None:
             raise KeyError(key)
-        return self._decode(data)
+        return self._table.value(key, data)  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[Any]:
-        return (key for key, _ in self._backend.cells(self._name))
+        return (key for key, _ in self._table.app.events.cells(self._table.name))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def items(self) -> Any:
         """Pairs of key and value."""
-        return [(key, self._decode(data)) for key, data in self._backend.cells(self._name)]
+        return [(key, self._table.value(key, data)) for key, data in self._table.app.events.cells(self._table.name)]
