@@ -273,13 +273,12 @@ class Job(Calls):
         try:
             now = self.app.clock.now()
             payload = build(self.name, args, queue=target, retry=retry, jid=jid, now=now, at=at is not None, extra=extra)
+            if self.app.enqueue_hooks:
+                if (changed := hooked(self.app.enqueue_hooks, payload, target)) is None:
+                    return None
+                payload, target = changed
         except PayloadError as error:
             raise SendError(f"{self.owner} cannot be enqueued: {error}") from error
-        if self.app.enqueue_hooks:
-            changed = hooked(self.app.enqueue_hooks, payload, target)
-            if changed is None:
-                return None
-            payload, target = changed
         priority = self._ranked(call) if call or self._more else 0
         if claim is not None:
             out = LockedJob(target, payload, at, jid, future)

@@ -127,7 +127,7 @@ class Trial:
 
     def sent(self, topic: Topic[Any]) -> list[Message[Any]]:
         """The messages on a topic, in the order in which they came."""
-        return [self._message(topic, topic.decode, *at) for at in self._memory.came.get(topic.name, ())]
+        return [self._message(topic, topic.decode, (), *at) for at in self._memory.came.get(topic.name, ())]
 
     def enqueued(self, job: Job) -> list[tuple[Any, ...]]:
         """The arguments of each job that waits: ready ones first, then by time those scheduled or to be retried."""
@@ -144,7 +144,7 @@ class Trial:
             found = [(_parsed(out.payload), out.payload) for out in self._memory.buried.values()]
             return [decode(data) for p, data in found if p is not None and p.name == source.name]
         name = source.dead_topic.name
-        return [self._message(source.dead_topic, _softly(source.decode), *at) for at in self._memory.came.get(name, ())]
+        return [self._message(source.dead_topic, source.decode, (Exception,), *at) for at in self._memory.came.get(name, ())]
 
     def table(self, table: Table[Any]) -> dict[Any, Any]:
         """A table as it was last settled."""
@@ -189,9 +189,11 @@ class Trial:
                 crew.step()
         return moved
 
-    def _message(self, topic: Topic[Any], decode: Any, partition: int, offset: int) -> Message[Any]:
+    def _message(self, topic: Topic[Any], decode: Any, odd: Any, partition: int, offset: int) -> Message[Any]:
         (stored,) = span(self._memory, topic.name, partition, offset, offset + 1)
-        return stored if stored.value is None else msgspec.structs.replace(stored, value=decode(stored.value))
+        with contextlib.suppress(*odd):
+            return stored if stored.value is None else msgspec.structs.replace(stored, value=decode(stored.value))
+        return stored
 
 
 def _off_loop(act: Callable[[], Any]) -> Any:
@@ -216,13 +218,3 @@ def _parsed(payload: bytes) -> Any:
         return parse(payload)
     except PayloadError:
         return None
-
-
-def _softly(decode: Any) -> Any:
-    def attempt(data: bytes) -> Any:
-        try:
-            return decode(data)
-        except Exception:
-            return data
-
-    return attempt

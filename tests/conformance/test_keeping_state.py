@@ -211,7 +211,8 @@ def test_a_cell_of_another_type_is_named(place, app, orders, totals):
     def count(order: Order):
         with pytest.raises(TypeError, match="not iterable"):
             list(totals)
-        totals[order.customer] = "no Total"
+        totals[order.customer] = Total()
+        totals._decode = msgspec.msgpack.Decoder(str).decode
         try:
             totals[order.customer]
         except BarnabasError as error:
@@ -223,6 +224,24 @@ def test_a_cell_of_another_type_is_named(place, app, orders, totals):
         cells["ann"]
     assert said == [str(caught.value)]
     assert "table 'totals' holds under 'ann' what is no" in said[0] and "--clear-tables" in said[0]
+
+
+def test_values_of_another_type_than_the_tables_are_refused(place, app, orders, totals):
+    many, ratio = app.table("many", list[int]), app.table("ratio", float | None)
+
+    @app.consumer(orders, tables=[totals, many, ratio])
+    def count(order: Order) -> None:
+        totals[order.customer] = Total(1)
+        many[order.customer] = [order.n]
+        ratio[order.customer] = order.n
+        if order.n == 2:
+            totals[order.customer] = {"count": "two"}
+
+    orders.send_many([Order("ann"), Order("bob", 2)]).result(5)
+    place.drain(app)
+    (letter,) = place.dead(orders)
+    assert letter.key == "bob" and b"the table 'totals' is one of <class" in dict(letter.headers)["barnabas-reason"]
+    assert view(totals) == {"ann": Total(1)} and view(many) == {"ann": [1]} and view(ratio) == {"ann": 1.0}
 
 
 def test_an_empty_table_is_empty(place, totals):

@@ -4,10 +4,11 @@ import asyncio
 
 import msgspec
 import pytest
-from watching import failures
+from watching import failures, wait_for
 
 from barnabas import Delivery, Message, Respond, Retry, respond_to
 from barnabas.engine.hand import ID
+from barnabas.errors import ResponderError
 
 
 class Order(msgspec.Struct):
@@ -90,6 +91,32 @@ def test_respond_answers_on_several_topics(place, app, orders, receipts, alerts)
     assert place.values(alerts) == ["billed"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_one_method_answers_is_not_sent_again_by_another(place, app, orders, alerts, receipts, fails):
+    seen, kept = [], []
+
+    @app.consumer([orders, alerts], responds=[respond_to(receipts, required=False)], retry=Retry(0))
+    class Bill:
+        def orders(self, order: Order, respond: Respond):
+            respond(receipts, Receipt(order.id))
+            kept.append(respond)
+            if fails:
+                raise ValueError("no")
+
+        def alerts(self, text: str):
+            seen.append(text)
+
+    with place.running(app):
+        orders.send(Order(1)).result(5)
+        wait_for(lambda: place.dead(orders) if fails else place.values(receipts))
+        alerts.send_many(["a", "b"]).result(5)
+        wait_for(lambda: len(seen) == 2)
+    assert place.values(receipts) == [Receipt(1)] * (not fails)
+    if not fails:
+        with pytest.raises(ResponderError, match="after its handler has returned"):
+            kept[0](receipts, Receipt(2))
+
+
 def test_parameters_come_in_any_order(place, app, orders, receipts):
     @app.consumer(orders, responds=[receipts])
     def bill(respond: Respond, delivery: Delivery, order: Order):
@@ -158,7 +185,7 @@ def test_multiple_allows_several_answers_in_order(place, app, orders, alerts):
 
 
 VIOLATIONS = {
-    "an unregistered topic": (lambda r, receipts, alerts: r(alerts, "x"), r"'alerts', which is not in its responds"),
+    "an unregistered topic": (lambda r, receipts, alerts: r(alerts, "x"), r"<topic alerts>, which is not in its responds"),
     "a second use": (
         lambda r, receipts, alerts: (r(receipts, Receipt(1)), r(receipts, Receipt(2))),
         r"'receipts' twice.*multiple=True",

@@ -587,6 +587,17 @@ def test_a_job_enqueued_in_a_handler_leaves_with_it(place, app):
     assert waiting(app)["scheduled"] == 20
 
 
+def test_what_before_enqueue_leaves_must_be_a_job(place):
+    app = place.app()
+
+    @app.before_enqueue
+    def spoil(job):
+        job["args"] = "x"
+
+    with pytest.raises(SendError, match=r"'work' cannot be enqueued: .*`args` must be a list"):
+        app.job(lambda n: None, name="work").enqueue(1)
+
+
 def test_before_enqueue_may_change_or_refuse(place):
     app = place.app(queues=["default", "vip"])
     seen, asked = [], []

@@ -10,7 +10,7 @@ import msgspec
 from barnabas.app import App
 from barnabas.engine.hand import CURRENT
 from barnabas.errors import own_part
-from barnabas.jobs.payload import PayloadError, parse
+from barnabas.jobs.work import name_of
 from barnabas.message import offset_of
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "context", "taskName"}
@@ -36,10 +36,7 @@ class Context(logging.Filter):
             return {}
         part, row = hand.run.part, hand.row
         if part.partition < 0:
-            try:
-                return {"job": parse(row[2]).name, "queue": part.topic, "jid": row[1]}
-            except PayloadError:  # what the engine says of it is to be logged all the same
-                return {"job": "?", "queue": part.topic, "jid": row[1]}
+            return {"job": name_of(row) or "?", "queue": part.topic, "jid": row[1]}
         consumer = self._consumers.get(part.group, part.group)
         return {"consumer": consumer, "topic": part.topic, "partition": part.partition, "offset": offset_of(row)}
 

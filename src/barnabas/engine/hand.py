@@ -120,6 +120,7 @@ class Hand:
                 output[-1].resolve(None)
         self.outputs = ()
         self.cells = {}
+        self.respond = None
 
     def drop(self) -> None:
         """The delivery failed: nothing of it leaves."""

@@ -178,8 +178,8 @@ class Handler:
         self.function = wrap(function, hooks, self.awaited, self.name) if hooks else function
         self.answer: Callable[[Any, Any], None] | None = None
         if consumer.responds:
-            check = make_answer(self.name, consumer.responds, self.batch is not None, all(r.params.returns_none for r in routes))
-            self.answer = lambda hand, out: check(hand, out, hand.respond)
+            optional = all(r.params.returns_none for r in routes)
+            self.answer = make_answer(self.name, consumer.responds, self.batch is not None, optional)
 
     def limit(self, run: Run) -> float | None:
         """Seconds the delivery in hand may take."""

@@ -34,25 +34,27 @@ class Respond:
     __slots__ = ("answers",)
 
     def __init__(self) -> None:
-        self.answers: list[tuple[Any, Any, Any]] = []
+        self.answers: list[tuple[Any, Any, Any]] | None = []
 
     def __call__(self, topic: Any, value: Any, *, key: Any = None) -> None:
         """Answer on `topic`, one of those declared in `responds=[...]`; sent when the handler has returned."""
+        if self.answers is None:
+            raise ResponderError("respond(...) after its handler has returned would never leave: let the handler wait for it")
         self.answers.append((topic, value, key))
 
 
-def make_answer(
-    owner: str, declared: Sequence[RespondTo], batch: bool, optional: bool
-) -> Callable[[Hand, Any, Respond | None], None]:
+def make_answer(owner: str, declared: Sequence[RespondTo], batch: bool, optional: bool) -> Callable[[Hand, Any], None]:
     """The function that checks a handler's answers and puts them into its hand, in the order of their first use."""
     by_topic = {d.topic: d for d in declared}
     only = declared[0].topic if len(declared) == 1 else None
     required = [] if optional else [d.topic for d in declared if d.required]
 
-    def answer(hand: Hand, out: Any, respond: Respond | None) -> None:
+    def answer(hand: Hand, out: Any) -> None:
         if out is Done:  # the handler failed and a hook forgave it
             return
-        answers = list(respond.answers) if respond is not None else []
+        answers: list[tuple[Any, Any, Any]] = []
+        if hand.respond is not None:  # of this delivery alone: the next one's method need not ask for any
+            answers, hand.respond.answers, hand.respond = hand.respond.answers, None, None
         if out is not None:
             if only is None:
                 what = f"returned a value but answers on {len(declared)} topics; say which with a Respond parameter"
@@ -62,9 +64,7 @@ def make_answer(
         for topic, _, _ in answers:
             uses[topic] = uses.get(topic, 0) + 1
             if topic not in by_topic:
-                there = ", ".join(t.name for t in by_topic)
-                what = f"{owner} answered on {getattr(topic, 'name', topic)!r}"
-                raise ResponderError(f"{what}, which is not in its responds=[{there}]; add it there")
+                raise ResponderError(f"{owner} answered on {topic!r}, which is not in its responds={[*by_topic]}; add it there")
             if uses[topic] > 1 and not by_topic[topic].multiple and not batch:
                 may = f"if it may, declare respond_to({topic.name}, multiple=True)"
                 raise ResponderError(f"{owner} answered on {topic.name!r} twice; {may}")

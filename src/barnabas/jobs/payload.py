@@ -141,14 +141,17 @@ def dumps(value: Any) -> bytes:
 
 
 def hooked(hooks: Sequence[Callable[[dict[str, Any]], Any]], payload: bytes, queue: str) -> tuple[bytes, str] | None:
-    """A job and its queue after before_enqueue hooks, which may change its fields; None if one returned False."""
+    """A job and its queue after before_enqueue hooks, which may change its fields; None if one returned False. Raises
+    PayloadError where they have left no job."""
     if not hooks:
         return payload, queue
     fields = msgspec.json.decode(payload)
     for hook in hooks:
         if hook(fields) is False:
             return None
-    return msgspec.json.encode(fields), fields["queue"]
+    data = msgspec.json.encode(fields)
+    parse(data)  # or it would be dead on arrival
+    return data, fields.get("queue", queue)
 
 
 def _check(name: str, args: Sequence[Any]) -> None:

@@ -1,6 +1,7 @@
 """Tables: keyed state that a consumer uses as a mapping, settled in the same step as its position."""
 
 import threading
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
@@ -79,6 +80,14 @@ class Table(Generic[T]):
         except TypeError as error:
             how = "use a msgspec Struct, a dataclass, a TypedDict or a plain type"
             raise DeclarationError(f"table {name!r}: type {type_!r} cannot be stored ({error}); {how}") from None
+        self._exact: Any = None if type_ is Any else typing.get_origin(type_) or type_  # None: it takes anything
+
+    def _fits(self, value: Any) -> None:
+        """Refuse what nobody could read again."""
+        try:
+            self._decode(_encode(value))
+        except msgspec.DecodeError as error:
+            raise TableError(f"the table {self.name!r} is one of {self.type!r}, and {value!r:.200} is none: {error}") from error
 
     def _cell(self, key: Any) -> tuple[Hand, tuple[str, Key]]:
         hand = CURRENT.get()
@@ -130,6 +139,8 @@ class Table(Generic[T]):
         return hand.tables.read(hand, cell) is not None
 
     def __setitem__(self, key: Any, value: T) -> None:
+        if type(value) is not self._exact and self._exact is not None:
+            self._fits(value)
         hand = CURRENT.get()
         if hand is not None and hand.open and hand.row[1] == key and self.name in hand.names:
             hand.cells[self.name, key] = _encode(value)
