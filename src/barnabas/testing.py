@@ -29,7 +29,8 @@ from barnabas.engine.runner import Runner
 from barnabas.errors import BarnabasError, own_part
 from barnabas.inspect import span
 from barnabas.job import Job
-from barnabas.jobs.payload import PayloadError, parse
+from barnabas.jobs.payload import parse
+from barnabas.jobs.work import name_of
 from barnabas.killing import kill
 from barnabas.message import Message, Outgoing
 from barnabas.settings import Settings
@@ -134,15 +135,14 @@ class Trial:
         memory = self._memory
         payloads = [out.payload for queue in memory.ready.values() for _, out in sorted(queue, key=lambda row: row[0])]
         payloads += [out.payload for _, _, _, out in sorted(memory.later, key=lambda row: row[:2])]
-        return [job.decode_args(p.args) for p in map(_parsed, payloads) if p is not None and p.name == job.name]
+        return [job.decode_args(parse(payload).args) for payload in payloads if _is_of(job, payload)]
 
     def dead(self, source: Topic[Any] | Job) -> list[Any]:
         """The dead letters of a topic, as Messages whose headers give the reason (the value decoded if it can be, else
         bytes), or the dead jobs of a job, as dicts with `args`, `error_class`, `error_message` and so on."""
         if isinstance(source, Job):
             decode = make_codec("a dead job", dict, "json")[1]
-            found = [(_parsed(out.payload), out.payload) for out in self._memory.buried.values()]
-            return [decode(data) for p, data in found if p is not None and p.name == source.name]
+            return [decode(out.payload) for out in self._memory.buried.values() if _is_of(source, out.payload)]
         name = source.dead_topic.name
         return [self._message(source.dead_topic, source.decode, (Exception,), *at) for at in self._memory.came.get(name, ())]
 
@@ -213,8 +213,5 @@ def _cause(failure: Failed) -> BaseException:
     return error.with_traceback(own_part(error) or error.__traceback__)
 
 
-def _parsed(payload: bytes) -> Any:
-    try:
-        return parse(payload)
-    except PayloadError:
-        return None
+def _is_of(job: Job, payload: bytes) -> bool:
+    return name_of((0, None, payload, None, 0.0)) == job.name

@@ -446,20 +446,19 @@ class Worker:
         return held
 
     def _where(self, crew: Crew, slot: int) -> str:
-        """The stack of a worker, innermost last."""
-        if isinstance(crew, ThreadCrew):
-            frame = sys._current_frames().get(crew.threads[slot].ident or 0)
-            return "".join(traceback.format_stack(frame)[-3:]) if frame is not None else "ended"
+        """The stack of a worker from the handler on, innermost last."""
+        frames, ident = list[tuple[Any, int]](), crew.threads[slot].ident if isinstance(crew, ThreadCrew) else None
         if isinstance(crew, LoopCrew):
-            frames, awaited = [], crew.tasks[slot].get_coro()
+            awaited: Any = crew.tasks[slot].get_coro()
             if getattr(awaited, "cr_running", False):  # it does not wait for anything: it blocks the loop's thread
-                ident = next((thread.ident for thread in self._threads if thread.name == "barnabas-loop"), 0)
-                return "".join(traceback.format_stack(sys._current_frames().get(ident or 0))[-3:])
-            while getattr(awaited, "cr_frame", None) is not None:  # a task's own get_stack knows the outermost only
-                frames.append((awaited.cr_frame, awaited.cr_frame.f_lineno))  # type: ignore[union-attr]
-                awaited = awaited.cr_await  # type: ignore[union-attr]
-            return "".join(traceback.StackSummary.extract(iter(frames[-3:])).format())
-        return "inline"
+                ident = next((thread.ident for thread in self._threads if thread.name == "barnabas-loop"), None)
+            while ident is None and getattr(awaited, "cr_frame", None) is not None:
+                frames.append((awaited.cr_frame, awaited.cr_frame.f_lineno))  # a task's own get_stack knows the outermost only
+                awaited = awaited.cr_await
+        if (frame := sys._current_frames().get(ident or 0)) is not None:
+            frames = [*traceback.walk_stack(frame)][::-1]
+        past = max((n for n, (each, _) in enumerate(frames, 1) if each.f_code.co_filename.endswith("engine/work.py")), default=0)
+        return "".join(traceback.StackSummary.extract(iter(frames[past:] or frames)).format()) or "ended"
 
     # Timeouts. A sweep that compares what is in work costs a message nothing.
 
