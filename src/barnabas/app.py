@@ -125,15 +125,13 @@ class App:
             self._claim_name(consumer.name, consumer.owner)
             for other in self.consumers.values():
                 if other.group == consumer.group:
-                    raise DeclarationError(
-                        f"{consumer.owner}: group={consumer.group!r} belongs to consumer {other.name!r}; two consumers "
-                        "of one group would take each other's messages: give one of them another name= or group="
-                    )
+                    what = f"{consumer.owner}: group={consumer.group!r} belongs to consumer {other.name!r}"
+                    why = "two consumers of one group would take each other's messages: give one of them another name= or group="
+                    raise DeclarationError(f"{what}; {why}")
                 for table in [table for table in consumer.tables if table in other.tables]:
-                    raise DeclarationError(
-                        f"{consumer.owner}: tables=: the table {table.name!r} belongs to consumer {other.name!r}; "
-                        f"give this one a table of its own, or read the other's: with {table.name}.open() as view"
-                    )
+                    what = f"{consumer.owner}: tables=: the table {table.name!r} belongs to consumer {other.name!r}"
+                    how = f"give this one a table of its own, or read the other's: with {table.name}.open() as view"
+                    raise DeclarationError(f"{what}; {how}")
             self.consumers[consumer.name] = consumer
             return target
 
@@ -338,10 +336,8 @@ class App:
     def ranks(self, owner: str) -> None:
         """Refuse a priority of this job where queues have none."""
         if not self.jobs.ranks:
-            raise SendError(
-                f"{owner} has a priority, and queues on Redis are Sidekiq's lists, first in, first out: give what is urgent a "
-                "queue of its own, and the queues weights: [jobs] queues = {urgent = 5, default = 1}"
-            )
+            how = "give what is urgent a queue of its own, and the queues weights: [jobs] queues = {urgent = 5, default = 1}"
+            raise SendError(f"{owner} has a priority, and queues on Redis are Sidekiq's lists, first in, first out: {how}")
 
     def all_topics(self) -> list[Topic[Any]]:
         """The declared topics, with their dead-letter topics and the retry topics of groups that need them."""

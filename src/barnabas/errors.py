@@ -33,7 +33,11 @@ class SendError(BarnabasError):
     """A message or job could not be made durable."""
 
 
-class ValueTooLarge(SendError):
+class MessageRefused(SendError):
+    """The broker will never store this message as it is: for its missing key, its timestamp or its size."""
+
+
+class ValueTooLarge(MessageRefused):
     """An encoded value is over the topic's limit (`value_limit`, bytes)."""
 
 

@@ -213,6 +213,24 @@ def test_so_does_a_job_and_what_is_too_large_for_its_retry_topic_or_the_process_
     assert strict.events.committed("shop-stop", [("orders", 0)]).get(("orders", 0), (0, ""))[0] == 0
 
 
+def test_outputs_that_are_refused_for_their_time_or_for_want_of_a_key_make_dead_letters_and_say_why(make) -> None:
+    app = make(topics={"out": {"compact": True}})
+    topic, out, plain = (app.topic(name, int, partitions=1) for name in ("orders", "out", "plain"))
+
+    @app.consumer(topic, name="read")
+    def read(n: int) -> None:
+        out.send(n, key=str(n) if n != 1 else None)
+        if n == 2:
+            plain.send(n, timestamp=time.time() + 86_400)
+
+    topic.send_many(range(4)).result(10)
+    drain(app, 20)
+    letters = [(value, dict(headers)["barnabas-reason"]) for _, _, value, headers, _ in app.events.read("orders.dead", 0, 0, 10)]
+    assert [value for value, _ in letters] == [b"1", b"2"] and b"takes no message without a key" in letters[0][1]
+    assert b"message.timestamp.after.max.ms" in letters[1][1]
+    assert {value for _, _, value, _, _ in app.events.read("out", 0, 0, 9)} == {b"0", b"2", b"3"}
+
+
 def test_a_member_that_another_fenced_says_so_and_does_not_claim_to_work(make, caplog) -> None:
     apps = [make(kafka={"group.instance.id": "one"}, session_timeout=6.0) for _ in range(2)]
     for app in apps:

@@ -7,7 +7,7 @@ from typing import Any
 from confluent_kafka import KafkaError, Message
 
 from barnabas.engine.ledger import Intervals
-from barnabas.errors import BackendError, NotAuthenticated, NotAuthorised, SendError, UnknownTopic, ValueTooLarge
+from barnabas.errors import BackendError, MessageRefused, NotAuthenticated, NotAuthorised, SendError, UnknownTopic, ValueTooLarge
 from barnabas.message import Row
 
 _DENIED = {
@@ -21,6 +21,10 @@ SOON = {  # nobody leads it just now
     KafkaError.FENCED_LEADER_EPOCH, KafkaError.OFFSET_NOT_AVAILABLE, KafkaError.NOT_COORDINATOR,
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.COORDINATOR_NOT_AVAILABLE,
 }  # fmt: skip
+_NEVER = {
+    KafkaError.INVALID_RECORD: "a compacted topic takes no message without a key",
+    KafkaError.INVALID_TIMESTAMP: "its timestamp is farther from now than the topic's message.timestamp.after.max.ms allows",
+}
 _AWAY = {KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT}
 _AWAY |= {KafkaError._TIMED_OUT_QUEUE, KafkaError._WAIT_COORD, KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}
 
@@ -38,6 +42,8 @@ def explain(error: KafkaError, what: str, home: Any, sending: bool = False) -> E
         return NotAuthorised(f"{what}: {home.servers} does not allow it ({text}); give its user the right, or change kafka=")
     if code == KafkaError.MSG_SIZE_TOO_LARGE:
         return ValueTooLarge(f"{what} is larger than {home.servers} takes; raise the topic's max.message.bytes above batch.size")
+    if code in _NEVER:
+        return MessageRefused(f"{what}: {home.servers} refuses it ({text}): {_NEVER[code]}")
     if code in _AWAY:
         away = f" ({home.away})" if home.away else ""
         how = "see that it runs and can be reached" + (", or raise delivery.timeout.ms in kafka={...}" if sending else "")

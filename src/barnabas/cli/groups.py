@@ -36,11 +36,12 @@ def lag(app: App, name: str | None, partitions: bool, as_json: bool) -> None:
         group = group_of(app, name, [each.group for each in found])
         found = [each for each in found if each.group == group]
     columns = ("group", "consumer", "topics", "open#", "behind#", "processes#", "state")
+    none = "its consumers' topics are not stored yet: barnabas topics" if app.consumers else "the app declares no consumer"
     draw.listing(
         as_json, found, columns,
         lambda g: (g.group, g.consumer or "-", _topics(g), g.open, draw.age(g.seconds), len(g.processes), g.state),
-        "there is no group, and the app declares no consumer",
-    )
+        f"there is no group, and {none}",
+    )  # fmt: skip
     if not as_json and (partitions or name is not None):
         rows = [each for group in found for each in group.partitions if each.end or not _retries(group.group, each.topic)]
         draw.table(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from barnabas.errors import Conflict, SendError, ValueTooLarge
+from barnabas.errors import Conflict, MessageRefused, SendError
 from barnabas.future import Future
 from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Result, Source
@@ -16,7 +16,7 @@ def checkpoint(source: Source, sinks: Callable[[Any], Any] | None, results: Sequ
     """Settle `results`. Outputs for the source's own home ride in its transaction, others are durable before it.
 
     sinks: where an output leaves; None if all leave where the source lives. bury: makes of results, of what is left of them to
-    settle, and of outputs that were refused as too large, what is to be settled instead.
+    settle, and of outputs that are refused for good, what is to be settled instead.
     Returns the number of outputs. Raises what the sink or the source raises; nothing is settled then.
     """
     if sinks is None:
@@ -51,7 +51,7 @@ def checkpoint(source: Source, sinks: Callable[[Any], Any] | None, results: Sequ
 
 def flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> list[tuple[Any, Exception]]:
     """Make these durable. Each gets a future of its own for this try: the caller's resolves with the last one. What is
-    refused as too large goes alone, and a dead letter then without its value: it says where that is. Returns what is too large
+    refused for what it is goes alone, and a dead letter then without its value: it says where that is. Returns what is refused
     even so, and why."""
     tries, stored, failed, refused = [], [], None, []
     for output in outputs:
@@ -64,7 +64,7 @@ def flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> list[tuple[Any, E
             error = future.exception(FLUSH)
         except Exception as problem:
             error = problem
-        if isinstance(error, ValueTooLarge):
+        if isinstance(error, MessageRefused):
             if less := output if len(tries) > 1 else without_value(output):
                 refused += flush(sink, [less])  # (Kafka measures what goes in one batch together)
             else:

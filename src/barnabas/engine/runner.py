@@ -273,7 +273,7 @@ class Runner:
         self._settled_at = began
 
     def _bury(self, results: Sequence[Result], settled: Sequence[Result], refused: Sequence[Any]) -> Sequence[Result]:
-        """Rows whose outputs are refused as too large are dead; a batch's run again, each alone, to find the culprit."""
+        """Rows whose outputs are refused for good are dead; a batch's run again, each alone, to find the culprit."""
         settled, now, handler = list(settled), self.clock.now(), self.crews[0].handler
         for output, error in refused:
             of = [(n, row) for n, r in enumerate(results) if any(out is output for out in r.outputs) for row in r.rows]
