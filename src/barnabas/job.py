@@ -101,10 +101,8 @@ class Calls:
         """What a chain stores of this job. Raises DeclarationError for what cannot be part of one."""
         job, call = self._job, self._call
         if job._least > 1 or not (job._most or job._rest):
-            raise DeclarationError(
-                f"{job.owner} cannot be part of a chain: it gets one argument, what the job before it returned, and takes "
-                f"{job._signature}"
-            )
+            what = "it gets one argument, what the job before it returned, and takes"
+            raise DeclarationError(f"{job.owner} cannot be part of a chain: {what} {job._signature}")
         if job.queued:
             raise DeclarationError(f"{job.owner} is unique from its enqueueing on: in a chain it can only be the first job")
         if {"then", "batch"} & call.get("more", {}).keys() or "now" in call:
@@ -452,10 +450,8 @@ class Options(Calls):
         """The same as one of a batch. Raises DeclarationError for what cannot be of one."""
         job = self._job
         if job.queued or job.app.job_handlers.get(job.name) is not job:
-            raise DeclarationError(
-                f"{job.owner} cannot be of a batch: it is run by another program, which tells nobody of its end, or unique from "
-                "its enqueueing on, so that it may not be stored at all"
-            )
+            one, other = "it is run by another program, which tells nobody of its end", "unique from its enqueueing on"
+            raise DeclarationError(f"{job.owner} cannot be of a batch: {one}, or {other}, so that it may not be stored at all")
         return Options(job, {**self._call, "batch": batch, "more": {**self._call.get("more", {}), "batch": batch.id}})
 
 

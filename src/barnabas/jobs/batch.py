@@ -259,10 +259,8 @@ class JobBatch:
     def take(self, out: OutgoingJob) -> Member:
         """Make a job a member. Raises SendError where it is too late for that."""
         if not self._filling:
-            raise SendError(
-                f"batch {self.id or '(not begun)'} takes jobs inside its `with` block only; a job of it adds others by "
-                "app.current_batch().enqueue(...)"
-            )
+            how = "a job of it adds others by app.current_batch().enqueue(...)"
+            raise SendError(f"batch {self.id or '(not begun)'} takes jobs inside its `with` block only; {how}")
         if self._record is None and standing(self.app, self.id) == "complete":
             raise SendError(f"batch {self.id} has ended: it takes no more jobs; make another: with app.batch(...)")
         self._size += 1
@@ -346,10 +344,8 @@ def _link(app: Any, option: str, target: Any) -> dict[str, Any]:
     if getattr(job, "app", None) is not app or not hasattr(job, "_called"):
         raise DeclarationError(f"batch: {option}={target!r}: give a job of this app, or job.options(...)")
     if job._least > 1 or job.queued or {"then", "batch"} & call.get("more", {}).keys() or "now" in call:
-        raise DeclarationError(
-            f"batch: {option}={job.name!r}: a callback gets one argument, the batch's id, or none, and is neither a chain nor "
-            "unique from its enqueueing on"
-        )
+        what = "a callback gets one argument, the batch's id, or none, and is neither a chain nor unique from its enqueueing on"
+        raise DeclarationError(f"batch: {option}={job.name!r}: {what}")
     queue, retry, extra = job._called(call, LINK)
     return {"class": job.name, "queue": queue, "retry": retry, **extra, "takes": bool(job._most or job._rest)}
 

@@ -227,10 +227,8 @@ class Limiter:
             pause = min(2 * pause, WANT / 4)
             left = end - monotonic()
             if left <= 0:
-                raise NoSlot(
-                    f"{self._owner}: no slot of {self._limit!r} within {self._timeout} s: others have them, or wait; "
-                    "give it more time, or raise the limit"
-                )
+                why = "others have them, or wait; give it more time, or raise the limit"
+                raise NoSlot(f"{self._owner}: no slot of {self._limit!r} within {self._timeout} s: {why}")
             yield min(left, max(0.001, min(wait, WANT / 2 if need.span else pause)))
 
     def _over(self, token: str, begun: bool) -> None:
