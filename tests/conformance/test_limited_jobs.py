@@ -236,6 +236,28 @@ def test_what_is_not_to_run_takes_no_slot(place, app, kind):
     assert app.observers.counts["call", "expired"] == 20 == app.observers.counts["call", "cancelled"]
 
 
+def test_who_waits_behind_jobs_that_have_expired_comes_sooner(place, app):
+    ran = []
+
+    @app.job(limit=[Concurrent(3), Rate(1, per=30)])
+    def call(n: int):
+        ran.append(n)
+
+    for n in range(20):
+        call.options(expires_in=100).enqueue(n).result(5)
+    call.enqueue(20).result(5)
+
+    def parked():
+        return [entry.job.at - time.time() for entry in jobs(app, state="scheduled")]
+
+    with place.running(app) as worker:
+        wait_for(lambda: len(parked()) == 20 and max(parked()) > 580, "all wait", worker)
+        app.clock.advance(101)
+        app.jobs.ring() if place.name == "memory" else call.enqueue_in(0.01, 21).result(5)
+        wait_for(lambda: app.observers.counts.get(("call", "expired")) == 19, "all that are late are gone", worker)
+        wait_for(lambda: 20 in ran or all(at < 200 for at in parked()), "it is the next", worker)
+
+
 @pytest.mark.parametrize("to", [None, "dead", "queue:elsewhere"])
 def test_who_waits_behind_jobs_that_an_operator_moves_comes_sooner(place, app, monkeypatch, to):
     if place.name == "redis":

@@ -14,7 +14,7 @@ from barnabas.errors import Refused, UnknownTopic
 from barnabas.jobs.beyond import ALL
 from barnabas.jobs.limit import WANT, Need
 from barnabas.jobs.payload import enqueued_at, recalled, requeued
-from barnabas.jobs.unique import VAIN, Ask, held, marked
+from barnabas.jobs.unique import MANY, VAIN, Ask, held, marked
 from barnabas.message import Member, Outgoing, OutgoingJob
 from barnabas.ports import Position, Process, QueueState, StoredJob
 
@@ -199,8 +199,9 @@ class MemoryAdmin:
         now, since = self.clock.now(), self.clock.monotonic()
         self.turns.pop(number, None)
         if ask.created == VAIN:
-            for need in [need for need in ask.needs if not need.span]:
-                self._wake(need)
+            first = {n for need in ask.needs for n, _ in self.parked.get(need.key, [])[:MANY]}
+            self.later = [(min(now, entry[0]), *entry[1:]) if entry[1] in first else entry for entry in self.later]  # look anew
+            heapq.heapify(self.later)
             return False, marked(ask)
         for need in ask.needs:
             at = self.full(need, now, number)

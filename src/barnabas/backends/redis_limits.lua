@@ -136,10 +136,25 @@ local function turn_of(need, now, before)
   return before and math.max(base, before + apart) or base
 end
 
+-- Those who wait first look anew: behind somebody who takes no slot. Whether there are any.
+local function hasten(need, now)
+  local waiting, parked, any = key('barnabas:waiting:' .. need.name), key('barnabas:parked:' .. need.name), false
+  for _, jid in ipairs(redis.call('ZRANGE', waiting, 0, 99)) do
+    local at, rest, payload = string.match(redis.call('HGET', parked, jid) or '', '^(%S+) %S+( %S+ %S+ (.*))$')
+    local score = at and redis.call('ZSCORE', key('schedule'), payload)
+    if score and tonumber(score) == tonumber(at) and tonumber(at) > now then
+      redis.call('ZADD', key('schedule'), string.format('%.6f', now), payload)
+      redis.call('HSET', parked, jid, string.format('%.6f %.6f', now, now) .. rest)
+      any = true
+    end
+  end
+  return any
+end
+
 --- admit
 -- Of each claimed job of a queue that needs slots, or gives a lock back: 1 if it may begin; 0 if it waits, or is not in this
 -- process's hands any more; else the id of the job that is at work. And when the first of those that wait is due.
-local id, name, jobs, fields, numbers, crowds = arg(), arg(), {}, {}, {}, {}
+local id, name, jobs, fields, numbers, crowds, vain = arg(), arg(), {}, {}, {}, {}, {}
 for i = 1, number() do
   local job = {arg(), arg(), arg(), arg(), {}}
   for n = 1, number() do
@@ -204,6 +219,7 @@ for i, job in ipairs(jobs) do
     end
     if created == 'inf' then -- it is not to run
       of = nil
+      for _, need in ipairs(needs) do vain[need.name] = need end
     elseif not full then
       local said = ''
       for _, need in ipairs(needs) do said = said .. need.text .. ' ' end
@@ -236,6 +252,9 @@ for i, job in ipairs(jobs) do
   end
   if answer == 1 and lock ~= '' then free(lock, jid) end
   answers[i] = answer
+end
+for _, need in pairs(vain) do
+  if hasten(need, now) then soonest = 0 end
 end
 return {soonest == '' and '' or string.format('%.6f', soonest), answers}
 

@@ -14,7 +14,7 @@ from barnabas.backends.sqlite_read import one
 from barnabas.backends.sqlite_sources import Fetcher
 from barnabas.jobs.limit import Need
 from barnabas.jobs.payload import PayloadError, enqueued
-from barnabas.jobs.unique import VAIN, marked
+from barnabas.jobs.unique import MANY, VAIN, marked
 from barnabas.message import Row
 from barnabas.ports import Listener, Part, Result
 from barnabas.verdict import Again, Dead
@@ -176,9 +176,14 @@ class SqliteQueues(Fetcher):
         """Take the slots a claimed job needs; whether it has to wait for one, and what its row is to say. left: counts what it
         leaves that it may have been woken for."""
         ask = self._guard(payload)
-        if ask is None or ask.created == VAIN:
-            left.update((need.key, need.most) for need in (ask.needs if ask else ()) if not need.span)
-            return False, ask and marked(ask)
+        if ask is None:
+            return False, None
+        if ask.created == VAIN:  # those behind it look anew
+            first = "SELECT id FROM jobs WHERE run = ? AND state = 2 ORDER BY id LIMIT ?"
+            waits = [(now, now, need.key, MANY) for need in ask.needs]
+            db.executemany(f"UPDATE jobs SET at = ? WHERE at > ? AND id IN ({first})", waits)
+            self._due = now
+            return False, marked(ask)
         for need in ask.needs:
             at = full(db, need, now, id_)
             if at is not None:

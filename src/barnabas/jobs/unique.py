@@ -19,6 +19,7 @@ from barnabas.jobs.payload import Failed, PayloadError, failed, parse
 from barnabas.message import LockedJob
 
 VAIN = inf
+MANY = 100  # of those who wait for a slot behind such a job (which takes none) look anew
 AGAIN = 5.0  # seconds after which a job with on_conflict="reschedule" is tried again
 RUN = ":RUN"
 AT_ENQUEUE = ("raise", "reject", "replace", "log")
