@@ -184,6 +184,14 @@ def test_of_several_paused_keys_one_is_resumed(place, app, topic):
     assert seen == [4, 1, 3, 5, 2, 6]
 
 
+def test_keys_that_two_operators_pause_at_once_are_both_paused(place, app, topic, monkeypatch):
+    app.events.declare([topic])
+    monkeypatch.setattr("barnabas.processes.pauses", lambda app: [])  # neither has seen what the other does
+    wanted = [Pause("key", "shop-read", key) for key in "ab"]
+    assert all(set_pause(app, pause, True) for pause in wanted)
+    assert pauses(app) == wanted
+
+
 def test_a_paused_key_of_bytes_is_meant_too(place, app):
     topic, seen = app.topic("raw", codec="raw", partitions=1), []
     app.consumer(topic, name="read", order="key")(lambda n: seen.append(n))
