@@ -158,23 +158,21 @@ class Consumer:
     def _check(self, options: dict[str, Any]) -> None:
         for option in ("name", "group"):
             check_name(self.owner, option, "" if self.name in ("<lambda>", "partial") else getattr(self, option))
-        way_out = "there `barnabas dead` keeps what was dealt with; give another name= or group="
-        self._must(self.group != f"{self.app.name}-dead", "group", way_out)
+        self._must(self.group != f"{self.app.name}-dead", "group", "it is that of `barnabas dead`; give another name= or group=")
         fit = self.topics and all(isinstance(topic, Topic) for topic in self.topics)
         self._must(fit, "topics", "give a topic, as app.topic(...) returns it, or a list of them")
         self._must(len({topic.name for topic in self.topics}) == len(self.topics), "topics", "name each topic once")
         check_call(self.owner, (), timeout=self.timeout)
-        batch, tables, topics = _given(options, "batch", self.batch), self.tables, self.topics
+        batch, tables, topics, n = _given(options, "batch", self.batch), self.tables, self.topics, self.concurrency
         self._must(self.start in ("earliest", "latest"), "start", 'give "earliest" or "latest"; `barnabas reset` moves a group')
-        many = whole(self.concurrency) and 1 <= self.concurrency <= 10_000
-        self._must(many, "concurrency", "give a whole number from 1 to 10000: deliveries in work at once per process")
+        self._must(whole(n) and 1 <= n <= 10_000, "concurrency", "give a whole number from 1 to 10000: work at once per process")
         self._must(self.order in ("key", "partition", "none"), "order", 'give "key", "partition" or "none"')
         self._must(isinstance(self.retry, Retry), "retry", "give Retry(times, ...), Retry(0) for none")
         self._must(self.on_dead in ("topic", "skip", "stop"), "on_dead", 'give "topic" (dead letters), "skip" (counted), "stop"')
         self._must(all(isinstance(table, Table) for table in tables), "tables", "give tables, as app.table(...) returns them")
         self._must(not tables or self.order != "none", "order", 'tables need an order; use "key" or "partition"')
         self._must(not tables or self.retry.ordered, "retry", "tables need an order; use Retry(..., ordered=True)")
-        rekeyed = tables and self.order == "key" and self.concurrency > 1 and any(t.rekeyed for t in topics)
+        rekeyed = tables and self.order == "key" and n > 1 and any(t.rekeyed for t in topics)
         self._must(not rekeyed, "order", 'of a rekeyed topic, two keys could write one cell at once; use "partition"')
         must(isinstance(batch, Batch), self.owner, "batch", batch, "give Batch(max=1000, wait=0.5)")
 
@@ -195,7 +193,8 @@ class Consumer:
         for topic in self.topics:
             function = self._function(holder, topic)
             must(callable(function), self.owner, "handler", function, "give a function, an async function or a class")
-            if inspect.isclass(holder):
+            static = inspect.getattr_static(holder, getattr(function, "__name__", ""), None)
+            if inspect.isclass(holder) and not isinstance(static, staticmethod):
                 function = function.__get__(object())
             routes.append(make_route(self.owner, topic, function))
         if len({inspect.iscoroutinefunction(r.function) for r in routes}) > 1:

@@ -498,6 +498,21 @@ def test_a_value_that_is_none_of_its_topic_is_told_of_where_it_is_stored(app):
         app.orders.send({"customer": "ann"}, key="k").result(5)
 
 
+def test_a_static_method_handles(app):
+    seen = []
+
+    @app.consumer(app.orders)
+    class Desk:
+        @staticmethod
+        def process(order: Order):
+            seen.append(order.id)
+
+    with testing.run(app) as t:
+        app.orders.send(Order(7))
+        t.drain()
+    assert seen == [7]
+
+
 def test_a_handler_cannot_close_its_app(app):
     app.consumer(app.orders, name="x")(lambda order: app.close())
     with testing.run(app) as t, pytest.raises(Refused, match="leave it out"):

@@ -248,15 +248,16 @@ def test_who_waits_for_what_others_gave_up_is_woken(tmp_path: Path) -> None:
         other.close()
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python lets nobody begin a thread in an exit function, and says so")
-def test_a_send_of_an_exit_function_is_stored(tmp_path):
-    """One that was registered before Barnabas opened the file runs after it was flushed and closed."""
-    code = """
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_send_of_an_exit_function_is_stored(tmp_path, before):
+    """One that was registered before Barnabas opened the file runs after it was flushed and closed, or opens it first."""
+    code = f"""
 import atexit
 from barnabas import App
 topic = App("shop").topic("numbers", int)
 atexit.register(lambda: topic.send(2))
-topic.send(1).result(5)
+topic.send_many([1] * {before}).result(5)
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=30)
     stored = App("shop", events=f"sqlite:///{tmp_path}/barnabas.db").events.topics()
-    assert sum(end - first for first, end, _ in stored[0].partitions) == 2
+    assert sum(end - first for first, end, _ in stored[0].partitions) == before + 1

@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+import threading
 import weakref
 from functools import cache
 from importlib import import_module
@@ -38,7 +39,7 @@ def open_url(url: str, settings: Any, kind: str, clock: Any) -> Any:
         child = sys.modules.get("multiprocessing.process")
         if child is not None and child.parent_process() is not None:  # it ends without what atexit has
             sys.modules["multiprocessing.util"].Finalize(None, _at_exit, exitpriority=0)
-        if _ended:  # a send of somebody's own exit function, behind ours: nobody flushes it later
+        if _ended or not threading.main_thread().is_alive():  # a send of somebody's own exit function: nobody flushes it later
             send = backend.send
             backend.send = lambda *given: (send(*given), backend.flush(settings.send_timeout))
     return backend

@@ -27,7 +27,8 @@ P = TypeVar("P", bound=Hashable)
 
 def buffer_full(where: str, timeout: float, what: str) -> BufferFull:
     """The error of who found no room in time."""
-    how = "send slower, or raise buffer_messages, buffer_bytes or send_timeout"
+    how = "send slower" if timeout else "a loop waits for no room: await what was sent before, or send by asyncio.to_thread"
+    how += ", or raise buffer_messages, buffer_bytes or send_timeout"
     return BufferFull(f"the send buffer of {where} was full for {timeout} s: {what}; {how}")
 
 
