@@ -47,9 +47,7 @@ def refuse_unknown(what: str, options: dict[str, Any], known: Sequence[str]) -> 
 def check_name(owner: str, option: str, name: Any, slashes: bool = False) -> None:
     """Refuse a name that no line of a table or a log could show."""
     fits = isinstance(name, str) and name.strip() and name.isprintable() and len(name) <= 200 and (slashes or "/" not in name)
-    if not fits:
-        what = "a text of up to 200 printable characters" + " without slashes" * (not slashes)
-        raise DeclarationError(f"{owner}: {option}={name!r}: give {what}")
+    must(fits, owner, option, name, "give a text of up to 200 printable characters" + " without slashes" * (not slashes))
 
 
 def check_call(owner: str, tags: Any, **seconds: Any) -> None:
@@ -57,9 +55,8 @@ def check_call(owner: str, tags: Any, **seconds: Any) -> None:
     if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) and tag for tag in tags):
         raise DeclarationError(f"{owner}: tags={tags!r}: give a list of texts")
     for name, value in seconds.items():
-        wrong = isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 10**9
-        if value is not None and wrong:
-            raise DeclarationError(f"{owner}: {name}={value!r}: give seconds, above 0 and up to 1,000,000,000, or None")
+        fits = value is None or (not isinstance(value, bool) and isinstance(value, int | float) and 0 < value <= 10**9)
+        must(fits, owner, name, value, "give seconds, above 0 and up to 1,000,000,000, or None")
 
 
 def check_priority(owner: str, priority: Any) -> None:

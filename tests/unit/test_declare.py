@@ -5,7 +5,7 @@ import functools
 import re
 import sys
 from contextlib import nullcontext
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
 import msgspec
 import pytest
@@ -467,6 +467,7 @@ def test_a_driver_that_is_not_installed_is_named(monkeypatch, url, driver, extra
 # Handlers.
 
 
+T = TypeVar("T")
 Big = Annotated[int, msgspec.Meta(gt=10)]
 
 
@@ -498,7 +499,7 @@ def test_a_value_that_is_none_of_its_topic_is_told_of_where_it_is_stored(app):
         app.orders.send({"customer": "ann"}, key="k").result(5)
 
 
-def test_a_static_method_handles(app):
+def test_a_static_method_handles_and_one_of_any_type(app):
     seen = []
 
     @app.consumer(app.orders)
@@ -507,10 +508,15 @@ def test_a_static_method_handles(app):
         def process(order: Order):
             seen.append(order.id)
 
+    class Shared(Generic[T]):
+        def process(self, value: T):
+            seen.append(value.id)
+
+    app.consumer(app.orders, name="own")(type("Own", (Shared,), {}))
     with testing.run(app) as t:
         app.orders.send(Order(7))
         t.drain()
-    assert seen == [7]
+    assert seen == [7, 7]
 
 
 def test_a_handler_cannot_close_its_app(app):

@@ -45,6 +45,8 @@ def _strip_none(annotation: Any) -> tuple[Any, bool]:
         bare, none = _strip_none(annotation.__origin__)
         minded = tuple(note for note in annotation.__metadata__ if isinstance(note, msgspec.Meta))
         return (typing.Annotated[(bare, *minded)] if minded else bare), none
+    if isinstance(annotation, typing.TypeVar) and not (annotation.__bound__ or annotation.__constraints__):
+        return Any, False  # of a class that many handlers share: what the topic carries
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         rest = [a for a in typing.get_args(annotation) if a is not type(None)]
         if len(rest) < len(typing.get_args(annotation)):
