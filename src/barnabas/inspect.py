@@ -314,7 +314,7 @@ def _edges(consumer: Consumer) -> Iterator[Edge]:
 def responses(consumer: Consumer) -> list[tuple[str, bool, bool]]:
     """The topics a consumer answers on, in the order of declaration: name, whether always, whether more than once."""
     routes = consumer.routes(consumer.target)
-    optional, batch = all(route.params.returns_none for route in routes), routes[0].params.batch
+    optional, batch = any(route.params.returns_none for route in routes), routes[0].params.batch
     return [(r.topic.name, r.required and not optional, r.multiple or batch) for r in consumer.responds]
 
 

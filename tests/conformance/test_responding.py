@@ -150,6 +150,21 @@ def test_an_answer_can_be_a_message_with_headers(place, app, orders, receipts):
     assert (m.key, [tuple(h) for h in m.headers if h[0] != ID], m.timestamp) == ("k", [("a", b"1")], 9.0)
 
 
+def test_each_method_of_a_class_says_whether_it_must_answer(place, app, orders, alerts, receipts):
+    @app.consumer([orders, alerts], responds=[receipts])
+    class Bill:
+        def orders(self, order: Order) -> Receipt | None:
+            return None
+
+        def alerts(self, text: str) -> Receipt:
+            return None
+
+    orders.send(Order(1)).result(5)
+    alerts.send("a").result(5)
+    place.drain(app)
+    assert place.dead(orders) == [] and len(place.dead(alerts)) == 1 and place.values(receipts) == []
+
+
 def test_none_means_no_answer_where_the_annotation_says_so(place, app, orders, receipts):
     @app.consumer(orders, responds=[receipts])
     def bill(order: Order) -> Receipt | None:

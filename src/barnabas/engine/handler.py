@@ -180,7 +180,7 @@ class Handler:
         self.function = wrap(function, hooks, self.awaited, self.name) if hooks else function
         self.answer: Callable[[Any, Any], None] | None = None
         if consumer.responds:
-            optional = all(r.params.returns_none for r in routes)
+            optional = {name for name, r in self.routes.items() if r.params.returns_none}
             self.answer = make_answer(self.name, consumer.responds, self.batch is not None, optional)
 
     def limit(self, run: Run) -> float | None:

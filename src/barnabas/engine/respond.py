@@ -1,6 +1,6 @@
 """Responders: which topics a consumer answers on, and the check that it kept its word."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -43,11 +43,12 @@ class Respond:
         self.answers.append((topic, value, key))
 
 
-def make_answer(owner: str, declared: Sequence[RespondTo], batch: bool, optional: bool) -> Callable[[Hand, Any], None]:
-    """The function that checks a handler's answers and puts them into its hand, in the order of their first use."""
+def make_answer(owner: str, declared: Sequence[RespondTo], batch: bool, optional: Collection[str]) -> Callable[[Hand, Any], None]:
+    """The function that checks a handler's answers and puts them into its hand, in the order of their first use. optional: topics
+    whose messages need no answer."""
     by_topic = {d.topic: d for d in declared}
     only = declared[0].topic if len(declared) == 1 else None
-    required = [] if optional else [d.topic for d in declared if d.required]
+    required = [d.topic for d in declared if d.required]
 
     def answer(hand: Hand, out: Any) -> None:
         if out is Done:  # the handler failed and a hook forgave it
@@ -69,7 +70,7 @@ def make_answer(owner: str, declared: Sequence[RespondTo], batch: bool, optional
                 may = f"if it may, declare respond_to({topic.name}, multiple=True)"
                 raise ResponderError(f"{owner} answered on {topic.name!r} twice; {may}")
         for topic in required:
-            if topic not in uses:
+            if topic not in uses and hand.run.part.topic not in optional:
                 need_not = f"declare respond_to({topic.name}, required=False) or annotate the handler with `-> T | None`"
                 raise ResponderError(f"{owner} did not answer on {topic.name!r}; if it need not, {need_not}")
         for topic, value, key in answers:
