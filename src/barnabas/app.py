@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from barnabas import backends
 from barnabas.clock import Clock
-from barnabas.consumer import Consumer, check_name, refuse_unknown
+from barnabas.consumer import Consumer, check_name
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.hooks import after, before, check_hook, refuse_async
 from barnabas.engine.observe import Observer, Observers
-from barnabas.errors import DeclarationError, Refused, SendError, must, whole
+from barnabas.errors import DeclarationError, Refused, SendError, must, refuse_unknown, whole
 from barnabas.job import OPTIONS as JOB_OPTIONS
 from barnabas.job import STORED, Job
 from barnabas.ports import Backend

@@ -2,14 +2,14 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Never
 
 from barnabas.codec import misfit
 from barnabas.engine.handler import Handler, Params, Route, make_route
 from barnabas.engine.hooks import check_hooks, check_takes, refuse_async
 from barnabas.engine.observe import Observers
 from barnabas.engine.respond import RespondTo, respond_to
-from barnabas.errors import DeclarationError, must, whole
+from barnabas.errors import DeclarationError, must, refuse_unknown, whole
 from barnabas.retry import Retry
 from barnabas.settings import QUEUE_NAME
 from barnabas.state.table import Table
@@ -25,23 +25,12 @@ class Batch:
 
     __slots__ = ("max", "wait")
 
-    def __init__(self, max: int = 1000, wait: float = 0.5) -> None:
+    def __init__(self, max: int = 1000, wait: float = 0.5, **unknown: Never) -> None:
+        refuse_unknown("Batch", unknown, self.__slots__)
         must(whole(max) and max >= 1, "Batch", "max", max, "give the most messages of a batch, 1 or more")
         fits = not isinstance(wait, bool) and isinstance(wait, int | float) and 0 <= wait < float("inf")
         must(fits, "Batch", "wait", wait, "give the seconds a batch may wait to fill up, 0 or more")
-        self.max = max
-        self.wait = float(wait)
-
-
-def refuse_unknown(what: str, options: dict[str, Any], known: Sequence[str]) -> None:
-    """Raise for the first option that does not exist, with the one that was probably meant."""
-    for option, value in options.items():
-        if option not in known:
-            import difflib
-
-            near = difflib.get_close_matches(option, known, 1)
-            hint = f"did you mean {near[0]}=?" if near else f"it knows {', '.join(known)}"
-            raise DeclarationError(f"{what}: unknown option {option}={value!r}; {hint}")
+        self.max, self.wait = max, float(wait)
 
 
 def check_name(owner: str, option: str, name: Any, slashes: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Every error Barnabas raises on purpose. Each says what happened, the likely cause and the setting to touch."""
 
 import os
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -131,6 +132,17 @@ def must(fits: Any, owner: str, option: str, value: Any, way_out: str) -> None:
     """Raise DeclarationError for an option that does not fit."""
     if not fits:
         raise DeclarationError(f"{owner}: {option}={value!r}: {way_out}")
+
+
+def refuse_unknown(what: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise for the first option that does not exist, with the one that was probably meant."""
+    for option, value in options.items():
+        if option not in known:
+            import difflib
+
+            near = difflib.get_close_matches(option, known, 1)
+            hint = f"did you mean {near[0]}=?" if near else f"it knows {', '.join(known)}"
+            raise DeclarationError(f"{what}: unknown option {option}={value!r}; {hint}")
 
 
 def whole(value: Any) -> bool:

@@ -5,16 +5,16 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from itertools import islice
-from typing import Any
+from typing import Any, Never
 
 import msgspec
 
 from barnabas.codec import known, make_codec
-from barnabas.consumer import check_call, check_name, check_priority, check_queue, refuse_unknown
+from barnabas.consumer import check_call, check_name, check_priority, check_queue
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.handler import hints_of, refuse_generator
 from barnabas.engine.hooks import check_hooks, check_takes, refuse_async
-from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError, must, whole
+from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError, must, refuse_unknown, whole
 from barnabas.future import Future, gathered, resolved
 from barnabas.jobs.beyond import KEPT, read_outcome
 from barnabas.jobs.limit import Concurrent, limits
@@ -409,10 +409,11 @@ class Job(Calls):
 
     def options(
         self, *, queue: str | None = None, retry: bool | int | None = None, tags: list[str] | None = None,
-        expires_in: float | None = None, priority: int | None = None, now: bool = False, batch: Any = None,
+        expires_in: float | None = None, priority: int | None = None, now: bool = False, batch: Any = None, **unknown: Never,
     ) -> "Options":
         """The same job with other options for the next call: `job.options(queue="slow").enqueue(...)`. now: inside a handler,
         it leaves at once. batch: an app.batch() that it is to be of."""
+        refuse_unknown(f"{self.owner}: options", unknown, ["queue", "retry", "tags", "expires_in", "priority", "now", "batch"])
         if queue is not None:
             check_queue(self.owner, queue)
         must(retry is None or (isinstance(retry, int) and retry >= 0), self.owner, "retry", retry, RETRIES)

@@ -1,8 +1,9 @@
 """When a failed message runs again, and when it is given up: pure functions of policy, attempt, error and time."""
 
 from collections.abc import Callable, Sequence
+from typing import Never
 
-from barnabas.errors import Reject, ResponderError, RetryAfter, TableError, must, told, whole
+from barnabas.errors import Reject, ResponderError, RetryAfter, TableError, must, refuse_unknown, told, whole
 from barnabas.verdict import Again, Dead
 
 Errors = type[BaseException] | tuple[type[BaseException], ...]
@@ -26,8 +27,9 @@ class Retry:
 
     def __init__(
         self, times: int = 5, *, backoff: float | Sequence[float] | Callable[[int], float] = exponential, jitter: float = 0.1,
-        on: Errors = Exception, give_up_on: Errors = (), ordered: bool = True,
+        on: Errors = Exception, give_up_on: Errors = (), ordered: bool = True, **unknown: Never,
     ) -> None:
+        refuse_unknown("Retry", unknown, self.__slots__)
         must(whole(times) and times >= 0, "Retry", "times", times, "give the number of retries after the first run, 0 or more")
         way_out = "give seconds, a list of seconds or a function of the retry's number"
         must(callable(backoff) or _seconds(backoff), "Retry", "backoff", backoff, way_out)
@@ -38,12 +40,8 @@ class Retry:
             fit = all(isinstance(error, type) and issubclass(error, BaseException) for error in each)
             must(fit, "Retry", name, errors, "give an exception class or a tuple of them")
         must(isinstance(ordered, bool), "Retry", "ordered", ordered, "give True (in place, order holds) or False (retry topic)")
-        self.times = times
-        self.backoff = backoff
-        self.jitter = jitter
-        self.on = on
-        self.give_up_on = give_up_on
-        self.ordered = ordered
+        self.times, self.backoff, self.jitter, self.ordered = times, backoff, jitter, ordered
+        self.on, self.give_up_on = on, give_up_on
 
     def __repr__(self) -> str:
         return f"Retry({self.times}, ordered={self.ordered})"

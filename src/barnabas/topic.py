@@ -1,11 +1,11 @@
 """The handle that `app.topic(...)` returns: what is sent, and how its values are encoded."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Never, TypeVar
 
 from barnabas.codec import as_key, make_codec, make_key
 from barnabas.engine.hand import CURRENT, id_of
-from barnabas.errors import BarnabasError, DeclarationError, SendError, UnknownTopic, ValueTooLarge, must, told
+from barnabas.errors import BarnabasError, DeclarationError, SendError, UnknownTopic, ValueTooLarge, must, refuse_unknown, told
 from barnabas.future import Future, gathered
 from barnabas.message import Headers, Key, Message, Outgoing
 
@@ -23,15 +23,14 @@ class Retention:
 
     __slots__ = ("age", "force", "size")
 
-    def __init__(self, age: float | None = 7 * 86400.0, size: int | None = None, force: bool = False) -> None:
+    def __init__(self, age: float | None = 7 * 86400.0, size: int | None = None, force: bool = False, **unknown: Never) -> None:
+        refuse_unknown("Retention", unknown, self.__slots__)
         for name, value in (("age", age), ("size", size)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
                 unit = "seconds" if name == "age" else "bytes"
                 raise DeclarationError(f"Retention({name}={value!r}): give {unit} above 0, or None for no limit")
         must(isinstance(force, bool), "Retention", "force", force, "give True to drop even what a group has not read")
-        self.age = age
-        self.size = size
-        self.force = force
+        self.age, self.size, self.force = age, size, force
 
 
 class Topic(Generic[T]):

@@ -365,6 +365,11 @@ def test_check_warns_of_fields_that_a_handler_needs_and_its_topic_does_not_have(
         (consume(time_out=5), "time_out", "timeout"),
         (job(que="mail"), "que", "queue"),
         (job(retries=5), "retries", "retry"),
+        (call(Retry, time=5), "time", "times"),
+        (call(Retention, ages=5), "ages", "age"),
+        (call(Batch, maxi=5), "maxi", "max"),
+        (lambda app: respond_to(app.orders, require=True), "require", "required"),
+        (lambda app: app.job(plain).options(que="mail"), "que", "queue"),
     ],
 )
 def test_an_unknown_option_is_refused_with_the_near_one(app, declare, option, near):

@@ -1,12 +1,12 @@
 """Responders: which topics a consumer answers on, and the check that it kept its word."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Never
 
 import msgspec
 
 from barnabas.engine.hand import Hand
-from barnabas.errors import DeclarationError, ResponderError, must
+from barnabas.errors import ResponderError, must, refuse_unknown
 from barnabas.message import Message
 from barnabas.verdict import Done
 
@@ -19,12 +19,12 @@ class RespondTo(msgspec.Struct, frozen=True, eq=False):
     multiple: bool
 
 
-def respond_to(topic: Any, *, required: bool = True, multiple: bool = False) -> RespondTo:
+def respond_to(topic: Any, *, required: bool = True, multiple: bool = False, **unknown: Never) -> RespondTo:
     """Declare an answer in `responds=[...]`: `required` by every delivery, at most once unless `multiple`."""
+    refuse_unknown("respond_to", unknown, ("required", "multiple"))
     for name, value in (("required", required), ("multiple", multiple)):
         must(isinstance(value, bool), "respond_to", name, value, "give True or False")
-    if not hasattr(topic, "outgoing"):
-        raise DeclarationError(f"respond_to({topic!r}): give a topic, as app.topic(...) returns it")
+    must(hasattr(topic, "outgoing"), "respond_to", "topic", topic, "give a topic, as app.topic(...) returns it")
     return RespondTo(topic, required, multiple)
 
 
