@@ -682,6 +682,34 @@ def test_no_more_jobs_are_taken_than_can_start_soon(place):
         wait_for(lambda: len(started) == 100, worker=worker)
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_what_takes_long_holds_nothing_that_was_taken_with_it(place, kind):
+    app = place.app(threads=3, coroutines=3)
+    seen, waits, gate = [], [], threading.Event()
+
+    @app.job(name="quick")
+    def sync(n: int):
+        seen.append(n)
+        if n == 2100:
+            waits.append(n)
+            gate.wait(20)
+
+    @app.job(name="quick_too")
+    async def coroutine(n: int):
+        seen.append(n)
+        while n == 2100 and not gate.is_set():
+            waits[:] = [n]
+            await asyncio.sleep(0.001)
+
+    quick = {"sync": sync, "async": coroutine}[kind]
+    quick.enqueue_many((n,) for n in range(3000)).result(10)  # by when the slow one comes, many are taken at once
+    with place.running(app) as worker:
+        wait_for(lambda: waits and len(seen) == 3000, worker=worker)
+        gate.set()
+        wait_for(worker.drained, worker=worker)
+    assert sorted(seen) == [*range(3000)] and not failures(app)
+
+
 # Options of failing jobs.
 
 

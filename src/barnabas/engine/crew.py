@@ -5,6 +5,7 @@ the workers' coroutines themselves).
 """
 
 import asyncio
+import contextlib
 import logging
 from array import array
 from collections import deque
@@ -12,13 +13,14 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from barnabas.engine.hand import CURRENT
-from barnabas.engine.lanes import Lanes, Run
+from barnabas.engine.lanes import LOOSE, Lanes, Run
 from barnabas.engine.work import SLOT, work, work_batches
 from barnabas.errors import BackendError, TimedOut, told
 from barnabas.message import Row, Unread, offset_of
 from barnabas.ports import Part, Result
 
 TICK = 0.05  # seconds a run works on before it settles what is done and looks around
+QUICK = 0.001  # seconds a row takes where a worker takes more than one at once, and what they may take together
 STOP = -1.0
 AWAY = 1.0  # seconds until what met a backend that cannot be read is tried again
 
@@ -76,12 +78,21 @@ class Crew:
 
     def take(self, slot: int) -> Run | None:
         """The next run for this worker; None if there is none now."""
+        run = self._hauled(slot)
+        if run is None:
+            with self.lanes.lock:
+                run = self._refill(slot)
+        return run
+
+    def _hauled(self, slot: int) -> Run | None:
         haul = self.hauls[slot]
-        if haul and not self.stopping:
-            self.current[slot] = haul[0]  # before it leaves the haul: see `busy`
-            return haul.popleft()
-        with self.lanes.lock:
-            return self._refill(slot)
+        try:
+            if haul and not self.stopping:
+                self.current[slot] = haul[0]  # before it leaves the haul: see `busy`
+                return haul.popleft()
+        except IndexError:  # `rescue` was faster
+            self.current[slot] = None
+        return None
 
     def _refill(self, slot: int) -> Run | None:
         """Give the lanes of finished runs back and take the next runs, with one hold of the lock for both.
@@ -100,11 +111,11 @@ class Crew:
             first, self.solo = self.solo, None
         elif not self.stopping:
             pace = self.pace
-            count = min(100, int(0.001 / pace)) if 0 < pace <= 0.001 else 1
+            count = min(100, int(QUICK / pace)) if 0 < pace <= QUICK else 1
             first = lanes.take(count)
             if first is not None and count > 1 and lanes.ready:
                 haul = self.hauls[slot]
-                for _ in range(min(count, len(lanes.ready) // self.size)):
+                for _ in range(min(count, max(len(lanes.ready) // self.size, int(0.0001 / pace)))):
                     run = lanes.take(1)
                     if run is None:
                         break
@@ -133,7 +144,6 @@ class Crew:
         """A run starts: until when (monotonic seconds) it may go on without looking around, negative to stop."""
         part = run.part
         self.box[slot * SLOT + self.base] = part.id + 1
-        self.current[slot] = run
         self.given[slot] = 0
         until = self.until[slot]
         if not until:  # the first of a haul
@@ -153,11 +163,12 @@ class Crew:
         now = self.monotonic()
         if self.hauls[slot] or self.ended[slot]:
             self._unload(slot, now)
-        if self.stopping or now > run.part.until:
-            return STOP
-        until: float = min(now + TICK, run.part.until)
-        self.until[slot] = until
-        return until
+        with self.lanes.lock:
+            if self.stopping or now > run.part.until or done >= len(run.rows):  # (a `rescue` took the row that was next)
+                return STOP
+            until: float = min(now + TICK, run.part.until)
+            self.until[slot] = until
+            return until
 
     def _unload(self, slot: int, now: float) -> None:
         """This run takes longer than thought: give the others that were taken with it to other workers."""
@@ -350,9 +361,36 @@ class Crew:
         return taken + [Result(part, rows, [], {}, {}) for part, rows in plain.items()]
 
     def unpark(self, now: float) -> None:
-        """Make ready whatever was parked until now."""
+        """Make ready whatever was parked until now, or waits behind a delivery that takes long."""
+        if self.hoards():
+            self.rescue(now)
         if self.lanes.unpark(now):
             self.nudge()
+
+    def hoards(self) -> bool:
+        """Whether a worker has taken more than it has in hand."""
+        loose = (run.rows for run in self.current if run is not None and run.key is LOOSE)
+        return 0 < self.pace <= QUICK and (any(self.hauls) or any(len(rows) > 1 for rows in loose))
+
+    def rescue(self, now: float) -> None:
+        """Take back what waits behind deliveries that take long, for other workers.
+
+        Without a lock a delivery: a worker first writes down which one it has in hand and then looks at the clock; past
+        `until` it asks `breathe`, which waits for the lock and finds what was taken gone.
+        """
+        with self.lanes.lock:
+            for slot, run in enumerate(self.current):
+                at = self.box[self.base + slot * SLOT + 1]
+                if run is None or not 0 < self.until[slot] < now or at < 0 or self.stopping:
+                    continue
+                if run.key is LOOSE:
+                    behind = 1 + next((n for n, row in enumerate(run.rows) if row[0] == at), 0)
+                    if rest := run.rows[behind:]:
+                        del run.rows[behind:]
+                        self.lanes.give(Run(run.part, LOOSE, rest), 0, now)
+                while haul := self.hauls[slot]:
+                    with contextlib.suppress(IndexError):  # the worker was faster
+                        self.lanes.give(haul.pop(), 0, now)
 
     def busy(self, parts: Sequence[Part] = ()) -> bool:
         """Whether a worker has a run (of these partitions) in hand."""

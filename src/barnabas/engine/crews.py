@@ -59,10 +59,8 @@ class ThreadCrew(Crew):
             self.take(slot)  # nothing but calls
 
     def take(self, slot: int) -> Run | None:
-        haul = self.hauls[slot]
-        if haul and not self.stopping:
-            self.current[slot] = haul[0]
-            return haul.popleft()
+        if (run := self._hauled(slot)) is not None:
+            return run
         with self._work:
             while not self._left:  # a stopped crew still answers calls: revoked, tear_down
                 if self._calls:

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from barnabas.message import Row, Unread
 from barnabas.ports import Part
 
@@ -21,21 +23,18 @@ MOMENT = 0.05  # seconds until what was stopped is looked at again
 _ABSENT: Any = object()
 
 
-class Run:
+class Run(msgspec.Struct, eq=False):
     """Rows of one lane on their way through one worker, with what their handlers sent and wrote."""
 
-    __slots__ = ("cells", "fills", "key", "limit", "others", "outputs", "part", "ripe", "rows")
-
-    def __init__(self, part: Part, key: Any, rows: Any) -> None:
-        self.part = part
-        self.key = key
-        self.rows = rows  # a list, or Unread
-        self.outputs: list[Any] = []
-        self.cells: dict[Any, Any] = {}
-        self.others: dict[int, Any] = {}
-        self.ripe = 0.0
-        self.fills = False  # it waits for its batch to fill up: for nothing else, neither a worker nor a retry's time
-        self.limit: float | None = None  # seconds that the delivery in hand may take, where that differs
+    part: Part
+    key: Any
+    rows: Any  # a list, or Unread
+    outputs: list[Any] = []
+    cells: dict[Any, Any] = {}
+    others: dict[int, Any] = {}
+    ripe: float = 0.0
+    fills: bool = False  # it waits for its batch to fill up: for nothing else, neither a worker nor a retry's time
+    limit: float | None = None  # seconds that the delivery in hand may take, where that differs
 
 
 class Lanes:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from barnabas.engine.alone import Alone, Gate
 from barnabas.engine.checkpoint import checkpoint
-from barnabas.engine.crew import Crew
+from barnabas.engine.crew import TICK, Crew
 from barnabas.engine.hand import sent_for
 from barnabas.engine.handler import Stop, retry_at
 from barnabas.engine.lanes import Run
@@ -141,6 +141,8 @@ class Runner:
             due = crew.lanes.next_parked()
             if due is not None:
                 wait = min(wait, max(0.0, due - now))
+            if crew.hoards():
+                wait = min(wait, TICK)
         if self._unsettled:
             wait = min(wait, max(0.0, self._settled_at + self._interval - now))
         if self._alone and not self.quiet:

@@ -28,6 +28,7 @@ async def work(crew: "Crew", slot: int) -> None:
     past: Any = crew.cancelled if awaited else crew.late
     take, monotonic, box, at_box = crew.take, crew.monotonic, crew.box, slot * SLOT + crew.base + 1
     hand = crew.hands[slot] = new_hand()
+    hand.app = handler.app  # its class knows it, too, but slower
     CURRENT.set(hand)
     while True:
         run = take(slot)
@@ -39,6 +40,8 @@ async def work(crew: "Crew", slot: int) -> None:
         until, done, parked = crew.begin(slot, run), 0, None
         unread = type(run.rows) is Unread  # sync handlers without a timeout: where they are is asked for rarely
         for row in run.rows.messages if unread else run.rows:
+            if not unread:
+                box[at_box] = row[0]  # before the look at the clock: see `rescue`
             if monotonic() > until:
                 if awaited:
                     box[at_box] = -1  # nothing in hand: nothing to cancel
@@ -46,11 +49,9 @@ async def work(crew: "Crew", slot: int) -> None:
                 until = crew.breathe(slot, run, done)
                 if until < 0:
                     break
-            if unread:
-                data = row.value()
-            else:
-                data = row[2]
-                box[at_box] = row[0]
+                if not unread:
+                    box[at_box] = row[0]
+            data = row.value() if unread else row[2]
             if awaited:  # a hand a message: tasks that outlive the handler must not send into the next one's
                 hand = new_hand()
                 hand.run, hand.open = run, True
@@ -75,7 +76,8 @@ async def work(crew: "Crew", slot: int) -> None:
             else:
                 if hand.used:
                     hand.keep()
-                hand.open = not awaited
+                if awaited:
+                    hand.open = False
             done += 1
         hand.open = False
         crew.end(slot, run, done, parked)
