@@ -18,7 +18,7 @@ from barnabas.engine.observe import Failed, Observers
 from barnabas.errors import DeclarationError, UnknownTopic
 from barnabas.inspect import Stored, find, meant
 from barnabas.message import Message, Outgoing, OutgoingJob, Row
-from barnabas.ports import Listener, Part, Result, StoredJob
+from barnabas.ports import FOREVER, Listener, Part, Result, StoredJob
 from barnabas.queues import Entry, entry
 from barnabas.worker import Worker
 
@@ -180,8 +180,8 @@ def _run(app: App, consumer: Consumer) -> float | None:
             crew.lanes.wait = min(crew.lanes.wait, NO_WAIT)
             while runner.step(0.0) or crew.lanes.ready:
                 crew.step()
-            at = crew.lanes.next_parked()
-            return None if at is None else at - app.clock.monotonic()
+            wait = crew.lanes.next_parked() - app.clock.monotonic()
+            return None if wait == FOREVER else wait
         finally:
             worker.stop(0.0)
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from array import array
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ from barnabas.engine.lanes import LOOSE, Lanes, Run
 from barnabas.engine.work import SLOT, work, work_batches
 from barnabas.errors import BackendError, TimedOut, told
 from barnabas.message import Row, Unread, offset_of
-from barnabas.ports import Part, Result
+from barnabas.ports import FOREVER, Part, Result
 
 TICK = 0.05  # seconds a run works on before it settles what is done and looks around
 QUICK = 0.001  # seconds a row takes where a worker takes more than one at once, and what they may take together
@@ -43,10 +43,7 @@ class Crew:
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         batch = handler.batch
-        self.handler = handler
-        self.size = size
-        self.clock = clock
-        self.monotonic = clock.monotonic
+        self.handler, self.size, self.clock, self.monotonic = handler, size, clock, clock.monotonic
         self.lanes = Lanes(order, clock.monotonic, batch.max if batch else 1 << 30, batch.wait if batch else 0.0)
         self.box = array("q", bytes(8 * SLOT * size)) if box is None else box
         self.base = base
@@ -202,15 +199,12 @@ class Crew:
             return
         self._give(slot, run, done)
         self.current[slot] = None
-        if parked is None:
-            self.ended[slot].append((run, done, None))
-        else:
-            if parked >= 0 and not run.part.closed:  # no row is done, but the attempt is to be kept
-                self.results.append(Result(run.part, (), run.outputs, run.cells, run.others))
-                run.outputs, run.cells, run.others = [], {}, {}
-            self.ended[slot].append((run, done, parked if parked >= 0 else None))
-            self._tell()
-        if self.fresh >= self.enough:
+        failed = parked is not None and parked >= 0
+        if failed and not run.part.closed:  # no row is done, but the attempt is to be kept
+            self.results.append(Result(run.part, (), run.outputs, run.cells, run.others))
+            run.outputs, run.cells, run.others = [], {}, {}
+        self.ended[slot].append((run, done, parked if failed else None))
+        if parked is not None or self.fresh >= self.enough:
             self._tell()
 
     def hurry(self) -> None:
@@ -344,7 +338,7 @@ class Crew:
         """The results since the last call; where order does not matter, one a partition for all plain ones."""
         results = self.results
         taken: list[Result] = []
-        plain: dict[Part, list[Row]] = {}
+        plain: dict[Part, list[Row]] = defaultdict(list)
         apart = self.lanes.order == "partition"
         while results:
             result = results.popleft()
@@ -353,24 +347,18 @@ class Crew:
             elif apart:
                 taken.append(Result(result[0], result[1], [], {}, {}))
             else:
-                rows = plain.get(result[0])
-                if rows is None:
-                    plain[result[0]] = list(result[1])
-                else:
-                    rows += result[1]
+                plain[result[0]] += result[1]
         return taken + [Result(part, rows, [], {}, {}) for part, rows in plain.items()]
 
-    def unpark(self, now: float) -> None:
-        """Make ready whatever was parked until now, or waits behind a delivery that takes long."""
-        if self.hoards():
+    def unpark(self, now: float) -> float:
+        """Make ready whatever was parked until now, or waits behind a delivery that takes long; seconds until the next look."""
+        loose = (run.rows for run in self.current if run is not None and run.key is LOOSE)
+        hoards = 0 < self.pace <= QUICK and (any(self.hauls) or any(len(rows) > 1 for rows in loose))
+        if hoards:
             self.rescue(now)
         if self.lanes.unpark(now):
             self.nudge()
-
-    def hoards(self) -> bool:
-        """Whether a worker has taken more than it has in hand."""
-        loose = (run.rows for run in self.current if run is not None and run.key is LOOSE)
-        return 0 < self.pace <= QUICK and (any(self.hauls) or any(len(rows) > 1 for rows in loose))
+        return min(TICK if hoards else FOREVER, max(0.0, self.lanes.next_parked() - now))
 
     def rescue(self, now: float) -> None:
         """Take back what waits behind deliveries that take long, for other workers.
@@ -394,9 +382,8 @@ class Crew:
 
     def busy(self, parts: Sequence[Part] = ()) -> bool:
         """Whether a worker has a run (of these partitions) in hand."""
-        if not parts and not self.stopping and any(self.hauls):
-            return True
-        return any(run is not None and (not parts or run.part in parts) for run in self.current)
+        taken = not parts and not self.stopping and any(self.hauls)
+        return taken or any(run is not None and (not parts or run.part in parts) for run in self.current)
 
     def at(self, slot: int, run: Run) -> int:
         """The offset that this worker is at."""

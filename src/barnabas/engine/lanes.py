@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from barnabas.message import Row, Unread
-from barnabas.ports import Part
+from barnabas.ports import FOREVER, Part
 
 WHOLE: Any = ("whole partition",)  # the lane key of partition order
 LOOSE: Any = ("no order",)  # rows with no order among each other
@@ -57,12 +57,10 @@ class Lanes:
     def put(self, part: Part, rows: Sequence[Row]) -> None:
         """Take rows that were fetched, in the partition's order."""
         with self.lock:
-            if self.order == "partition":
-                self._extend(part, WHOLE, rows if type(rows) is Unread else list(rows))
-            elif self.order == "key":
+            if self.order == "key":
                 self._by_key(part, rows)
-            elif self.most < 1 << 30:  # a batch handler without order still wants batches
-                self._extend(part, WHOLE, list(rows))
+            elif self.order == "partition" or self.most < 1 << 30:  # a batch handler without order still wants batches
+                self._extend(part, WHOLE, rows if type(rows) is Unread else list(rows))
             else:
                 self.ready.append(Run(part, LOOSE, list(rows)))
 
@@ -121,9 +119,7 @@ class Lanes:
     def claim(self, part: Part, row: Row) -> Run:
         """A run of just this row, its lane (which must be idle) in work."""
         with self.lock:
-            key = LOOSE if self.order == "none" else WHOLE if self.order == "partition" else row[1]
-            if key is None:
-                key = LOOSE
+            key = WHOLE if self.order == "partition" else LOOSE if self.order == "none" or row[1] is None else row[1]
             if key is not LOOSE:
                 part.lanes[key] = None
             return Run(part, key, [row])
@@ -203,13 +199,13 @@ class Lanes:
                     any_ready = True
         return any_ready
 
-    def next_parked(self) -> float | None:
-        """When the next parked run is due (monotonic seconds); None if none is parked."""
+    def next_parked(self) -> float:
+        """When the next parked run is due (monotonic seconds); FOREVER if none is parked."""
         parked = self._parked
         while parked and parked[0][2].part.closed:
             with self.lock:
                 heapq.heappop(parked)
-        return parked[0][0] if parked else None
+        return parked[0][0] if parked else FOREVER
 
     def drop(self, part: Part) -> None:
         """Forget what waits of a partition that is no longer ours. The workers finish what they have in hand."""

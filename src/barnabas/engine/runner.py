@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from barnabas.engine.alone import Alone, Gate
 from barnabas.engine.checkpoint import checkpoint
-from barnabas.engine.crew import TICK, Crew
+from barnabas.engine.crew import Crew
 from barnabas.engine.hand import sent_for
 from barnabas.engine.handler import Stop, retry_at
 from barnabas.engine.lanes import Run
@@ -44,21 +44,18 @@ class Runner:
         ahead: float | None = None, widths: Mapping[str, int] | None = None,
         on_parts: Callable[[str, list[Part]], None] | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.clock, self.observers, self.limit, self.grace = name, clock, observers, limit, grace
+        self._interval, self._sinks, self._ahead, self._route, self._on_parts = interval, sinks, ahead, route, on_parts
         self.crews = list(crews)
-        self.clock, self.observers, self.limit, self.grace = clock, observers, limit, grace
         self.error: BaseException | None = None
-        self.stopping = False
-        self.finished = threading.Event()
-        self.overrun = threading.Event()
+        self.stopping = self.quiet = False
+        self.finished, self.overrun = threading.Event(), threading.Event()
         self.parts: list[Part] = []
-        self.quiet = False
         self.pauses = self._pauses = Pauses()  # set by any thread; the fetch thread heeds it at its next step
         self._held: dict[Part, list[Row]] = {}  # fetched, but of paused keys
         self.begins: Callable[[], Any] | None = None
         self.ends: Callable[[], Any] | None = None
-        self._interval, self._sinks, self._ahead = interval, sinks, ahead
-        self._widths, self._route, self._on_parts = widths or {}, route, on_parts
+        self._widths = widths or {}
         self._alone = Alone(self, gate)
         self._unsettled: list[Result] = []
         self._count, self._settled_at = 0, 0.0
@@ -137,12 +134,7 @@ class Runner:
         now = self.clock.monotonic()
         wait = timeout
         for crew in self.crews:
-            crew.unpark(now)
-            due = crew.lanes.next_parked()
-            if due is not None:
-                wait = min(wait, max(0.0, due - now))
-            if crew.hoards():
-                wait = min(wait, TICK)
+            wait = min(wait, crew.unpark(now))
         if self._unsettled:
             wait = min(wait, max(0.0, self._settled_at + self._interval - now))
         if self._alone and not self.quiet:
