@@ -248,8 +248,7 @@ class Crew:
         try:
             at = self.handler.failed(run, row, error, now, whole)
         except BaseException as problem:  # on_dead="stop", or a failure of the failing: nothing may be lost by it
-            self.error = problem
-            self.stopping = True
+            self.error, self.stopping = problem, True
             return STOP
         return None if at is None else self.monotonic() + max(0.0, at - now)
 
@@ -270,8 +269,7 @@ class Crew:
 
     def died(self, slot: int, error: BaseException) -> None:
         """A worker ended with this error: so does the runner, and gives back what is not settled."""
-        self.error = error
-        self.stopping = True
+        self.error, self.stopping = error, True
         self.current[slot] = None
         self.wake()
 

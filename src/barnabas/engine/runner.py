@@ -97,10 +97,7 @@ class Runner:
             self.finished.set()
 
     def _stopped_by_crew(self) -> bool:
-        for crew in self.crews:
-            if crew.error is not None:
-                self.error = crew.error
-                return True
+        self.error = next((crew.error for crew in self.crews if crew.error is not None), self.error)
         return self.error is not None
 
     def _guard(self, act: Callable[[float], Any], timeout: float) -> bool:
@@ -354,7 +351,5 @@ class Runner:
             crew.stop()
         while any(crew.busy() for crew in self.crews) and not self.overrun.is_set() and self.error is None:
             self.overrun.wait(0.01)
-        for _ in range(5):
-            if self._guard(lambda _: self.settle(), 0.0):
-                break
+        any(self._guard(lambda _: self.settle(), 0.0) for _ in range(5))
         self._guard(lambda _: self.source.close(), 0.0)
