@@ -46,11 +46,10 @@ async def work(crew: "Crew", slot: int) -> None:
                 if awaited:
                     box[at_box] = -1  # nothing in hand: nothing to cancel
                     await asyncio.sleep(0)
+                    box[at_box] = row[0]
                 until = crew.breathe(slot, run, done)
                 if until < 0:
                     break
-                if not unread:
-                    box[at_box] = row[0]
             data = row.value() if unread else row[2]
             if awaited:  # a hand a message: tasks that outlive the handler must not send into the next one's
                 hand = new_hand()
