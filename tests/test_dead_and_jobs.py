@@ -1,6 +1,7 @@
 """The operator's commands on dead letters and stored jobs, and replay: the real CLI and real workers on a SQLite file."""
 
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -521,8 +522,9 @@ def test_rubbish_in_a_retry_topic_is_dead_or_handled(marks):
     dead = list(letters(app))
     assert [letter.reason[:11] for letter in dead] == ["undecodable"] * 2
     assert replay(app, "steps", 0, 1).verdict == replay(app, "steps", 0, 1, "step").verdict == "done"
-    with pytest.raises(DeclarationError, match=r"reads topic 'steps\.dead'"):
-        replay(app, "steps.dead", 0, 0)
+    for topic, offset in (("steps.dead", 0), ("steps.retry.shop-step", 1)):
+        with pytest.raises(DeclarationError, match=f"reads topic '{re.escape(topic)}'"):
+            replay(app, topic, 0, offset)
     app.close()
 
 

@@ -6,6 +6,7 @@ themselves. What a handler does elsewhere, in a database or by a call, it does.
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -69,17 +70,18 @@ def replay(app: App, topic: str, partition: int, offset: int, consumer: str | No
     stored = find(app.events, topic, partition, offset)
     if stored is None:
         raise UnknownTopic(f"nothing is stored at {topic}[{partition}]@{offset} (any more)")
-    said, group = told(stored), None
+    group: str | None = None
     row: Row = (offset, stored.key, stored.value, stored.headers, stored.timestamp or 0.0)
     if topic.endswith(".dead") and (letter := of_message({}, stored)) is not None:
-        told_of, topic, partition, group = original(app, stored), letter.source, int(said["partition"]), letter.group
+        told_of, topic, partition, group = original(app, stored), letter.source, int(told(stored)["partition"]), letter.group
         if isinstance(told_of, str):
             raise UnknownTopic(told_of)
         row = told_of
-    elif ".retry." in topic and "retry-topic" in said:
+    elif ".retry." in topic:
         first, own = origin(stored.headers)
-        row = (int(first["offset"]), stored.key, stored.value, own, stored.timestamp or 0.0)
-        group, topic, partition = topic.rpartition(".retry.")[2], first["topic"].decode(), int(first["partition"])
+        with suppress(KeyError, ValueError):  # another program's message: no consumer reads its topic
+            row = (int(first["offset"]), stored.key, stored.value, own, stored.timestamp or 0.0)
+            partition, group, topic = int(first["partition"]), topic.rpartition(".retry.")[2], first["topic"].decode()
     chosen = _consumer(app, topic, consumer, group)
     glass, seen = _Glass(app, Part(topic, partition, 0, chosen.group), row), _Seen()
     with app.lent(_events=glass, _jobs=glass, observers=seen):

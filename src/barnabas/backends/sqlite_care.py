@@ -194,18 +194,16 @@ def compact(path: str) -> tuple[int, int]:
         turn.close()
 
 
-def expire(home: "SqliteBackend", now: float) -> int:
-    """Drop records that their topic's retention no longer covers; returns how many. `now` in epoch seconds.
+def expire(home: "SqliteBackend", now: float) -> None:
+    """Drop records that their topic's retention no longer covers. `now` in epoch seconds.
 
     Nothing goes that the slowest group has not settled, unless the topic's retention says `force`.
     """
-    dropped = 0
     for name, keep in list(home.retention.items()):
         for gid in home.parts.get(name, ()):
             while _expired(home, gid, keep, now):
-                dropped += home.write(partial(_step, home=home, gid=gid, keep=keep, now=now))
+                home.write(partial(_step, home=home, gid=gid, keep=keep, now=now))
     _forget(home, now)
-    return dropped
 
 
 def _forget(home: "SqliteBackend", now: float) -> None:
@@ -247,11 +245,10 @@ def _expired(home: "SqliteBackend", gid: int, keep: object, now: float) -> list[
     return found
 
 
-def _step(db: apsw.Connection, home: "SqliteBackend", gid: int, keep: object, now: float) -> int:
+def _step(db: apsw.Connection, home: "SqliteBackend", gid: int, keep: object, now: float) -> None:
     found = _expired(home, gid, keep, now)  # again: a reader sees what was committed, and we have the turn
     if found:
         last, count, _ = found[-1]
         db.execute("DELETE FROM records WHERE id BETWEEN ? AND ?", (found[0][0], last))
         kept = ((last & ((1 << SHIFT) - 1)) + count, sum(length for _, _, length in found), gid)
         db.execute("UPDATE heads SET first = ?, bytes = bytes - ? WHERE gid = ?", kept)
-    return len(found)
