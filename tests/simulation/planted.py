@@ -116,7 +116,7 @@ BUGS = [
     Bug("a revocation leaves the lanes", Runner, "revoked", "crew.lanes.drop(part)", "pass"),
     Bug("outputs for elsewhere are left out", runner, "checkpoint", "refused += flush(sink, outputs)", "pass"),
     Bug("nobody waits for outputs elsewhere", checkpoint, "flush", "future.exception(FLUSH)", "None"),
-    Bug("outputs for elsewhere are sent twice, here too", runner, "checkpoint", "result._replace(outputs=own)", "result"),
+    Bug("outputs for elsewhere are sent twice, here too", runner, "checkpoint", "result.outputs[:] = own +", "_ = own +"),
     # Pauses.
     Bug("what was held back is forgotten", Runner, "_heed", "held, self._held = self._held, {}", "held, self._held = {}, {}"),
     Bug("what is behind a paused key overtakes it", Runner, "_hold", " if part not in self._held else 0", ""),

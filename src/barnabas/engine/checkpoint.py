@@ -8,76 +8,82 @@ from barnabas.future import Future
 from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Result, Source
 
-Bury = Callable[[Sequence[Result], Sequence[Result], list[tuple[Any, Exception]]], Sequence[Result]]
+Bury = Callable[[Sequence[Result], list[tuple[Any, Exception]]], Sequence[Result]]
 FLUSH = 60.0  # seconds that outputs may take to become durable elsewhere before the checkpoint fails (and is repeated)
 
 
 def checkpoint(source: Source, sinks: Callable[[Any], Any] | None, results: Sequence[Result], bury: Bury) -> int:
     """Settle `results`. Outputs for the source's own home ride in its transaction, others are durable before it.
 
-    sinks: where an output leaves; None if all leave where the source lives. bury: makes of results, of what is left of them to
-    settle, and of outputs that are refused for good, what is to be settled instead.
+    sinks: where an output leaves; None if all leave where the source lives. bury: makes of results, and of outputs
+    of them that are refused for good, what is to be settled instead.
     Returns the number of outputs. Raises what the sink or the source raises; nothing is settled then.
     """
     if sinks is None:
         source.settle(results)
         return sum([len(result.outputs) for result in results])
     away: dict[Any, list[Outgoing | OutgoingJob]] = {}
-    settled: list[Result] = []
+    stay: list[list[Outgoing | OutgoingJob]] = []
     refused: list[tuple[Any, Exception]] = []
     count = 0
     for result in results:
-        outputs = result.outputs
-        if outputs:
-            count += len(outputs)
-            own = []
-            for output in outputs:
-                sink = sinks(output)
-                if sink is source.atomic:
-                    own.append(output)
-                else:
-                    away.setdefault(sink, []).append(output)
-            if len(own) < len(outputs):
-                result = result._replace(outputs=own)
-        settled.append(result)
-    for sink, outputs in away.items():
-        refused += flush(sink, outputs)
+        own: list[Outgoing | OutgoingJob] = []
+        for output in result.outputs:
+            sink = sinks(output)
+            if sink is source.atomic:
+                own.append(output)
+            else:
+                away.setdefault(sink, []).append(output)
+        count += len(result.outputs)
+        stay.append(own)
+    try:
+        for sink, outputs in away.items():
+            refused += flush(sink, outputs)
+    finally:  # what is stored does not leave again, if this is to be repeated
+        left = {id(output) for outputs in away.values() for output in outputs}
+        for result, own in zip(results, stay, strict=True):
+            if len(own) < len(result.outputs):
+                result.outputs[:] = own + [output for output in result.outputs if id(output) in left]
     if refused:
-        checkpoint(source, sinks, bury(results, settled, refused), bury)
+        checkpoint(source, sinks, bury(results, refused), bury)
     else:
-        source.settle(settled)
+        source.settle(results)
     return count
 
 
 def flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> list[tuple[Any, Exception]]:
-    """Make these durable. Each gets a future of its own for this try: the caller's resolves with the last one. What is
-    refused for what it is goes alone, and a dead letter then without its value: it says where that is. Returns what is refused
-    even so, and why."""
-    tries, stored, failed, refused = [], [], None, []
+    """Make these durable, and leave in the list what is not. Each gets a future of its own for this try: the caller's resolves
+    with the last one. What is refused for what it is goes alone, and a dead letter then without its value: it says where that
+    is. Returns what is refused even so, and why."""
+    tries, alone, failed, refused = [], [], None, list[tuple[Any, Exception]]()
     for output in outputs:
         future: Future[Any] = Future()
         own = output._replace(future=future) if isinstance(output, OutgoingJob) else (*output[:-1], future)
         tries.append((own, output, future))
     sink.send([own for own, _, _ in tries])
+    outputs.clear()
     for own, output, future in tries:
         try:
             error = future.exception(FLUSH)
         except Exception as problem:
             error = problem
-        if isinstance(error, MessageRefused):
-            if less := output if len(tries) > 1 else without_value(output):
-                refused += flush(sink, [less])  # (Kafka measures what goes in one batch together)
-            else:
-                refused.append((output, error))
-        elif error is not None and not isinstance(error, Conflict):  # that is an answer: another job holds its lock
+        if error is None or isinstance(error, Conflict):  # that is an answer: another job holds its lock
+            if output[-1] is not None:
+                future.hand_on(output[-1])
+            continue
+        outputs.append(output)
+        if not isinstance(error, MessageRefused):
             failed = failed or (own, error)
-        elif output[-1] is not None:
-            stored.append((future, output[-1]))
+        elif less := output if len(tries) > 1 else without_value(output):
+            alone.append((output, less))  # (Kafka measures what goes in one batch together)
+        else:
+            refused.append((output, error))
     if failed is not None:
         name = getattr(failed[0][0], "name", failed[0][0])
         raise SendError(f"an output to {name!r} could not be stored: {failed[1]}") from failed[1]
-    for future, asked in stored:
-        future.hand_on(asked)
+    for output, less in alone:
+        refused += [(output, error) for _, error in flush(sink, [less])]
+    outputs[:] = [output for output, _ in refused]
     return refused
 
 

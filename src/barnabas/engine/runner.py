@@ -263,9 +263,9 @@ class Runner:
         self._count = 0
         self._settled_at = began
 
-    def _bury(self, results: Sequence[Result], settled: Sequence[Result], refused: Sequence[Any]) -> Sequence[Result]:
+    def _bury(self, results: Sequence[Result], refused: Sequence[Any]) -> Sequence[Result]:
         """Rows whose outputs are refused for good are dead; a batch's run again, each alone, to find the culprit."""
-        settled, now, handler = list(settled), self.clock.now(), self.crews[0].handler
+        settled, now, handler = list(results), self.clock.now(), self.crews[0].handler
         for output, error in refused:
             of = [(n, row) for n, r in enumerate(results) if any(out is output for out in r.outputs) for row in r.rows]
             found = ((n, handler.whole(row)) for n, row in of)
@@ -285,7 +285,8 @@ class Runner:
                     raise
             if output[-1] is not None:
                 output[-1].fail(error, True)
-            settled[index] = rest._replace(outputs=[*rest.outputs, *run.outputs], others={**rest.others, **run.others})
+            left = [out for out in rest.outputs if out is not output]
+            settled[index] = rest._replace(outputs=left + run.outputs, others={**rest.others, **run.others})
         return settled
 
     # Rebalances: called by the source inside fetch, on the fetch thread.

@@ -125,10 +125,8 @@ class JobHandler:
         payload = parse(row[2])  # type: ignore[arg-type]
         entry = self._entries.get(payload.name)
         if entry is None:
-            raise UnknownJob(
-                f"no job {payload.name!r} is declared here; declare it, start the worker that has it on this queue "
-                f"({payload.queue!r}), or give it a queue of its own"
-            )
+            how = f"start the worker that has it on this queue ({payload.queue!r}), or give it a queue of its own"
+            raise UnknownJob(f"no job {payload.name!r} is declared here; declare it, {how}")
         try:
             args = entry.job.decode_args(payload.args)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
