@@ -130,10 +130,9 @@ class Topic(Generic[T]):
                 raise UnknownTopic(f"topic {self.name!r} has no partition {partition}; it has {self._count}, from 0")
 
     def _too_large(self, size: int) -> ValueTooLarge:
-        return ValueTooLarge(
-            f"a value for topic {self.name!r} has {size} bytes, its limit is {self.limit}; send a reference to the "
-            f"data instead, or raise the limit: app.topic({self.name!r}, ..., limit=BYTES) or the setting value_limit"
-        )
+        how = f"raise the limit: app.topic({self.name!r}, ..., limit=BYTES) or the setting value_limit"
+        what = f"a value for topic {self.name!r} has {size} bytes, its limit is {self.limit}"
+        return ValueTooLarge(f"{what}; send a reference to the data instead, or {how}")
 
     def send(
         self, value: T | None, *, key: Key = None, headers: Headers | None = None, timestamp: float | None = None,

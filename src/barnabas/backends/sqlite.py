@@ -69,10 +69,8 @@ class SqliteBackend(Notes, SqliteAdmin):
 
     def _follow(self) -> None:
         if identity(self.file.name) is None:
-            raise BackendError(
-                f"{self.path} was deleted or moved away while it was open: nothing is stored or handled until it is back; to "
-                "begin with an empty file, start any process anew"
-            )
+            what = "nothing is stored or handled until it is back; to begin with an empty file, start any process anew"
+            raise BackendError(f"{self.path} was deleted or moved away while it was open: {what}")
         before, file = self.file, OpenFile(self.file.name, self.neighbours.session, self.file)
         if self.sources:
             file.close()

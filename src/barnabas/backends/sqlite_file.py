@@ -86,10 +86,8 @@ def migrate(db: apsw.Connection, path: str, steps: Sequence[str] = STEPS) -> Non
         raise BackendError(f"{path} has schema {version}, this Barnabas knows {newest}: upgrade Barnabas, or use another file")
     if 0 < version < newest:
         if users := living(db, path):
-            raise BackendError(
-                f"{path} has schema {version} and is to be brought to {newest}, but {', '.join(users)} of an older Barnabas "
-                "still use it; stop them, then start again"
-            )
+            what = f"{', '.join(users)} of an older Barnabas still use it; stop them, then start again"
+            raise BackendError(f"{path} has schema {version} and is to be brought to {newest}, but {what}")
         with db:
             for number in range(version, newest):
                 db.execute(f"{steps[number - 1]}; PRAGMA user_version = {number + 1}")

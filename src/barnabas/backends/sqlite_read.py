@@ -126,10 +126,8 @@ class SqliteReader:
             keys, values, headers, times = _decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, TypeError) as error:
             places = [f"{name}[{gids.index(gid)}]" for name, gids in self.parts.items() if gid in gids]
-            raise BackendError(
-                f"{self.path}: the record at {places[0] if places else gid}@{base} is damaged ({error}); restore a backup, or "
-                "go on behind it: barnabas reset GROUP --partition N --to OFFSET"
-            ) from error
+            at, how = places[0] if places else gid, "or go on behind it: barnabas reset GROUP --partition N --to OFFSET"
+            raise BackendError(f"{self.path}: the record at {at}@{base} is damaged ({error}); restore a backup, {how}") from error
         return list(zip(range(base, base + len(keys)), keys, values, headers or repeat(None), times, strict=False))
 
     def _find(self, kind: str, name: str) -> int | None:

@@ -157,7 +157,5 @@ def _check_arguments(job: Job, values: list[Any]) -> None:
     try:
         job.decode_args(data)
     except msgspec.ValidationError as error:
-        raise SendError(
-            f"the arguments {data.decode()} do not fit {job.name}{inspect.job_info(job).signature}: {error}; an "
-            "argument is read as JSON first: write '\"42\"' for the text 42"
-        ) from None
+        what, how = f"{job.name}{inspect.job_info(job).signature}: {error}", "write '\"42\"' for the text 42"
+        raise SendError(f"the arguments {data.decode()} do not fit {what}; an argument is read as JSON first: {how}") from None
