@@ -267,7 +267,7 @@ def _rows(name: str, known: Mapping[str, Option], value: Any, origin: str, *path
     """Check a value; give its place and row, or those of a table's entries. Raises SettingError."""
     option, what = known.get(name), f"{name} = {_masked(name, value)!r} (from {origin})"
     if option is None:
-        raise SettingError(f"{what} is not a setting{_meant(name, known)}; `barnabas check` lists all settings")
+        raise SettingError(f"{what} is not a setting" + (_meant(name, known) or f"; it knows {', '.join(known)}"))
     try:
         value = option.read(option, value)
     except ValueError as wrong:
