@@ -15,8 +15,7 @@ class FakeClock(Clock):
 
     def __init__(self, now: float = 1_700_000_000.0) -> None:
         self._now = now
-        self.now = self._read
-        self.monotonic = self._read
+        self.now = self.monotonic = self._read
 
     def _read(self) -> float:
         return self._now

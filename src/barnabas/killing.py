@@ -101,8 +101,7 @@ class _Team:
     def __init__(self, command: list[str], count: int, processes: int, log: Path, dice: random.Random) -> None:
         self.kills: Counter[str] = Counter()
         self._command, self._log, self._dice = command, log, dice
-        self._victim = 0
-        self._size = count * processes
+        self._victim, self._size = 0, count * processes
         self._workers = [self._start() for _ in range(count)]
 
     def _start(self) -> "subprocess.Popen[bytes]":

@@ -258,6 +258,24 @@ def test_who_waits_behind_jobs_that_have_expired_comes_sooner(place, app):
         wait_for(lambda: 20 in ran or all(at < 200 for at in parked()), "it is the next", worker)
 
 
+def test_a_queue_that_is_paused_keeps_no_slot_of_a_limit_from_others(place, app):
+    watch = Watch()
+    one, other = (
+        app.job(queue=q, name=q, limit=Concurrent(1, name="both"))(lambda n, key=q: watch(n, key, 0.2)) for q in "ab"
+    )
+    for n in range(6):
+        one.enqueue(n).result(5), other.enqueue(n).result(5)
+    with place.running(app) as worker:
+        wait_for(lambda: watch.count() == 2, "some have run", worker)
+        app.jobs.set_control("pause queue:a", "")
+        worker.obey()
+        wait_for(lambda: len(watch.order["b"]) == 6, "the others pass", worker)
+        app.jobs.set_control("pause queue:a", None)
+        worker.obey()
+        wait_for(lambda: watch.count() == 12, "all have run", worker)
+    assert watch.total == 1
+
+
 @pytest.mark.parametrize("to", [None, "dead", "queue:elsewhere"])
 def test_who_waits_behind_jobs_that_an_operator_moves_comes_sooner(place, app, monkeypatch, to):
     if place.name == "redis":

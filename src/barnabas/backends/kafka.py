@@ -144,8 +144,7 @@ class KafkaBackend(KafkaDoors):
     """A cluster, as this process sees it."""
 
     def __init__(self, url: str, settings: Any, clock: Any) -> None:
-        self.closed = False
-        self.clock = clock
+        self.closed, self.clock = False, clock
         address, _, query = url.partition("//")[2].partition("?")
         given = parse_qs(query)
         if set(given) - {"prefix"}:

@@ -100,10 +100,8 @@ class KafkaMember:
         self._dirty: dict[Claim, None] = {}
         self._sent: list[Claim] = []  # a commit is on its way
         self._found: list[tuple[Part, Sequence[Row]]] = []  # to be handed out, whatever fails beside it
-        self._committed_at = 0.0
-        self._until = 0.0
-        self._lapsed = False
-        self._closing = False
+        self._committed_at = self._until = 0.0
+        self._lapsed = self._closing = False
         self._error: BaseException | None = None
         self._broken = self._fatal = False
         self._woken = threading.Event()

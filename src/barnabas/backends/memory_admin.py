@@ -275,7 +275,8 @@ class MemoryAdmin:
             heapq.heapify(self.later)
             _, number, _, job = first
             self.unpark(number)
-            self.turns[number] = need.key
+            if f"pause queue:{job.queue}" not in self._asked:  # else others need not wait for it
+                self.turns[number] = need.key
             self.line_up(number, job)
 
     def line_up(self, number: int, job: OutgoingJob) -> None:

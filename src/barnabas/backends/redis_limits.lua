@@ -73,7 +73,8 @@ local function wake(need, now)
       redis.call('SADD', key('queues'), name)
       redis.call('RPUSH', key('queue:' .. name), payload)
     end
-    if there or (at and not score and tonumber(at) <= now) then -- (it may be on its way already)
+    there = there or (at and not score and tonumber(at) <= now) -- (it may be on its way already)
+    if there and redis.call('SISMEMBER', key('paused'), name) == 0 then -- else others need not wait for it
       redis.call('ZADD', key('barnabas:turns:' .. need.name), now + 10, jid)
       redis.call('EXPIRE', key('barnabas:turns:' .. need.name), 60)
     end

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import apsw
 
+from barnabas.backends.shares import CONTROL
 from barnabas.backends.sqlite_read import one
 from barnabas.jobs.limit import WANT, Need
 
@@ -73,8 +74,12 @@ def wake(home: "SqliteBackend", db: apsw.Connection, freed: Mapping[Place, int])
     taken = "SELECT count(*) FROM slots WHERE key = :key OR (key = :key || ':wants' AND at > :now)"
     first = f"SELECT id FROM jobs WHERE run = :key AND state = 2 ORDER BY id LIMIT max(0, min(:count, :most - ({taken})))"
     sql = f"UPDATE jobs SET state = 0, at = NULL WHERE id IN ({first}) RETURNING queue"
-    queues, now = set[Any](), home.clock.now()
+    queues, now, table = set[Any](), home.clock.now(), home._find("table", CONTROL)
+    ask = "SELECT 1 FROM cells WHERE tbl = ? AND key = ?"
+    shut = [id_ for name, id_ in home.queue_ids.items() if freed and one(db, ask, (table, f"pause queue:{name}"))]
     for (key, most), count in freed.items():
+        for gid in shut:  # others need not wait for those
+            db.execute("UPDATE jobs SET state = 0, at = NULL WHERE run = ? AND state = 2 AND queue = ?", (key, gid))
         queues.update(gid for (gid,) in db.execute(sql, {"key": key, "most": most, "count": count, "now": now}).fetchall())
     for gid in queues:
         home.stir(db, "gid = ?", (gid,))

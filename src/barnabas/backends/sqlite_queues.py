@@ -43,8 +43,7 @@ class SqliteQueues(Fetcher):
         self._work: set[int] = set()
         self._claimed: list[tuple[Part, Sequence[Row]]] = []
         self._due = self._since = 0.0  # when the next waiting job is due (epoch seconds); when we claimed last (monotonic)
-        self._limit = self._turns = 0
-        self._more = True
+        self._limit, self._turns, self._more = 0, 0, True
         home.sources.append(self)
         listener.assigned(list(self._parts.values()))
 

@@ -75,8 +75,7 @@ class SqliteReader:
     check: Callable[[], None]  # that the file at our path still is the one we have open
 
     def __init__(self, file: "OpenFile") -> None:
-        self.file = file
-        self.path = file.path
+        self.file, self.path = file, file.path
         self._reading = threading.Lock()
         self.heads: dict[int, int] = {}
         self.parts: dict[str, list[int]] = {}  # a topic's partitions by number

@@ -35,8 +35,7 @@ class Stopper:
 
     def __init__(self) -> None:
         self.event = threading.Event()
-        self.quiet = False
-        self.name = ""
+        self.quiet, self.name = False, ""
 
     def asked(self, number: int, frame: FrameType | None = None) -> None:
         """A signal came."""
