@@ -81,7 +81,7 @@ BUGS = [
     Bug("a hook's error is swallowed", hooks, "_fail", "    raise error\n", "    return None\n"),
     Bug("a hook that swallows makes it done", hooks, "_forgives", "(said is Done or isinstance(said, Done))", "True"),
     Bug("a failure that a hook forgives sends", hooks, "_fail", "_forget()", "pass"),
-    Bug("a missing answer is no failure", handler, "make_answer", "if topic not in uses:", "if False:"),
+    Bug("a missing answer is no failure", handler, "make_answer", "if topic not in uses and", "if False and"),
     Bug("a cancellation counts as done", crew, "work", "parked = crew.failed(", "parked = None if isinstance(error, asyncio.CancelledError) else crew.failed("),
     Bug("a cancellation counts as a failure", Crew, "failed", 'if why == "release":', "if False:"),
     Bug("a cancellation by another name hits the next", Crew, "failed", "(slot in self.cancelled or isinstance(error, asyncio.CancelledError))", "isinstance(error, asyncio.CancelledError)"),
