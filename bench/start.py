@@ -23,9 +23,11 @@ def milliseconds(runs: int, *arguments: str) -> float:
     1,
     Row("`barnabas --help`", 150, "ms", "ms", at_most=True, note="raw: an interpreter that does nothing"),
     Row("`import barnabas`", 60, "ms", "ms", at_most=True, note="raw: an interpreter that does nothing"),
+    Row("of which: `import msgspec` alone, the interpreter's start included", None, "ms", "ms"),
 )
 def start(n: int, turn: int) -> list[Figure]:
     bare = milliseconds(n, "-c", "pass")
     help_ = milliseconds(n, "-m", "barnabas", "--help")
     import_ = milliseconds(n, "-c", "import barnabas")
-    return [Figure(help_, bare, help_), Figure(import_, bare, import_)]
+    codec = milliseconds(n, "-c", "import msgspec")
+    return [Figure(help_, bare, help_), Figure(import_, bare, import_), Figure(codec, bare, codec)]
