@@ -2,6 +2,8 @@
 
 import time
 
+from barnabas.errors import must
+
 
 class Clock:
     """The real time: `now()` in epoch seconds, `monotonic()` in seconds since some start."""
@@ -21,5 +23,6 @@ class FakeClock(Clock):
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Let `seconds` pass."""
+        """Let `seconds` pass, 0 or more."""
+        must(seconds >= 0, "clock.advance", "seconds", seconds, "time does not go back")
         self._now += seconds

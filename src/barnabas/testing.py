@@ -26,7 +26,7 @@ from barnabas.clock import FakeClock
 from barnabas.codec import make_codec
 from barnabas.engine.observe import Failed, Observers
 from barnabas.engine.runner import Runner
-from barnabas.errors import BarnabasError, own_part
+from barnabas.errors import BarnabasError, must, own_part
 from barnabas.inspect import span
 from barnabas.job import Job
 from barnabas.jobs.payload import parse
@@ -128,10 +128,12 @@ class Trial:
 
     def sent(self, topic: Topic[Any]) -> list[Message[Any]]:
         """The messages on a topic, in the order in which they came."""
+        must(isinstance(topic, Topic), "sent", "topic", topic, "give what app.topic(...) returned")
         return [self._message(topic, topic.decode, (), *at) for at in self._memory.came.get(topic.name, ())]
 
     def enqueued(self, job: Job) -> list[tuple[Any, ...]]:
         """The arguments of each job that waits: ready ones first, then by time those scheduled or to be retried."""
+        must(isinstance(job, Job), "enqueued", "job", job, "give the decorated function")
         memory = self._memory
         payloads = [out.payload for queue in memory.ready.values() for _, out in sorted(queue, key=lambda row: row[0])]
         payloads += [out.payload for _, _, _, out in sorted(memory.later, key=lambda row: row[:2])]
@@ -143,11 +145,13 @@ class Trial:
         if isinstance(source, Job):
             decode = make_codec("a dead job", dict, "json")[1]
             return [decode(out.payload) for out in self._memory.buried.values() if _is_of(source, out.payload)]
+        must(isinstance(source, Topic), "dead", "source", source, "give a topic or a job, as they were declared")
         name = source.dead_topic.name
         return [self._message(source.dead_topic, source.decode, (Exception,), *at) for at in self._memory.came.get(name, ())]
 
     def table(self, table: Table[Any]) -> dict[Any, Any]:
         """A table as it was last settled."""
+        must(isinstance(table, Table), "table", "table", table, "give what app.table(...) returned")
         with table.open() as view:
             return dict(view.items())
 

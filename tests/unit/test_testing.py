@@ -10,7 +10,7 @@ import pytest
 
 import barnabas.testing
 from barnabas import App, Batch, Delivery, Message, Reject, Retry, RetryAfter
-from barnabas.errors import BarnabasError
+from barnabas.errors import BarnabasError, DeclarationError
 
 
 class Order(msgspec.Struct):
@@ -563,3 +563,14 @@ def test_the_clock_of_a_test_makes_schedules_tick() -> None:
         t.clock.advance(3 * 3600)  # nobody ran meanwhile
         t.drain()
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("ask", ["sent", "enqueued", "dead", "table"])
+def test_who_asks_by_name_is_told_what_to_give(ask):
+    with barnabas.testing.run(App("shop")) as t, pytest.raises(DeclarationError, match=rf"{ask}: \w+='orders': give "):
+        getattr(t, ask)("orders")
+
+
+def test_the_clock_does_not_go_back():
+    with barnabas.testing.run(App("shop")) as t, pytest.raises(DeclarationError, match="seconds=-5: time does not go back"):
+        t.clock.advance(-5)
