@@ -212,7 +212,7 @@ def test_what_is_held_back_counts_as_in_flight(place, app, topic):
         most = worker.runners[0].limit
         topic.send_many([Message(topic="steps", key="bad", value=n) for n in range(most)]).result(10)
         send(topic, ("ok", most))  # not reached while so many are in flight
-        wait_for(lambda: any(len(part.held) == most for part in worker.runners[0].parts), worker=worker)
+        wait_for(lambda: seen and any(len(part.held) == most for part in worker.runners[0].parts), worker=worker)
         rests(seen, worker)
         assert seen == [-1]
         ask(app, "pause key:shop-read", None)
