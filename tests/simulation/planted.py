@@ -109,7 +109,6 @@ BUGS = [
     Bug("what is rescued is lost", Crew, "rescue", "self.lanes.give(haul.pop(), 0, now)", "haul.pop()"),
     Bug("what is rescued of a run is lost", Crew, "rescue", "self.lanes.give(Run(run.part, LOOSE, rest), 0, now)", "pass"),
     Bug("what is in hand is rescued", Crew, "rescue", "behind = 1 + next(", "behind = next("),
-    Bug("what was rescued is run where it was", Crew, "breathe", "or done >= len(run.rows)", ""),
     Bug("a failed settlement forgets its results", Runner, "settle", "outputs = checkpoint(", "self._unsettled = []; outputs = checkpoint("),
     Bug("results of a revoked partition are settled", Runner, "settle", "if not r.part.closed", "if r.part is not None"),
     Bug("what was done is not settled at a revocation", Runner, "settle", "self._collect()", "[c.collect() for c in self.crews]"),
