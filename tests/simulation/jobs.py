@@ -53,8 +53,8 @@ IN_BATCHES = ("plain", "alone")
 SIM: Any = None  # the schedule that is played
 
 
-class Wrong(BaseException):
-    """A promise is broken."""
+class Wrong(GeneratorExit):
+    """A promise is broken. (Almost anything else would be the failure of a handler.)"""
 
 
 class Told:
