@@ -32,7 +32,8 @@ class Pace(msgspec.Struct, frozen=True):
 
 class ProcessInfo(msgspec.Struct, frozen=True):
     """A worker process, as it last said itself. silent: seconds since its last sign of life; rss: bytes; asked: "quiet" or
-    "stop", if an operator has; groups: it is in; queues: how many jobs it has done of each; done: altogether."""
+    "stop", if an operator has; groups: it is in; queues: how many jobs it has done of each; done: altogether; trouble: what a
+    backend cannot do for it just now."""
 
     name: str
     pid: int
@@ -48,6 +49,7 @@ class ProcessInfo(msgspec.Struct, frozen=True):
     queues: dict[str, int]
     work: list[Work]
     handlers: dict[str, Pace]
+    trouble: str
 
 
 def homes(app: App) -> list[Backend]:
@@ -77,6 +79,7 @@ def _info(process: Process, asked: str | None) -> ProcessInfo:
         said.get("rss", 0), said.get("counts", {}).get("done", 0), said.get("quiet", False), asked, list(said.get("groups", ())),
         dict(said.get("queues", {})), [Work(process.name, *each) for each in said.get("work", ())],
         {name: Pace(each.get("done", 0), each.get("pace")) for name, each in said.get("handlers", {}).items()},
+        said.get("trouble", ""),
     )
 
 

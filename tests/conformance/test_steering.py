@@ -8,7 +8,8 @@ import pytest
 from watching import settled, wait_for
 
 from barnabas import Message, Reject, Retry, inspect
-from barnabas.errors import Refused, UnknownTopic
+from barnabas import processes as workers
+from barnabas.errors import BackendError, Refused, UnknownTopic
 from barnabas.ports import Position
 
 
@@ -332,6 +333,25 @@ def test_processes_are_those_with_a_worker_and_say_what_they_report(place, app):
         assert process.name == app.events.name == f"{process.host}:{process.pid}:{process.name.rpartition(':')[2]}"
         assert process.info == {"work": [1]} and process.silent < 5 and abs(process.started - app.clock.now()) < 10
     assert place.name == "sqlite" or app.events.processes() == []
+
+
+def test_what_a_backend_cannot_do_for_a_process_is_seen_from_outside(place, app):
+    app.consumer(app.topic("steps", int), name="read")(lambda n: None)
+
+    def fetch(limit, timeout):
+        raise BackendError("the broker is on fire")
+
+    def troubles():
+        app.events.report(worker.report())
+        return [process.trouble for process in workers.processes(app) if process.app == "shop"]
+
+    with place.running(app) as worker:
+        source = worker.runners[0].source
+        assert troubles() == [""]
+        real, source.fetch = source.fetch, fetch
+        wait_for(lambda: troubles() == ["BackendError: the broker is on fire"])
+        source.fetch = real
+        wait_for(lambda: troubles() == [""], worker=worker)
 
 
 def test_what_operators_ask_for_is_kept_until_it_is_taken_back(place, app):

@@ -66,7 +66,7 @@ def frame(now: Look, before: Look, session: float) -> Frame:
         for q in sorted(now.queues, key=lambda q: -q.ready)
     ]
     running = [
-        {"process": p.name, "pid": p.pid, "app": p.app, "state": processes.state(p, session), "rss": p.rss}
+        {"process": p.name, "pid": p.pid, "app": p.app, "state": processes.state(p, session), "rss": p.rss, "trouble": p.trouble}
         | {"done": p.done, "rate": rates["process", p.name], "work": len(p.work)}
         for p in now.processes
     ]
@@ -102,7 +102,8 @@ def tables(found: Frame, room: int | None) -> Iterator[Any]:
         "queues": ("queue ready# behind# rate# in_work# scheduled# retry# dead#", lambda q: (
             q["queue"] or "(all)", q["ready"], draw.age(q["seconds"]), _rate(q["rate"]), *map(q.get, _KINDS))),
         "processes": ("process app memory# done# rate# in_work# state", lambda p: (
-            p["process"], p["app"], draw.size(p["rss"]), p["done"], _rate(p["rate"]), p["work"], p["state"])),
+            p["process"], p["app"], draw.size(p["rss"]), p["done"], _rate(p["rate"]), p["work"],
+            ": ".join(filter(None, (p["state"], p["trouble"]))))),
         "work": ("in_work at for# process", lambda w: (
             f"{w['handler']} {w['progress']}".rstrip(), _at(w), draw.age(w["seconds"]), w["process"])),
         "handlers": ("handler done# rate# a_message_takes#", lambda h: (

@@ -13,7 +13,7 @@ from barnabas.engine.hand import sent_for
 from barnabas.engine.handler import Stop, retry_at
 from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Observers, Settled
-from barnabas.errors import BackendError, PositionLost, Replaced, SendError
+from barnabas.errors import BackendError, PositionLost, Replaced, SendError, told
 from barnabas.message import Row
 from barnabas.ports import FOREVER, Part, Result, Source
 from barnabas.verdict import Again
@@ -59,7 +59,7 @@ class Runner:
         self._alone = Alone(self, gate)
         self._unsettled: list[Result] = []
         self._count, self._settled_at = 0, 0.0
-        self._away: str | None = None
+        self.away = ""  # what the backend cannot do, if it cannot
         self._marks = False
         for crew in self.crews:
             crew.wake = self.wake
@@ -110,14 +110,14 @@ class Runner:
             self.error = error
             return False
         except Exception as error:
-            if self._away != repr(error):
-                self._away = repr(error)
+            if self.away != told(error):
+                self.away = told(error)
                 shown = None if isinstance(error, BackendError | SendError) else error  # these have said it all
                 log.error("%s: the backend failed, trying again every second: %s", self.name, error, exc_info=shown)
             self.finished.wait(1.0 if not self.stopping else 0.2)
             return False
-        if self._away is not None:
-            self._away = None
+        if self.away:
+            self.away = ""
             log.warning("%s: the backend works again", self.name)
         return True
 
