@@ -1365,8 +1365,10 @@ def simulate(seed: int) -> int:
     except BaseException as error:
         raise (sim.wrong or error) from error
     finally:
-        sim.close()
-        SIM = None
-        logging.disable(disabled)
-        del sys.tracebacklimit
+        try:
+            sim.close()
+        finally:
+            SIM = None
+            logging.disable(disabled)
+            del sys.tracebacklimit
     return sim.calls
