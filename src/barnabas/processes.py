@@ -49,7 +49,7 @@ class ProcessInfo(msgspec.Struct, frozen=True):
     queues: dict[str, int]
     work: list[Work]
     handlers: dict[str, Pace]
-    trouble: str
+    trouble: str = ""
 
 
 def homes(app: App) -> list[Backend]:
