@@ -27,8 +27,7 @@ class _Failure:
     def __init__(self, error: BaseException, seen: bool) -> None:
         import logging  # 3 ms that a process without failures need not pay
 
-        self.error = error
-        self.seen = seen
+        self.error, self.seen = error, seen
         self.log = logging.getLogger("barnabas.send")
 
     def __del__(self) -> None:
@@ -67,8 +66,7 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
         if self._value is _PENDING:
             gate = threading.Lock()  # a bare one: an Event costs three times as much
             gate.acquire()
-            within = -1 if timeout is None else max(0.0, timeout)
-            if self._watch(gate.release) and not gate.acquire(timeout=within):
+            if self._watch(gate.release) and not gate.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
                 raise NotYetDurable(f"not durable after {timeout} s; it may still become so: see barnabas check")
 
     def outcome(self, timeout: float | None = None) -> Any:
@@ -137,7 +135,12 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
         with _LOCK:
             waiters, self._waiters = self._waiters, None
         for waiter in waiters or ():
-            waiter()
+            try:
+                waiter()
+            except Exception:  # what has its outcome is settled, whatever somebody's callback makes of that
+                import logging
+
+                logging.getLogger("barnabas.send").exception("a callback of a future failed")
 
     def _watch(self, waiter: Callable[[], None]) -> bool:
         with _LOCK:
@@ -194,6 +197,4 @@ def gathered(futures: "list[Future[Any]]", many: "Future[Any] | None" = None, va
 
 def resolved(value: Any, id: Any = None) -> Future[Any]:
     """A future whose outcome is known already."""
-    future: Future[Any] = Future(id)
-    future.resolve(value)
-    return future
+    return Future(id, None, value)

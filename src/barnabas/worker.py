@@ -367,11 +367,10 @@ class Worker:
         paces = {runner.name: max(crew.pace for crew in runner.crews) for runner in self.runners}
         handlers = {name: {"done": done.get((name, "done"), 0), "pace": pace or None} for name, pace in paces.items()}
         queues = {queue: by_queue.get(queue, 0) for queue in self.queues}
-        troubles = [getattr(home, "away", "") for home in self.homes] + [runner.away for runner in self.runners]
         return {
             "app": self.app.name, "groups": [consumer.group for consumer in self.consumers], "queues": queues, "counts": counts,
             "work": self._in_work(), "handlers": handlers, "rss": memory(), "quiet": self.quiet, "paused": self.paused,
-            "trouble": next(filter(None, troubles), ""),
+            "trouble": next(filter(None, [getattr(each, "away", "") for each in [*self.homes, *self.runners]]), ""),
         }
 
     def _in_work(self) -> list[list[Any]]:

@@ -17,6 +17,7 @@ from barnabas.clock import FakeClock
 from barnabas.jobs.unique import Guard, Late, refused
 from barnabas.ports import Result
 from barnabas.verdict import Again
+from barnabas.worker import Worker
 
 
 class Nobody:
@@ -261,3 +262,33 @@ topic.send_many([1] * {before}).result(5)
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=30)
     stored = App("shop", events=f"sqlite:///{tmp_path}/barnabas.db").events.topics()
     assert sum(end - first for first, end, _ in stored[0].partitions) == before + 1
+
+
+def test_what_is_stored_is_no_failure_because_nobody_could_be_told(tmp_path: Path, caplog: Any) -> None:
+    """Else a settlement would be repeated, and what its handlers sent be there twice."""
+    app = App("told", events=f"sqlite:///{tmp_path}/told.db", jobs="memory:")
+    app.events._wake_own = lambda: {}["a thread changed it meanwhile"]
+    assert app.events.write(lambda db: 7) == 7
+    assert "told.db: what was stored could not be told of" in caplog.text
+    app.close()
+
+
+def test_a_callback_that_fails_repeats_nothing(tmp_path: Path, caplog: Any) -> None:
+    url = f"sqlite:///{tmp_path}/calls.db"
+    app = App("calls", events=url, jobs=url)
+    one, two = app.topic("one", int), app.topic("two", int)
+
+    @app.consumer(one)
+    def read(n: int) -> None:
+        two.send(n).add_done_callback(lambda future: 1 / 0)
+
+    one.send(1).result(5)
+    worker = Worker(app)
+    worker.start()
+    until = time.monotonic() + 10
+    while not worker.drained() and time.monotonic() < until:
+        time.sleep(0.02)
+    worker.stop(5.0)
+    assert sum(end - first for state in app.events.topics() if state.name == "two" for first, end, _ in state.partitions) == 1
+    assert "a callback of a future failed" in caplog.text
+    app.close()

@@ -118,11 +118,14 @@ class SqliteBackend(Notes, SqliteAdmin):
                 self._resolve(*self._limbo.pop(0))
             with self.file.turn.take(ENOUGH if self.closed else None):
                 result = self._commit(act, self._take_pending(whole))
-        if self._stir:
-            self._stir = False
-            self.refresh()
-        self.file.bell.ring()
-        self._wake_own()
+        try:
+            if self._stir:
+                self._stir = False
+                self.refresh()
+            self.file.bell.ring()
+            self._wake_own()
+        except Exception as error:  # it is stored: whoever took this for a failure would store it again
+            log.exception("%s: what was stored could not be told of; others find it within a second: %s", self.path, error)
         return result
 
     def _commit(self, act: Callable[[apsw.Connection], T], pending: list[Outgoing | OutgoingJob]) -> T:
@@ -317,8 +320,7 @@ class SqliteBackend(Notes, SqliteAdmin):
     def settled(self, stored: list[tuple[Any, Any]]) -> None:
         """After a settlement's commit: its sends are durable."""
         for future, value in stored:
-            if future is not None:
-                future.settle(value)
+            future is None or future.settle(value)
 
     def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
         self.listen()

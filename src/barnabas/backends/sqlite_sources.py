@@ -198,7 +198,7 @@ class SqliteLog(Fetcher):
     # Deliveries.
 
     def look(self) -> None:
-        if self._stale() or any(self._room(gid, part) > 0 for gid, part in self._parts.items()):
+        if self._stale() or any(self._room(gid, part) > 0 for gid, part in [*self._parts.items()]):
             self.wake()
 
     def _stale(self) -> bool:

@@ -28,7 +28,6 @@ async def work(crew: "Crew", slot: int) -> None:
     past: Any = crew.cancelled if awaited else crew.late
     take, monotonic, box, at_box = crew.take, crew.monotonic, crew.box, slot * SLOT + crew.base + 1
     hand = crew.hands[slot] = new_hand()
-    hand.app = handler.app  # its class knows it, too, but slower
     CURRENT.set(hand)
     while True:
         run = take(slot)
