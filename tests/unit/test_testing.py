@@ -10,6 +10,7 @@ import pytest
 
 import barnabas.testing
 from barnabas import App, Batch, Delivery, Message, Reject, Retry, RetryAfter
+from barnabas.engine.observe import Settled
 from barnabas.errors import BarnabasError, DeclarationError
 
 
@@ -431,6 +432,26 @@ def test_afterwards_everything_is_as_before(shop):
     assert {name: value for name, value in vars(shop).items() if name not in ("_events", "_jobs")} == before
     assert vars(shop)["_events"] is vars(shop)["_jobs"] is None
     assert shop.clock is clock and shop.observers.watchers == watchers and shop.observers.counts == {}
+
+
+def test_what_is_stored_is_not_stored_again_where_ctrl_c_comes_just_then(shop):
+    @shop.consumer(shop.orders, responds=[shop.receipts])
+    def bill(order: Order) -> Receipt:
+        return Receipt(order.id)
+
+    presses = [KeyboardInterrupt()]
+
+    def press(record):
+        if isinstance(record, Settled) and presses:
+            raise presses.pop()
+
+    shop.observe(press)
+    with barnabas.testing.run(shop) as t:
+        shop.orders.send(Order(1))
+        with pytest.raises(KeyboardInterrupt):
+            t.drain()
+        t.drain()
+        assert [m.value for m in t.sent(shop.receipts)] == [Receipt(1)]
 
 
 def test_each_run_begins_empty_and_runs_can_be_nested(shop):

@@ -320,7 +320,8 @@ class SqliteBackend(Notes, SqliteAdmin):
     def settled(self, stored: list[tuple[Any, Any]]) -> None:
         """After a settlement's commit: its sends are durable."""
         for future, value in stored:
-            future is None or future.settle(value)
+            if future is not None:
+                future.settle(value)
 
     def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
         self.listen()

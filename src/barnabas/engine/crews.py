@@ -30,10 +30,11 @@ class ThreadCrew(Crew):
         self._left = False
         self._calls: deque[Callable[[], None]] = deque()
         self._work = threading.Condition(self.lanes.lock)
-        name, slots, kind = self.handler.name, range(self.size), threading.Thread
-        self.threads = [kind(target=self._drive, args=(slot,), name=f"{name}-{slot}", daemon=True) for slot in slots]
-        for thread in self.threads:
-            thread.start()
+        self.threads: list[threading.Thread] = []
+        for slot in range(self.size):
+            name = f"{self.handler.name}-{slot}"
+            self.threads.append(threading.Thread(target=self._drive, args=(slot,), name=name, daemon=True))
+            self.threads[-1].start()
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float = 5.0) -> None:
         future: Future[None] = Future()

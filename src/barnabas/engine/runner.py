@@ -248,8 +248,9 @@ class Runner:
         self._collect()
         results = [r for r in self._unsettled if not r.part.closed]
         began = self.clock.monotonic()
+        outputs = checkpoint(self.source, self._sinks, results, self._bury) if results else 0
+        self._unsettled, self._count, self._settled_at = [], 0, began  # whatever fails now, these are stored
         if results:
-            outputs = checkpoint(self.source, self._sinks, results, self._bury)
             count = sum(len(r.rows) for r in results)
             for result in results:
                 result.part.done += len(result.rows) - len(result.others)
@@ -259,9 +260,6 @@ class Runner:
             self.observers.count(self.name, "done", count - sum(len(r.others) for r in results))
             if self.observers.watchers:
                 self.observers.tell(Settled(self.name, count, outputs, self.clock.monotonic() - began))
-        self._unsettled = []
-        self._count = 0
-        self._settled_at = began
 
     def _bury(self, results: Sequence[Result], refused: Sequence[Any]) -> Sequence[Result]:
         """Rows whose outputs are refused for good are dead; a batch's run again, each alone, to find the culprit."""
@@ -352,5 +350,7 @@ class Runner:
             crew.stop()
         while any(crew.busy() for crew in self.crews) and not self.overrun.is_set() and self.error is None:
             self.overrun.wait(0.01)
-        any(self._guard(lambda _: self.settle(), 0.0) for _ in range(5))
+        for _ in range(5):
+            if self._guard(lambda _: self.settle(), 0.0):
+                break
         self._guard(lambda _: self.source.close(), 0.0)
