@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
-from barnabas.backends.memory_admin import MemoryAdmin
+from barnabas.backends.memory_admin import MemoryAdmin, Partition
 from barnabas.backends.shares import NOTES, Notes, QueueOrder, close_books, members_ended, noted, open_account, over, spread, tell
 from barnabas.errors import DeclarationError, UnknownTopic
 from barnabas.jobs.unique import answer
@@ -28,38 +28,14 @@ def open_backend(url: str, settings: Any, clock: Any) -> "MemoryBackend":
     return MemoryBackend(url, clock)
 
 
-class _Partition:
-    __slots__ = ("first", "rows", "size")
-
-    def __init__(self) -> None:
-        self.first = 0
-        self.rows: list[Row] = []
-        self.size = 0
-
-    @property
-    def next(self) -> int:
-        return self.first + len(self.rows)
-
-
 class MemoryBackend(Notes, MemoryAdmin):
     """A place for topics, queues and tables that ends with the process."""
 
     def __init__(self, url: str, clock: Any) -> None:
-        self.url, self.closed, self.clock = url, False, clock
-        self.lock = threading.RLock()
-        self.logs: dict[str, list[_Partition]] = {}
+        super().__init__(url, clock)
         self.retention: dict[str, Any] = {}
-        self.marks: dict[tuple[str, str, int], tuple[int, list[tuple[int, int]], dict[int, int]]] = {}
-        self.owners: dict[str, dict[tuple[str, int], MemoryLog]] = {}
-        self.members: dict[str, list[MemoryLog]] = {}
-        self.tables: dict[str, dict[Any, bytes]] = {}
-        self.ready: dict[str, deque[tuple[int, OutgoingJob]]] = {}
-        self.later: list[tuple[float, int, str, OutgoingJob]] = []  # due at, number, "scheduled" or "retry"
-        self.buried: dict[int, OutgoingJob] = {}
-        self.workers: list[MemoryQueues] = []
         self._number = self._spin = self._unswept = 0
         self._watchers: list[Callable[[], None]] = []
-        super().__init__()
 
     # Topics and sends.
 
@@ -68,7 +44,7 @@ class MemoryBackend(Notes, MemoryAdmin):
             for topic in topics:
                 known = self.logs.get(topic.name)
                 if known is None:
-                    self.logs[topic.name] = [_Partition() for _ in range(topic.partitions or DEFAULT_PARTITIONS)]
+                    self.logs[topic.name] = [Partition() for _ in range(topic.partitions or DEFAULT_PARTITIONS)]
                 elif topic.partitions is not None and topic.partitions != len(known):
                     what = f"topic {topic.name!r}: partitions={topic.partitions}"
                     raise DeclarationError(f"{what}, but it is stored with {len(known)}")
@@ -117,7 +93,8 @@ class MemoryBackend(Notes, MemoryAdmin):
         if holder is not None:
             if holder != job.jid and claim.on_conflict == "reject":
                 self.buried[self._number] = job._replace(payload=claim.buried, at=self.clock.now(), future=None)
-            job.future is None or job.future.settle(job.jid if holder == job.jid else answer(job, holder))
+            if job.future is not None:
+                job.future.settle(job.jid if holder == job.jid else answer(job, holder))
             return False
         self.locks[claim.key] = (job.jid, claim.until)
         if claim.until is None:
@@ -184,9 +161,7 @@ class MemoryBackend(Notes, MemoryAdmin):
                         count += 1
                     del log.rows[:count]
                     log.first += count
-            notes = self.tables.get(NOTES, {})
-            for key in [key for key, data in notes.items() if over(data, now)]:
-                del notes[key]
+            self.tables[NOTES] = {key: data for key, data in self.tables.get(NOTES, {}).items() if not over(data, now)}
 
     # What consumers and workers use.
 
@@ -268,33 +243,31 @@ class MemoryBackend(Notes, MemoryAdmin):
         self.closed = True
 
 
-class _Waiter:
-    """The wait of a fetch thread: ended by a wake, at most `timeout` seconds long."""
+class _Source:
+    """What both kinds have: their home, and the wait of a fetch thread, which a wake ends."""
 
-    def __init__(self) -> None:
-        self._event = threading.Event()
+    def __init__(self, home: MemoryBackend, listener: Listener) -> None:
+        self.atomic = self.home = home
+        self._listener, self._event = listener, threading.Event()
         self.wake = self._event.set
+        self._unwatch = home.watch(self.wake)
 
-    def wait(self, timeout: float) -> None:
-        if timeout > 0:
-            self._event.wait(timeout)
+    def _wait(self, timeout: float) -> None:
+        self._event.wait(timeout)
         self._event.clear()
 
 
-class MemoryLog:
+class MemoryLog(_Source):
     """The topics of one consumer group, as one member sees them."""
 
     def __init__(self, home: MemoryBackend, group: str, topics: list[str], start: str, ordered: bool, listener: Listener) -> None:
-        self.atomic = self.home = home
-        self.group, self._start, self._ordered, self._listener = group, start, ordered, listener
+        super().__init__(home, listener)
+        self.group, self._start, self._ordered = group, start, ordered
         self._parts: dict[tuple[str, int], Part] = {}
         self._all = [(topic, n) for topic in topics for n in range(len(home.logs[topic]))]
-        self._waiter = _Waiter()
-        self.wake = self._waiter.wake
         with home.lock:
             home.members.setdefault(group, []).append(self)
             self._nudge()
-        self._unwatch = home.watch(self.wake)
 
     def _nudge(self) -> None:
         self._stale = True
@@ -340,7 +313,7 @@ class MemoryLog:
             self._balance()
         found = self._read(limit)
         if not found and timeout > 0:
-            self._waiter.wait(timeout)
+            self._wait(timeout)
             found = self._read(limit)
         return found
 
@@ -383,17 +356,14 @@ class MemoryLog:
             self.home.left()
 
 
-class MemoryQueues:
+class MemoryQueues(_Source):
     """The queues of one worker."""
 
     def __init__(self, home: MemoryBackend, queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any) -> None:
-        self.atomic, self.home, self._guard = home, home, guard
-        self._order = QueueOrder(queues)
+        super().__init__(home, listener)
+        self._guard, self._order = guard, QueueOrder(queues)
         self.parts = {name: Part(name, -1, i) for i, name in enumerate(self._order.names)}
         self.work: dict[int, OutgoingJob] = {}
-        self._waiter = _Waiter()
-        self.wake = self._waiter.wake
-        self._unwatch = home.watch(self.wake)
         home.workers.append(self)
         listener.assigned(list(self.parts.values()))
 
@@ -403,7 +373,7 @@ class MemoryQueues:
             due = self.home.move_due(self.home.clock.now())
             if due is not None:
                 timeout = min(timeout, max(0.0, due - self.home.clock.now()))
-            self._waiter.wait(timeout)
+            self._wait(timeout)
             found = self._claim(limit)
         return found
 

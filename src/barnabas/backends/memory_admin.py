@@ -15,31 +15,48 @@ from barnabas.jobs.beyond import ALL
 from barnabas.jobs.limit import WANT, Need
 from barnabas.jobs.payload import enqueued_at, recalled, requeued
 from barnabas.jobs.unique import MANY, VAIN, Ask, held, marked
-from barnabas.message import Member, Outgoing, OutgoingJob
+from barnabas.message import Member, Outgoing, OutgoingJob, Row
 from barnabas.ports import Position, Process, QueueState, StoredJob
 
 
+class Partition:
+    """A partition's rows, and how many bytes they hold."""
+
+    __slots__ = ("first", "rows", "size")
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.rows: list[Row] = []
+        self.size = 0
+
+    @property
+    def next(self) -> int:
+        """The offset after the newest."""
+        return self.first + len(self.rows)
+
+
 class MemoryAdmin:
-    """The operators' half of a MemoryBackend."""
+    """What a MemoryBackend keeps, and the operators' half of it."""
 
     name = ""
     ranks = True
     ranked = False  # whether a job with a priority was ever stored
     _turns = 0
-    clock: Any
-    lock: "threading.RLock"
-    logs: dict[str, Any]
-    marks: dict[tuple[str, str, int], tuple[int, list[tuple[int, int]], dict[int, int]]]
-    owners: dict[str, dict[tuple[str, int], Any]]
-    members: dict[str, list[Any]]
-    tables: dict[str, dict[Any, bytes]]
-    ready: dict[str, deque[tuple[int, OutgoingJob]]]
-    later: list[tuple[float, int, str, OutgoingJob]]
-    buried: dict[int, OutgoingJob]
-    workers: list[Any]
     store: Callable[[Iterable[Any]], None]
+    ring: Callable[[], None]  # something was stored: wake whoever waits
 
-    def __init__(self) -> None:
+    def __init__(self, url: str, clock: Any) -> None:
+        self.url, self.closed, self.clock = url, False, clock
+        self.lock = threading.RLock()
+        self.logs: dict[str, list[Partition]] = {}
+        self.marks: dict[tuple[str, str, int], tuple[int, list[tuple[int, int]], dict[int, int]]] = {}
+        self.owners: dict[str, dict[tuple[str, int], Any]] = {}
+        self.members: dict[str, list[Any]] = {}
+        self.tables: dict[str, dict[Any, bytes]] = {}
+        self.ready: dict[str, deque[tuple[int, OutgoingJob]]] = {}
+        self.later: list[tuple[float, int, str, OutgoingJob]] = []  # due at, number, "scheduled" or "retry"
+        self.buried: dict[int, OutgoingJob] = {}
+        self.workers: list[Any] = []
         self.locks: dict[str, tuple[str, float | None]] = {}  # of unique jobs: who has it, until when (None: until he is done)
         self.held: dict[int, str] = {}  # the lock that a stored job took as it was enqueued
         self.batches: dict[str, dict[str, set[str]]] = {}  # the members of each by how they stand
@@ -66,10 +83,6 @@ class MemoryAdmin:
         """A source was closed: with the last one, what was asked of this process is past."""
         if not self._works():
             self._asked.pop(f"process:{self.name}", None)
-
-    def ring(self) -> None:
-        """Something was stored: wake whoever waits."""
-        raise NotImplementedError
 
     def positions(self, groups: str = "") -> list[Position]:
         with self.lock:

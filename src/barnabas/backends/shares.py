@@ -243,13 +243,8 @@ def tell(ripe: Callable[[str], None], batches: Iterable[str], results: Iterable[
 
 def state_of(part: Part, done: list[tuple[int, int]]) -> str | None:
     """What a position carries beside its offset; None for nothing."""
-    state: dict[str, Any] = {}
-    if done:
-        state["done"] = done
-    if part.attempts:
-        state["attempts"] = dict(part.attempts)
-    if part.crashes:
-        state["crashes"] = dict(part.crashes)
+    said = {"done": done, "attempts": dict(part.attempts), "crashes": dict(part.crashes)}
+    state = {name: what for name, what in said.items() if what}
     return json.dumps(state) if state else None
 
 
