@@ -124,6 +124,7 @@ class Bell:
     """A file that is touched after each commit; whoever watches it is woken by the system (inotify), else polls."""
 
     IN_MODIFY = 2
+    SAFETY, POLL = 1.0, 0.005  # seconds between two looks with and without inotify, where nobody rings
 
     def __init__(self, path: str) -> None:
         self._path = path + "-bell"
@@ -136,11 +137,10 @@ class Bell:
         with contextlib.suppress(OSError):  # no room for one byte: what was committed is, and they look once a second
             os.pwrite(self._fd, b"!", 0)
 
-    def watch(self, woken: Callable[[], None], safety: float = 1.0, poll: float = 0.005) -> None:
-        """Call `woken` in a thread of its own after rings, and every `safety` seconds (every `poll` without inotify)."""
+    def watch(self, woken: Callable[[], None]) -> None:
+        """Call `woken` in a thread of its own after rings, and now and then."""
         self._end = os.pipe()
-        inotify = self._inotify()
-        given = (woken, inotify, safety, poll)
+        given = (woken, self._end[0], self._inotify())
         self._thread = threading.Thread(target=self._listen, args=given, name="barnabas-bell", daemon=True)
         self._thread.start()
 
@@ -154,14 +154,12 @@ class Bell:
         except (OSError, AttributeError):
             return None
 
-    def _listen(self, woken: Callable[[], None], inotify: int | None, safety: float, poll: float) -> None:
-        assert self._end is not None
-        end = self._end[0]
+    def _listen(self, woken: Callable[[], None], end: int, inotify: int | None) -> None:
         waiting = select.poll()
         waiting.register(end, select.POLLIN)
         if inotify is not None:
             waiting.register(inotify, select.POLLIN)
-        timeout = 1000 * (safety if inotify is not None else poll)
+        timeout = 1000 * (self.SAFETY if inotify is not None else self.POLL)
         try:
             while True:
                 events = waiting.poll(timeout)

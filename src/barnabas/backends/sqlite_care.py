@@ -12,7 +12,7 @@ import apsw
 from barnabas.backends.host import Turn, look
 from barnabas.backends.shares import NOTES, over
 from barnabas.backends.sqlite_file import SCHEMA, living
-from barnabas.backends.sqlite_read import SHIFT, connect, explain, one
+from barnabas.backends.sqlite_read import SHIFT, connect, explained, one
 from barnabas.errors import BackendError, Refused
 
 if TYPE_CHECKING:
@@ -74,13 +74,10 @@ def _snapshot(path: str) -> Iterator[apsw.Connection]:
     """A read-only connection that sees one state of the file, whatever others write meanwhile."""
     if not os.path.exists(path):
         raise BackendError(f"{path}: there is no such file (yet); look at the settings events and jobs")
-    try:
-        with closing(apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)) as db:
-            db.set_busy_timeout(10_000)
-            db.execute("BEGIN; SELECT count(*) FROM sqlite_schema").fetchall()
-            yield db
-    except apsw.Error as error:
-        raise explain(path, error) from error
+    with explained(path), closing(apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)) as db:
+        db.set_busy_timeout(10_000)
+        db.execute("BEGIN; SELECT count(*) FROM sqlite_schema").fetchall()
+        yield db
 
 
 def check(path: str) -> Check:
@@ -151,7 +148,7 @@ def backup(path: str, to: str, tell: Callable[[int, int], Any] = lambda done, to
             raise BackendError(f"{part} cannot be made: {error.strerror}; name a file in a folder that can be written") from error
         try:
             # Nobody else knows the copy: it needs no locks, which a network file system may not have.
-            with closing(apsw.Connection(part, vfs="unix-none")) as copy:
+            with explained(part), closing(apsw.Connection(part, vfs="unix-none")) as copy:
                 copy.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
                 with copy.backup("main", source, "main") as pages:
                     while not pages.done:
@@ -161,8 +158,6 @@ def backup(path: str, to: str, tell: Callable[[int, int], Any] = lambda done, to
                 if (found := one(copy, "PRAGMA integrity_check(1)")[0]) != "ok":
                     raise BackendError(f"the copy of {path} is damaged ({found}), so most likely the file is: barnabas db check")
             os.rename(part, to)
-        except apsw.Error as error:
-            raise explain(part, error) from error
         finally:
             for name in (part, f"{part}-journal"):
                 with suppress(OSError):
@@ -177,21 +172,15 @@ def compact(path: str) -> tuple[int, int]:
     """
     if not os.path.exists(path):
         raise BackendError(f"{path}: there is no such file (yet); look at the settings events and jobs")
-    turn = Turn(path)
-    try:
-        with turn.take(), closing(connect(path)) as db:
-            if db.pragma("user_version") != SCHEMA:
-                raise Refused(f"{path} has another schema than {SCHEMA}: barnabas db check")
-            if users := living(db, path):
-                raise Refused(f"{path} is in use by {', '.join(users)}; stop them first: barnabas stop NAME")
-            before = os.path.getsize(path)
-            db.execute("VACUUM").fetchall()
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            return before, os.path.getsize(path)
-    except apsw.Error as error:
-        raise explain(path, error) from error
-    finally:
-        turn.close()
+    with closing(Turn(path)) as turn, explained(path), turn.take(), closing(connect(path)) as db:
+        if db.pragma("user_version") != SCHEMA:
+            raise Refused(f"{path} has another schema than {SCHEMA}: barnabas db check")
+        if users := living(db, path):
+            raise Refused(f"{path} is in use by {', '.join(users)}; stop them first: barnabas stop NAME")
+        before = os.path.getsize(path)
+        db.execute("VACUUM").fetchall()
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return before, os.path.getsize(path)
 
 
 def expire(home: "SqliteBackend", now: float) -> None:

@@ -13,7 +13,7 @@ import apsw
 
 from barnabas.backends.host import Bell, Turn, look
 from barnabas.backends.sqlite_admin import name_of
-from barnabas.backends.sqlite_read import connect, explain, one
+from barnabas.backends.sqlite_read import connect, explained, one
 from barnabas.errors import BackendError
 
 log = logging.getLogger("barnabas")
@@ -121,18 +121,14 @@ class OpenFile:
         check_library(apsw.sqlitelibversion())
         check_place(path)
         with contextlib.ExitStack() as undo:
-            try:
+            with explained(path, OSError):
                 self.turn = undo.enter_context(contextlib.closing(Turn(path, patience)))
                 self.bell = undo.enter_context(contextlib.closing(Bell(path)))
-            except OSError as error:
-                raise explain(path, error) from error
             with self.turn.take():  # SQLite lets two that make a new file a WAL file at once meet SQLITE_BUSY without waiting
                 self._sweep(before)
                 self.writer = undo.enter_context(contextlib.closing(connect(path, lambda db: self._refuse(db, before is None))))
-                try:
+                with explained(path):
                     migrate(self.writer, path)
-                except apsw.Error as error:
-                    raise explain(path, error) from error
             self.reader = undo.enter_context(contextlib.closing(connect(path)))
             self.id = identity(path)
             self.beside = [identity(path + name) for name in BESIDE]

@@ -30,7 +30,7 @@ _SYSTEM |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "ReadOnlyErro
 
 def connect(path: str, refuse: Callable[[apsw.Connection], None] = lambda db: None) -> apsw.Connection:
     """A connection with the settings that every one of ours has. `refuse` may raise before the file is changed."""
-    try:
+    with explained(path):
         db = apsw.Connection(path)
         if db.readonly("main"):  # SQLite's way out where it may not write; nothing would be well again once it may
             raise apsw.ReadOnlyError("attempt to write a readonly database")
@@ -41,8 +41,6 @@ def connect(path: str, refuse: Callable[[apsw.Connection], None] = lambda db: No
             raise BackendError(f"{path}: its file system has no shared memory, which SQLite's WAL needs; put it on a local disk")
         db.execute("PRAGMA synchronous=FULL").fetchall()
         return db
-    except apsw.Error as error:
-        raise explain(path, error) from error
 
 
 def explain(path: str, error: apsw.Error | OSError) -> BackendError:
@@ -61,6 +59,15 @@ def explain(path: str, error: apsw.Error | OSError) -> BackendError:
         path = error.filename or path
         name = _SYSTEM.get(error.errno or 0, name)
     return BackendError(f"{path}: {ways.get(name, 'SQLite refused')} ({name}: {error})")
+
+
+@contextmanager
+def explained(path: str, kind: type[apsw.Error | OSError] = apsw.Error) -> Iterator[None]:
+    """Errors of this kind in it are raised in our words."""
+    try:
+        yield
+    except kind as error:
+        raise explain(path, error) from error
 
 
 def one(db: apsw.Connection, sql: str, args: Sequence[Any] = ()) -> Any:

@@ -3,7 +3,7 @@
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import apsw
@@ -25,6 +25,8 @@ FLIGHT_BYTES = 8 * 1024 * 1024  # bytes of one partition in flight, at least one
 class Fetcher:
     """The wait that both sources share: until the bell says that something is there, or somebody calls `wake`."""
 
+    look: Callable[[], None]  # wakes up if there is something new
+
     def __init__(self, home: "SqliteBackend", listener: Listener) -> None:
         self.atomic = self.home = home
         self.listener, self.waiting = listener, False
@@ -42,10 +44,6 @@ class Fetcher:
         self.home.check()
         if self.home.blind is not None:
             raise BackendError(self.home.blind)
-
-    def look(self) -> None:
-        """Wake up if there is something new."""
-        raise NotImplementedError
 
 
 class SqliteLog(Fetcher):
@@ -115,8 +113,7 @@ class SqliteLog(Fetcher):
             what = "%s lost %d partitions to others; what it did and did not settle is discarded"
             log.warning(what, self._group_name, len(lost))
             self._drop(lost)
-        if gone:
-            self._drop(gone)
+        self._drop(gone)
         members, owners = self._rows(self.home.query)
         target = self._target(members, owners)
         if any(self._claimable(gid, owners[gid][0], target) for gid, _, _ in self._all):
