@@ -41,10 +41,7 @@ def list_(app: App, as_json: bool, limit: int) -> None:
 @click.argument("id")
 def show(app: App, id: str, as_json: bool) -> None:
     """Show a batch."""
-    _show(status(app, id), as_json)
-
-
-def _show(of: Status, as_json: bool) -> None:
+    of = status(app, id)
     if as_json:
         return draw.json_line(of)
     times = ("created", "death", "complete", "success", "cancelled")

@@ -47,19 +47,14 @@ def _acting(command: str, doc: str) -> None:
             raise Wrong(f"there is no schedule {name!r}; {meant(name, app.crons, 'schedules')}", "barnabas cron list")
         if command != "run":
             schedule.pause(command == "pause")
-            return _say(as_json, f"{name} is {command}d", {"name": name, f"{command}d": True})
+            return draw.say(as_json, f"{name} is {command}d", **{"name": name, f"{command}d": True})
         out = schedule.outgoing(app.clock.now(), new_jid())
         if out is None:
             raise Wrong(f"{name}: a before_enqueue hook refused its job")
         app.jobs.send([out])
-        left = app.jobs.flush(app.settings.send_timeout)
-        if left:
+        if app.jobs.flush(app.settings.send_timeout):
             raise Wrong(f"{name}: its job could not be stored within {app.settings.send_timeout} s", "barnabas check")
-        _say(as_json, out.jid, {"name": name, "jid": out.jid})
-
-
-def _say(as_json: bool, text: str, said: dict[str, Any]) -> None:
-    draw.json_line(said) if as_json else click.echo(text)
+        draw.say(as_json, out.jid, name=name, jid=out.jid)
 
 
 _acting("run", "Enqueue a schedule's job now; when it ticks next stays as it is.")

@@ -64,17 +64,20 @@ def found(what: str, warnings: Sequence[str], problems: Sequence[str]) -> None:
     click.echo(f"{what}: " + (f"{len(problems)} to mend" if problems else "all is well"))
 
 
-def listing(
-    as_json: bool, items: Sequence[Any], columns: Sequence[str], row: Callable[[Any], Sequence[Any]], none: str = ""
-) -> None:
+def listing(as_json: bool, items: Sequence[Any], columns: Sequence[str], row: Callable[[Any], Sequence[Any]], none: str) -> None:
     """Print items: as JSON, each on its line, or as a table of `row(item)`; `none` says that there are none."""
     if as_json:
         for item in items:
             json_line(item)
-    elif items or not none:
+    elif items:
         table(columns, map(row, items))
     else:
         print(none, file=sys.stderr)
+
+
+def joined(*texts: str) -> str:
+    """Those of these that say anything."""
+    return ": ".join(filter(None, texts))
 
 
 def line(data: bytes) -> None:

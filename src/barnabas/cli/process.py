@@ -62,6 +62,7 @@ def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
 
     Raises SettingError if `max_memory` is less than what the app uses before its first message.
     """
+    say: Callable[[str], None] = lifeline.say if lifeline is not None else lambda word: None
     most = worker.app.settings.max_memory
     if 0 < most < (used := memory()):  # it would make way again and again
         sizes = f"max_memory is {draw.size(most)}, but this app uses {draw.size(used)} before its first message"
@@ -74,8 +75,7 @@ def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
         log.error("the start failed: %s", told(wrong), exc_info=wrong)
         return 1
     _tune()
-    if lifeline is not None:
-        lifeline.say("ready")
+    say("ready")
     why = _wait(worker, stopper, tell, drain, lifeline)
     if why == "stop":
         timeout = worker.app.settings.stop_timeout
@@ -93,10 +93,9 @@ def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
     if error is not None:
         shown = None if isinstance(error, BarnabasError) else error
         log.error("this process ends: %s", told(error) if shown else error, exc_info=shown)
-        if lifeline is not None:
-            lifeline.say("failed")
-    if why == "drained" and lifeline is not None:
-        lifeline.say("drained")
+        say("failed")
+    if why == "drained":
+        say("drained")
     status = 1 if error is not None else RECYCLE if why == "large" else 0
     if held:  # the interpreter would wait for their threads
         end_now(worker.app, status)

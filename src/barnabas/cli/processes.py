@@ -24,7 +24,7 @@ def processes(app: App, as_json: bool) -> None:
 
 
 def _row(app: App, p: ProcessInfo) -> tuple[Any, ...]:
-    state = ": ".join(filter(None, [workers.state(p, app.settings.session_timeout), p.trouble]))
+    state = draw.joined(workers.state(p, app.settings.session_timeout), p.trouble)
     up = draw.age(max(0.0, app.clock.now() - p.started))
     return (p.name, p.app, state, up, draw.size(p.rss), p.done, len(p.work), ", ".join(p.groups), ", ".join(p.queues))
 

@@ -49,7 +49,7 @@ def read(app: App, topic: str, start: inspect.Start | None, follow: bool, as_jso
     shown = 0
     try:
         for message in inspect.read(app, topic, start, follow=follow, **which):
-            draw.line(as_line(message) if as_json else as_text(message))
+            draw.json_line(as_fields(message)) if as_json else draw.line(as_text(message))
             shown += 1
             if follow:
                 sys.stdout.flush()
@@ -58,11 +58,6 @@ def read(app: App, topic: str, start: inspect.Start | None, follow: bool, as_jso
     if not shown and not as_json:
         why = "latest begins behind the last message; add --follow to wait for new ones, or use --from earliest"
         click.echo(f"nothing: {why if start == 'latest' else 'no message matches'}", err=True)
-
-
-def as_line(message: inspect.Stored) -> bytes:
-    """A message as JSON."""
-    return msgspec.json.encode(as_fields(message))
 
 
 def as_fields(message: inspect.Stored) -> dict[str, Any]:

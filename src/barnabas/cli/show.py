@@ -152,5 +152,4 @@ def _type(of: Any) -> str:
 def _value(row: Row) -> str:
     if row.value is None or row.value == {}:
         return "-"
-    text = row.value if isinstance(row.value, str) else msgspec.json.encode(row.value).decode()
-    return f"{text} {row.unit}".strip()
+    return f"{draw.text(row.value)} {row.unit}".strip()

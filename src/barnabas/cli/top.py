@@ -35,11 +35,6 @@ class Look(NamedTuple):
     processes: list[processes.ProcessInfo]
 
 
-def look(app: App) -> Look:
-    """Ask the backends."""
-    return Look(app.clock.now(), lag.groups(app), app.jobs.queue_states(), processes.processes(app))
-
-
 def _counts(of: Look) -> Counter[tuple[str, str]]:
     """What was done until then, by kind and name."""
     found = Counter({("group", g.group): sum(p.end - p.open for p in g.partitions) for g in of.groups})
@@ -90,7 +85,7 @@ def frames(app: App) -> Iterator[Frame]:
     """Frames without end, as often as they are asked for."""
     looks: deque[Look] = deque(maxlen=SPAN + 1)
     while True:
-        looks.append(look(app))
+        looks.append(Look(app.clock.now(), lag.groups(app), app.jobs.queue_states(), processes.processes(app)))
         yield frame(looks[-1], looks[0], app.settings.session_timeout)
 
 
@@ -103,7 +98,7 @@ def tables(found: Frame, room: int | None) -> Iterator[Any]:
             q["queue"] or "(all)", q["ready"], draw.age(q["seconds"]), _rate(q["rate"]), *map(q.get, _KINDS))),
         "processes": ("process app memory# done# rate# in_work# state", lambda p: (
             p["process"], p["app"], draw.size(p["rss"]), p["done"], _rate(p["rate"]), p["work"],
-            ": ".join(filter(None, (p["state"], p["trouble"]))))),
+            draw.joined(p["state"], p["trouble"]))),
         "work": ("in_work at for# process", lambda w: (
             f"{w['handler']} {w['progress']}".rstrip(), _at(w), draw.age(w["seconds"]), w["process"])),
         "handlers": ("handler done# rate# a_message_takes#", lambda h: (
