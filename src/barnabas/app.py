@@ -16,6 +16,7 @@ from barnabas.engine.observe import Observer, Observers
 from barnabas.errors import DeclarationError, Refused, SendError, must, refuse_unknown, whole
 from barnabas.job import OPTIONS as JOB_OPTIONS
 from barnabas.job import STORED, Job
+from barnabas.jobs.limit import Concurrent, Limiter, Rate
 from barnabas.ports import Backend
 from barnabas.settings import Settings
 from barnabas.state.table import Table
@@ -24,7 +25,6 @@ from barnabas.topic import Retention, Topic
 if TYPE_CHECKING:
     from barnabas.jobs.batch import JobBatch, Status
     from barnabas.jobs.cron import Schedule
-    from barnabas.jobs.limit import Concurrent, Limiter, Rate
 
 F = TypeVar("F", bound=Callable[..., Any])
 TOPIC_OPTIONS = ("key", "partitions", "codec", "retention", "limit", "rekeyed")
@@ -93,22 +93,14 @@ class App:
         self.settings = settings
         for name, topic in self.topics.items():
             now = self._overridden(name, self._declared[name])
-            topic.adjust(now.get("partitions"), now.get("retention"), now["limit"])
+            topic.adjust(now["partitions"], now["retention"], now["limit"])
 
     def _overridden(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """Settings files know better than code: `[topics.orders] partitions = 24`."""
-        over = self.settings.topics.get(name, {})
-        changed = {**options}
-        if changed.get("limit") is None:
-            changed["limit"] = self.settings.value_limit
-        if "partitions" in over:
-            changed["partitions"] = over["partitions"]
-        given = options.get("retention") or Retention()
-        if "retention_age" in over or "retention_size" in over:
-            changed["retention"] = Retention(
-                over.get("retention_age", given.age), over.get("retention_size", given.size), given.force
-            )
-        return changed
+        over, given = self.settings.topics.get(name, {}), options.get("retention") or Retention()
+        kept = Retention(over.get("retention_age", given.age), over.get("retention_size", given.size), given.force)
+        count, limit = over.get("partitions", options.get("partitions")), options.get("limit") or self.settings.value_limit
+        return {**options, "partitions": count, "retention": kept, "limit": limit}
 
     def consumer(self, topics: Topic[Any] | Sequence[Topic[Any]], **options: Any) -> Callable[[F], F]:
         """Declare a consumer: decorates a function (sync or async) or a class, which stays what it is.
@@ -244,14 +236,12 @@ class App:
 
         cancel(self, id)
 
-    def limiter(self, name: str, limit: "Rate | Concurrent", *, timeout: float | None = None) -> "Limiter":
+    def limiter(self, name: str, limit: Rate | Concurrent, *, timeout: float | None = None) -> Limiter:
         """A limit to take by hand, in any process: `with app.limiter("stripe", Rate(100, per=60)): ...` (or `async with`). All
         of one name share it, jobs with limit=Rate(..., name="stripe") too.
 
         timeout: seconds to wait for a slot, None for ever; raises NoSlot (a TimeoutError) when there was none.
         """
-        from barnabas.jobs.limit import Limiter
-
         return Limiter(self, name, limit, timeout)
 
     def table(self, name: str, type: Any = None) -> Table[Any]:

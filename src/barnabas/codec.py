@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from barnabas.errors import DeclarationError
+from barnabas.errors import DeclarationError, whole
 from barnabas.message import Key
 
 Encode = Callable[[Any], bytes]
@@ -108,12 +108,10 @@ def as_key(key: Any) -> Key:
     """A key as it is stored: text and bytes as they are, None for none, numbers as their decimal text."""
     if key is None or type(key) is str or type(key) is bytes:
         return key
-    if isinstance(key, int) and not isinstance(key, bool):
+    if whole(key) or isinstance(key, str) or (hasattr(key, "hex") and hasattr(key, "int")):  # the last: a UUID
         return str(key)
-    if isinstance(key, str | bytes):
-        return str(key) if isinstance(key, str) else bytes(key)
-    if hasattr(key, "hex") and hasattr(key, "int"):  # a UUID
-        return str(key)
+    if isinstance(key, bytes):
+        return bytes(key)
     raise TypeError(f"a key is text, bytes, a whole number, a UUID or None, not {type(key).__name__}: give key= a function")
 
 

@@ -166,15 +166,12 @@ def told(error: BaseException) -> str:
 def own_part(error: BaseException) -> TracebackType | None:
     """The traceback from the first frame outside of this package to the last; None if all are inside."""
     ours = os.path.dirname(__file__)
-    frames, at = [], error.__traceback__
+    frames, at = list[TracebackType](), error.__traceback__
     while at is not None:
-        frames.append((at, at.tb_frame.f_code.co_filename.startswith(ours)))
+        frames.append(at)
         at = at.tb_next
-    while frames and frames[-1][1]:
-        frames.pop()
-    while frames and frames[0][1]:
-        frames.pop(0)
+    theirs = [n for n, each in enumerate(frames) if not each.tb_frame.f_code.co_filename.startswith(ours)]
     made: TracebackType | None = None
-    for each, _ in reversed(frames):
+    for each in reversed(frames[theirs[0] : theirs[-1] + 1]) if theirs else ():
         made = TracebackType(made, each.tb_frame, each.tb_lasti, each.tb_lineno)
     return made

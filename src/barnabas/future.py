@@ -16,7 +16,6 @@ from barnabas.errors import DeclarationError, NotYetDurable
 T = TypeVar("T")
 _PENDING: Any = object()
 _LOCK = threading.Lock()  # guards the registration of waiters, of all futures: a rare and short act
-unseen_failures = 0
 
 
 class _Failure:
@@ -32,8 +31,6 @@ class _Failure:
 
     def __del__(self) -> None:
         if not self.seen:
-            global unseen_failures
-            unseen_failures += 1
             self.log.error("a send failed and nobody looked at its future: %s: %s", type(self.error).__name__, self.error)
 
 
@@ -195,6 +192,6 @@ def gathered(futures: "list[Future[Any]]", many: "Future[Any] | None" = None, va
     return many
 
 
-def resolved(value: Any, id: Any = None) -> Future[Any]:
+def resolved(value: Any) -> Future[Any]:
     """A future whose outcome is known already."""
-    return Future(id, None, value)
+    return Future(None, None, value)

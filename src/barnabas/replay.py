@@ -23,8 +23,6 @@ from barnabas.ports import FOREVER, Listener, Part, Result, StoredJob
 from barnabas.queues import Entry, entry
 from barnabas.worker import Worker
 
-NO_WAIT = 1e-9  # seconds a batch waits to fill up: nothing else is coming
-
 
 class Output(msgspec.Struct, frozen=True):
     """A message that would be sent. answer: on a topic of the consumer's `responds`; now: by `send(..., now=True)`."""
@@ -179,7 +177,6 @@ def _run(app: App, consumer: Consumer) -> float | None:
         try:
             (runner,) = worker.runners
             (crew,) = runner.crews
-            crew.lanes.wait = min(crew.lanes.wait, NO_WAIT)
             while runner.step(0.0) or crew.lanes.ready:
                 crew.step()
             wait = crew.lanes.next_parked() - app.clock.monotonic()

@@ -40,7 +40,6 @@ from barnabas.worker import Worker
 
 __all__ = ["FakeClock", "Trial", "kill", "run"]
 ROUNDS = 10_000  # turns of one drain; whoever needs more goes round in circles
-NO_WAIT = 1e-9  # seconds a batch waits: none, yet it is still a batch
 
 
 @contextlib.contextmanager
@@ -166,8 +165,6 @@ class Trial:
         worker.start()
         self._worker = worker
         for runner in worker.runners:
-            for crew in runner.crews:
-                crew.lanes.wait = min(crew.lanes.wait, NO_WAIT)
             runner.step(0.0)  # partitions are assigned: from here on a consumer from "latest" gets what is sent
 
     def _end(self) -> None:

@@ -30,6 +30,7 @@ from barnabas.state.table import Cells
 log = logging.getLogger("barnabas")
 MOST_WORK = 100  # of what is in work, a report names the longest
 RECYCLE = 75  # exit status of a process that makes way for another: a handler hangs, or it uses too much memory
+NO_WAIT = 1e-9  # seconds a batch waits to fill up where nobody drives: nothing else is coming, yet it is a batch
 
 
 def chosen(app: App, only: Iterable[str] = (), skip: Iterable[str] = ()) -> tuple[list[Consumer], list[str] | dict[str, int]]:
@@ -140,6 +141,7 @@ class Worker:
             crew.loop = self._event_loop()
         if self.inline:
             crew.drive = self.drive
+            crew.lanes.wait = min(crew.lanes.wait, NO_WAIT)
         return crew
 
     def _runner(self, name: str, crews: list[Crew], **options: Any) -> Runner:
@@ -208,10 +210,14 @@ class Worker:
             except ImportError:
                 loops = asyncio
             self.loop = loop = loops.new_event_loop()
-            thread = threading.Thread(target=self._run_loop, args=(loop,), name="barnabas-loop", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            self._thread("barnabas-loop", self._run_loop, loop)
         return self.loop
+
+    def _thread(self, name: str, target: Callable[..., Any], *args: Any) -> None:
+        """A thread that the stop waits for."""
+        thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
@@ -248,17 +254,12 @@ class Worker:
         if self.inline:
             return
         for runner in self.runners:
-            thread = threading.Thread(target=runner.run, name=f"{runner.name}-fetch", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            self._thread(f"{runner.name}-fetch", runner.run)
             self._fetching.add(runner)
         if self.cron:
-            thread = threading.Thread(target=self._tick, name="barnabas-cron", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            self._thread("barnabas-cron", self._tick)
         if self.batches is not None:
-            self._threads.append(threading.Thread(target=self.batches.run, args=(self._stopping,), daemon=True))
-            self._threads[-1].start()
+            self._thread("barnabas-batches", self.batches.run, self._stopping)
         if any(c.handler.timed for r in self.runners for c in r.crews):
             threading.Thread(target=self._watch, name="barnabas-watchdog", daemon=True).start()
 

@@ -31,25 +31,15 @@ class Crew:
     The box is memory that outlives a killed process where the backend has such: it says which offset is in work.
     """
 
-    def __init__(
-        self,
-        handler: Any,  # a Handler, or the JobHandler that has the same face
-        order: str,
-        size: int,
-        clock: Any,
-        *,
-        box: Any = None,
-        base: int = 0,
-        wake: Callable[[], None] = lambda: None,
-    ) -> None:
-        batch = handler.batch
+    def __init__(self, handler: Any, order: str, size: int, clock: Any, *, box: Any = None, base: int = 0) -> None:
+        batch = handler.batch  # of a Handler, or the JobHandler that has the same face
         self.handler, self.size, self.clock, self.monotonic = handler, size, clock, clock.monotonic
         self.lanes = Lanes(order, clock.monotonic, batch.max if batch else 1 << 30, batch.wait if batch else 0.0)
         self.box = array("q", bytes(8 * SLOT * size)) if box is None else box
         self.base = base
         for slot in range(size):
             self.box[slot * SLOT + base + 2] = 1
-        self.wake = wake
+        self.wake: Callable[[], None] = lambda: None  # the runner's
         self.results: deque[Result | tuple[Part, Sequence[Row]]] = deque()  # a pair: done, and nothing else to say
         self.fresh = 0  # rows in results that the fetch thread has not seen
         self.quiet = float("-inf")  # until when it is not said again that a backend is away

@@ -155,9 +155,7 @@ class Handler:
         self.tables: Any = None  # the worker's Cells, if the consumer has tables
         self.batch = consumer.batch if first.params.batch else None
         self.awaited = inspect.iscoroutinefunction(first.function)
-        self.routes = {r.topic.name: r for r in routes}
-        for r in routes:
-            self.routes[r.topic.retry_name(self.group)] = r
+        self.routes = {name: r for r in routes for name in (r.topic.name, r.topic.retry_name(self.group))}
         self.optional = any(r.params.optional for r in routes)
         self._hooked = bool(hooks)
         self._deliveries = "deliveries" in first.params.kinds
@@ -168,7 +166,7 @@ class Handler:
         self.bare = (plain or (self.batch is not None and not hooks and not self._deliveries)) and not consumer.tables
         self.unread = self.bare and (self.batch is not None or not (self.awaited or self.timed))
         self.whole: Callable[[Any], Row] = as_it_is  # a row with all that belongs to it, where the source left that out
-        function: Callable[..., Any] = first.function if same else (_call_async if self.awaited else _call)
+        function: Callable[..., Any] = first.function if same else (_call_async if self.awaited else call)
         self._dispatch = not same
         kinds = first.params.kinds
         self._wants_delivery = self._hooked or any("delivery" in r.params.kinds for r in routes)
@@ -221,11 +219,15 @@ class Handler:
                 delivery = Delivery(part.topic, part.partition, row[0], row[1], value, [], row[4], attempt, self.group)
             if self._plain:
                 return (delivery, value) if self._hooked else (value, delivery)
+        return self._arguments(route, value, delivery)
+
+    def _arguments(self, route: Route, value: Any, delivery: Any) -> tuple[Any, ...]:
+        """Of one message, or of a batch: its values and deliveries."""
         args: list[Any] = [delivery] if self._hooked else []
         if self._dispatch:
             args.append(route.function)
         for kind in route.params.kinds:
-            args.append(value if kind == "value" else delivery if kind == "delivery" else self._respond())
+            args.append(value if kind == "value" else self._respond() if kind == "respond" else delivery)
         return tuple(args)
 
     def _bind_plain(self, run: Run, row: Row) -> tuple[Any, ...]:
@@ -249,13 +251,7 @@ class Handler:
         deliveries = []
         if self._hooked or self._deliveries:
             deliveries = [self.delivery(run.part, row, value) for row, value in zip(rows, values, strict=True)]
-        args: list[Any] = [deliveries] if self._hooked else []
-        route = self.routes[run.part.topic]
-        if self._dispatch:
-            args.append(route.function)
-        for kind in route.params.kinds:
-            args.append(values if kind == "value" else deliveries if kind == "deliveries" else self._respond())
-        return self.function(*args)
+        return self.function(*self._arguments(self.routes[run.part.topic], values, deliveries))
 
     def failed(self, run: Run, row: Row, error: BaseException, now: float, whole: bool) -> float | None:
         """What becomes of a row that failed: None if it has its outcome, else when it runs again (epoch seconds).
@@ -380,7 +376,8 @@ def as_it_is(row: Row) -> Row:
     return row
 
 
-def _call(function: Callable[..., Any], *args: Any) -> Any:
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """Call it: a function that is known with its arguments only."""
     return function(*args)
 
 

@@ -69,8 +69,6 @@ class Ledger:
             done.clear()
             return watermark, list(self.done_before)
         watermark = next(iter(opened))
-        if not done:
-            return watermark, list(self.done_before)
         for offset in [offset for offset in done if offset < watermark]:
             del done[offset]
         return watermark, _intervals(sorted(done)) + self.done_before

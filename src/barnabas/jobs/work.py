@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from barnabas.engine.hand import CURRENT, Hand
-from barnabas.engine.handler import Stop, as_it_is
+from barnabas.engine.handler import Stop, as_it_is, call
 from barnabas.engine.hooks import wrap
 from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
@@ -108,7 +108,7 @@ class JobHandler:
         self.name, self.awaited, self.observers, self._entries = name, awaited, observers, entries
         self.app = next((entry.job.app for entry in entries.values()), None)
         self.timed = any(e.job.timeout for e in entries.values())
-        self.function: Callable[..., Any] = _call  # (an async job's coroutine is awaited by who calls)
+        self.function: Callable[..., Any] = call  # (an async job's coroutine is awaited by who calls)
         self.guard = Guard({name: entry.job for name, entry in entries.items()})
         self._guarded = bool(self.guard)
 
@@ -285,7 +285,3 @@ async def _then_async(hurry: Callable[[], None], function: Callable[..., Any], *
         return await function(*args)
     finally:
         hurry()
-
-
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
