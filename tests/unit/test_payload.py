@@ -17,7 +17,19 @@ import msgspec
 import pytest
 
 from barnabas.errors import BarnabasError
-from barnabas.jobs.payload import Failed, PayloadError, build, derived_jid, enqueued, failed, new_jid, parse, recalled, seconds
+from barnabas.jobs.payload import (
+    Failed,
+    PayloadError,
+    build,
+    build_many,
+    derived_jid,
+    enqueued,
+    failed,
+    new_jid,
+    parse,
+    recalled,
+    seconds,
+)
 from barnabas.ports import StoredJob
 from barnabas.queues import entry
 
@@ -192,6 +204,14 @@ def test_an_argument_that_ruby_could_not_read_is_refused_by_name(value: object, 
         job("fine", value, None)
     assert "send" in str(caught.value), "the way out"
     assert isinstance(caught.value, BarnabasError)
+
+
+def test_a_job_of_ten_megabytes_is_refused_alone_and_among_many() -> None:
+    with pytest.raises(PayloadError, match=r"has 1000\d{4} bytes as JSON, 8388608 are its limit; store the data where"):
+        job("x" * 10_000_000)
+    with pytest.raises(PayloadError, match="8388608 are its limit"):
+        build_many("Mail", [("x",), ("x" * 10_000_000,)], ["a", "b"], queue="q", retry=True, now=1.0, extra=None)
+    assert len(job("x" * 8_000_000)) > 8_000_000
 
 
 def test_depth_counts_brackets_outside_of_strings_only() -> None:

@@ -23,6 +23,7 @@ import msgspec
 from barnabas.errors import BarnabasError, own_part, text
 
 MAX_DEPTH = 100  # Ruby's parser refuses deeper nesting; the job's own braces and the list of arguments are two of them
+MAX_BYTES = 8 << 20  # of a job: each process that handles it, and each that lists it, holds it whole
 MAX_MESSAGE = 10_000  # characters of `error_message` that Sidekiq keeps
 DEFAULT_RETRY = 25  # what `retry: true` means
 
@@ -94,7 +95,7 @@ def build(
 
     `extra`: further Sidekiq options (`dead`, `tags`, ...), written between queue and class. Arguments are anything msgspec
     encodes. Raises PayloadError, naming the argument, for NaN and infinity, halves of surrogate pairs, nesting deeper than
-    100 in all, and types without a JSON form: what Ruby could not read must not be stored.
+    100 in all, and types without a JSON form: what Ruby could not read must not be stored; and for more than 8 MiB.
     """
     now = float(now)  # an integer would be read as milliseconds by Sidekiq 8
     jid = jid or new_jid()
@@ -108,6 +109,9 @@ def build(
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         _check(name, args)
         raise PayloadError(f"job {name!r} cannot be written as JSON: {error}") from error
+    if len(data) > MAX_BYTES:
+        what = f"job {name!r} has {len(data)} bytes as JSON, {MAX_BYTES} are its limit"
+        raise PayloadError(f"{what}; store the data where its worker finds it, and enqueue its id")
     # msgspec writes NaN as null, and depth needs brackets: most jobs pay for no closer look. (`in` is slower than find)
     if data.find(b"null") >= 0 or (len(data) > 2 * MAX_DEPTH and data.count(b"[") + data.count(b"{") > MAX_DEPTH):
         _check(name, args)
