@@ -71,8 +71,8 @@ class App:
         """
         owner = f"topic {name!r}"
         refuse_unknown(owner, options, TOPIC_OPTIONS)
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name):
-            raise DeclarationError(f"{owner}: its name may have up to 200 letters, digits, dots, dashes, underscores")
+        if not isinstance(name, str) or not re.fullmatch(r"(?!\.+$)[A-Za-z0-9._-]{1,200}", name):
+            raise DeclarationError(f"{owner}: its name may have up to 200 letters, digits, dashes, underscores, and dots between")
         n, limit, kept, rekeyed = (options.get(option) for option in ("partitions", "limit", "retention", "rekeyed"))
         must(n is None or (whole(n) and 1 <= n <= 10_000), owner, "partitions", n, "give a whole number from 1 to 10000")
         must(limit is None or (whole(limit) and limit > 0), owner, "limit", limit, "give the most bytes of a value, 1 or more")
@@ -93,14 +93,14 @@ class App:
         self.settings = settings
         for name, topic in self.topics.items():
             now = self._overridden(name, self._declared[name])
-            topic.adjust(now["partitions"], now["retention"], now["limit"])
+            topic.adjust(now["partitions"], now["retention"], now["limit"], now["keyed"])
 
     def _overridden(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """Settings files know better than code: `[topics.orders] partitions = 24`."""
         over, given = self.settings.topics.get(name, {}), options.get("retention") or Retention()
         kept = Retention(over.get("retention_age", given.age), over.get("retention_size", given.size), given.force)
         count, limit = over.get("partitions", options.get("partitions")), options.get("limit") or self.settings.value_limit
-        return {**options, "partitions": count, "retention": kept, "limit": limit}
+        return {**options, "partitions": count, "retention": kept, "limit": limit, "keyed": over.get("compact", False)}
 
     def consumer(self, topics: Topic[Any] | Sequence[Topic[Any]], **options: Any) -> Callable[[F], F]:
         """Declare a consumer: decorates a function (sync or async) or a class, which stays what it is.

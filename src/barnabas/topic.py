@@ -39,12 +39,12 @@ class Topic(Generic[T]):
     def __init__(
         self, app: Any, name: str, type_: Any = None, *, key: str | Callable[[Any], Any] | None = None,
         partitions: int | None = None, codec: str = "json", retention: Retention | None = None, limit: int = 1 << 20,
-        rekeyed: bool = False, parent: "Topic[Any] | None" = None,
+        rekeyed: bool = False, parent: "Topic[Any] | None" = None, keyed: bool = False,
     ) -> None:
         owner = f"topic {name!r}"
         self.app, self.name, self.type, self.codec = app, name, type_, codec
         self.rekeyed, self.parent = rekeyed, parent
-        self.adjust(partitions, retention, limit)
+        self.adjust(partitions, retention, limit, keyed)
         self.encode, self.decode = make_codec(owner, type_, codec)
         if codec == "raw" and isinstance(key, str):
             raise DeclarationError(f'{owner}: key={key!r}: codec="raw" carries bytes, without fields; give a function of them')
@@ -53,8 +53,9 @@ class Topic(Generic[T]):
     def __repr__(self) -> str:
         return f"<topic {self.name}>"
 
-    def adjust(self, partitions: int | None, retention: Retention | None, limit: int) -> None:
-        """Follow changed settings; its relatives do too."""
+    def adjust(self, partitions: int | None, retention: Retention | None, limit: int, keyed: bool) -> None:
+        """Follow changed settings; its relatives do too. keyed: a message without a key has no place in it."""
+        self.keyed = keyed
         self.partitions = partitions
         self.retention = retention or Retention()
         self.limit = limit
@@ -105,6 +106,8 @@ class Topic(Generic[T]):
                     key = as_key(key)
                 elif not key.isascii():
                     key.encode()  # half a surrogate pair cannot be stored: say so here
+            elif self.keyed:  # the broker would refuse all that leaves with it
+                raise ValueError("the topic is compacted, it keeps the last message of each key, and this has none: give key=")
         except Exception as error:
             raise SendError(f"a value for topic {self.name!r} cannot be encoded: {type(error).__name__}: {error}") from error
         if data is not None and len(data) > self.limit:

@@ -214,7 +214,12 @@ def test_so_does_a_job_and_what_is_too_large_for_its_retry_topic_or_the_process_
 
 
 def test_outputs_that_are_refused_for_their_time_or_for_want_of_a_key_make_dead_letters_and_say_why(make) -> None:
-    app = make(topics={"out": {"compact": True}})
+    first = make(topics={"out": {"compact": True}})
+    compacted = first.topic("out", int, partitions=1)
+    with pytest.raises(SendError, match="the topic is compacted, it keeps the last message of each key, and this has none"):
+        compacted.send(0)
+    compacted.send(9, key="9").result(10)
+    app = make()  # whose settings do not say so
     topic, out, plain = (app.topic(name, int, partitions=1) for name in ("orders", "out", "plain"))
 
     @app.consumer(topic, name="read")
@@ -228,7 +233,7 @@ def test_outputs_that_are_refused_for_their_time_or_for_want_of_a_key_make_dead_
     letters = [(value, dict(headers)["barnabas-reason"]) for _, _, value, headers, _ in app.events.read("orders.dead", 0, 0, 10)]
     assert [value for value, _ in letters] == [b"1", b"2"] and b"takes no message without a key" in letters[0][1]
     assert b"message.timestamp.after.max.ms" in letters[1][1]
-    assert {value for _, _, value, _, _ in app.events.read("out", 0, 0, 9)} == {b"0", b"2", b"3"}
+    assert {value for _, _, value, _, _ in app.events.read("out", 0, 0, 9)} == {b"9", b"0", b"2", b"3"}
 
 
 def test_a_member_that_another_fenced_says_so_and_does_not_claim_to_work(make, caplog) -> None:
