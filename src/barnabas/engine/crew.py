@@ -20,7 +20,8 @@ from barnabas.message import Row, Unread, offset_of
 from barnabas.ports import FOREVER, Part, Result
 
 TICK = 0.05  # seconds a run works on before it settles what is done and looks around
-QUICK = 0.001  # seconds a row takes where a worker takes more than one at once, and what they may take together
+QUICK = 0.003  # seconds a row takes where a worker takes more than one at once, and what they may take together: where ten
+# threads contend, each lock a run less is worth more than what a run takes
 STOP = -1.0
 AWAY = 1.0  # seconds until what met a backend that cannot be read is tried again
 

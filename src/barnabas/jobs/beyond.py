@@ -170,6 +170,8 @@ class End:
     def done(self, out: Any) -> None:
         """It returned: what follows leaves as it is settled. Raises BadResult."""
         app, more = self._entry.job.app, self._more
+        if not (more.then or more.cron) and more.result_ttl is None:
+            return
         out, now, hand = None if out is Done or isinstance(out, Done) else out, app.clock.now(), CURRENT.get()
         assert hand is not None
         try:
