@@ -266,8 +266,8 @@ class Job(Calls):
         if call or self._more:
             target, retry, extra = self._called(call, at)
         claim = self._claim(args, at) if self.queued else None
-        if claim is not None and claim.until is None:
-            extra = {**(extra or {}), "lock_digest": claim.key}
+        if claim is not None:
+            extra = {**(extra or {}), **claim.fields}
         try:
             now = self.app.clock.now()
             payload = build(self.name, args, queue=target, retry=retry, jid=jid, now=now, at=at is not None, extra=extra)

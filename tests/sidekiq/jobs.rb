@@ -28,3 +28,13 @@ class Flaky
     raise ArgumentError, "Ümläut 'no' #{run}" if run <= fails
   end
 end
+
+class Doze
+  include Sidekiq::Worker
+  sidekiq_options queue: "shared"
+
+  def perform(seconds)
+    sleep seconds
+    Sidekiq.redis { |r| r.incr("dozed") }
+  end
+end

@@ -13,9 +13,9 @@ import pytest
 import redis
 from servers import RedisServer, need
 
-from barnabas import App, Concurrent, Rate, progress, steps, until_executed
+from barnabas import App, Concurrent, Rate, progress, steps, until_executed, until_executing
 from barnabas.backends import redis_life
-from barnabas.errors import JobFailed, NoOutcome
+from barnabas.errors import Conflict, JobFailed, NoOutcome
 from barnabas.jobs import batch
 from barnabas.jobs.payload import backtrace
 from barnabas.worker import Worker
@@ -350,6 +350,51 @@ def test_loops_deadlines_and_locks_keep_their_promises_in_ruby_s_hands(server, c
         ruby(server, f"Sidekiq::Queue.new('elsewhere').find_job('{jids[0]}').delete; Sidekiq::ScheduledSet.new.clear")
         wait_for(lambda: [app.jobs.holder(unique.lock.key((n,))) for n in (1, 2)] == [None, None])
     assert len(unique.enqueue(1).result(10)) == 24 and client.zcard("retry") == client.zcard("dead") == 0
+
+
+def test_the_lock_of_a_job_that_ruby_runs_lasts_as_long_as_that_runs(server, client, app, tmp_path, monkeypatch):
+    monkeypatch.setattr(redis_life, "SWEEP", 2.0)  # so it would be free after six to eight
+    doze = app.job(name="Doze", queue="shared", unique=until_executed())(lambda seconds: None)
+    app.settings = app.settings.override(queues=["mine"])
+    with sidekiq(server, tmp_path), python(app):
+        wait_for(lambda: len(client.smembers("processes")) == 2)
+        jid, began = doze.enqueue(13).result(10), time.monotonic()
+        wait_for(lambda: [(job.jid, job.queue) for job in app.jobs.find_jobs("work")] == [(jid, "shared")])
+        (job,) = app.jobs.find_jobs()
+        assert job.owner != app.jobs.sources[0].name and json.loads(job.payload)["args"] == [13]
+        assert app.jobs.move_jobs([job.ref], "dead") == 0
+        while not client.get("dozed"):
+            assert app.jobs.holder(doze.lock.key((13,))) == jid and time.monotonic() < began + 60
+            time.sleep(0.2)
+        assert time.monotonic() - began > 12
+        wait_for(lambda: app.jobs.holder(doze.lock.key((13,))) is None)
+    assert list(app.jobs.find_jobs()) == []
+
+
+def test_a_unique_job_that_ruby_calls_back_from_the_dead_has_its_lock_again(server, client, app, monkeypatch, caplog):
+    monkeypatch.setattr(redis_life, "SWEEP", 0.2)
+    mail = app.job(name="mail", queue="elsewhere", unique=until_executed())(lambda n: None)
+
+    @app.job(queue="mine", unique=until_executing(), retry=3)
+    def fails(n):
+        raise ValueError("no")
+
+    app.settings = app.settings.override(queues=["mine"])
+    jid = mail.enqueue(1).result(10)
+    fails.enqueue(1).result(10)
+    app.jobs.move_jobs([job.ref for job in app.jobs.find_jobs() if job.jid == jid], "dead")
+    key = mail.lock.key((1,))
+    assert app.jobs.holder(key) is None
+    with python(app):
+        wait_for(lambda: client.zcard("retry") == 1)  # it has given its lock up, for good
+        time.sleep(0.5)
+        ruby(server, "Sidekiq::DeadSet.new.each(&:retry)")
+        wait_for(lambda: app.jobs.holder(key) == jid, 10)
+        time.sleep(1.0)
+        assert app.jobs.holder(fails.lock.key((1,))) is None and client.hgetall("barnabas:locks") == {key: jid}
+    assert f"job {jid} was called back by somebody else" in caplog.text
+    with pytest.raises(Conflict):
+        mail.enqueue(1).result(10)
 
 
 def test_members_in_steps_that_ruby_retries_or_deletes_end_their_batches(server, client, app, monkeypatch):

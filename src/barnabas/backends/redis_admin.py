@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from barnabas.errors import Refused
@@ -123,6 +123,12 @@ class RedisAdmin:
             fresh = [(f"0:{each}".encode(), job) for each, jobs in zip(queues, landed, strict=True) for job in jobs]
             for field, payload in sorted([*held.items(), *fresh], key=lambda item: int(item[0].partition(b":")[0])):
                 at = text(field).partition(":")[2]
+                if queue in (None, at):
+                    yield _stored(("work", at, payload), at, None, name, payload)
+        for name in sorted(map(text, self.client.smembers(self.key("processes")) - workers.keys())):  # Ruby's, as it says itself
+            pipe = self.client.pipeline(transaction=False).hgetall(self.key(f"{name}:work")).hgetall(self.key(f"{name}:workers"))
+            new, old = pipe.execute()
+            for at, payload, _ in _running(new or old):
                 if queue in (None, at):
                     yield _stored(("work", at, payload), at, None, name, payload)
 
@@ -272,13 +278,21 @@ def text(name: bytes) -> str:
 def _sidekiq(told: dict[str, Any], fields: dict[bytes, bytes], works: dict[bytes, bytes], now: float) -> dict[str, Any]:
     """What a Ruby process says of itself, in the words of `Worker.report`."""
     work = []
-    for entry in works.values():
-        job = json.loads(entry)
-        payload = job["payload"] if isinstance(job["payload"], dict) else json.loads(job["payload"])
-        work.append([str(payload.get("wrapped") or payload.get("class")), job["queue"], -1, 0, max(0.0, now - job["run_at"])])
+    for queue, data, since in _running(works):
+        job = json.loads(data)
+        work.append([str(job.get("wrapped") or job.get("class")), queue, -1, 0, max(0.0, now - since)])
     queues, quiet = dict.fromkeys(told.get("queues", ()), 0), fields.get(b"quiet") == b"true"
     size = 1024 * int(fields.get(b"rss", 0))
     return {"app": told.get("tag") or "sidekiq", "queues": queues, "work": work, "rss": size, "quiet": quiet}
+
+
+def _running(works: Mapping[bytes, bytes]) -> Iterator[tuple[str, bytes, float]]:
+    """What a Ruby process ran at its last heartbeat: queue, job (an object or its text, by Sidekiq's version), since when."""
+    for entry in works.values():
+        with suppress(ValueError, TypeError, KeyError):  # somebody's rubbish
+            job = json.loads(entry)
+            data = job["payload"]
+            yield str(job["queue"]), (data if isinstance(data, str) else json.dumps(data)).encode(), float(job["run_at"])
 
 
 def _queue(payload: bytes) -> str:

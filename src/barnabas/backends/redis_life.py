@@ -15,6 +15,7 @@ from redis.exceptions import ResponseError
 
 from barnabas.backends.redis_admin import text
 from barnabas.jobs.payload import PayloadError, due, tail
+from barnabas.jobs.unique import held
 from barnabas.ports import FOREVER
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ log = logging.getLogger("barnabas")
 LEASE, RENEW, SCAN = 30, 5.0, 10.0  # seconds: a sign of life is good for, its renewal, looking for the dead
 BLOCK = 10  # seconds a blocking move may last: it ends before a lease does, or a job could land with a dead process
 SWEEP, MISSES = 15.0, 3  # seconds between looks for locks whose jobs were deleted; so many in a row have to miss one
+STARTS = b'"lock":"until_'  # in a job whose lock ends as it starts, so not every one of these that waits has it
 CALM = 30.0  # after a restart or reconnect nobody is taken for dead: all need the time to give a sign
 TICK = 1.0  # seconds between looks at what operators ask for
 BEAT = 60  # seconds that Sidekiq believes a heartbeat
@@ -171,22 +173,30 @@ class Life:
 
     def _sweep(self) -> None:
         """Free the locks of unique jobs that others have deleted, on Sidekiq's web page or by a command: of such as three
-        looks in a row find nowhere. And let nobody wait for a slot behind those."""
-        home, pause, missed = self.home, SWEEP, dict[tuple[bytes, bytes], int]()
+        looks in a row find nowhere. Take those again whose jobs others have called back from the dead: that two find without.
+        And let nobody wait for a slot behind jobs that are gone."""
+        home, pause, missed, bare, dead = self.home, SWEEP, dict[tuple[str, str], int](), set[tuple[str, str]](), 0
         while not self._stop.wait(pause):
-            began, before, missed = time.monotonic(), missed, {}
+            began, before, missed, once, bare = time.monotonic(), missed, {}, bare, set()
             try:
                 leads = (home.key("barnabas:sweep"), self.source.name)
                 if home.client.set(*leads, nx=True, ex=int(3 * pause) + 1) or home.client.get(leads[0]) == leads[1].encode():
-                    locks: dict[bytes, bytes] = home.client.hgetall(home.key("barnabas:locks"))
-                    stored = {job.jid for job in home.find_jobs() if job.state != "dead"} if locks else set()
-                    missed = {lock: before.get(lock, 0) + 1 for lock in locks.items() if text(lock[1]) not in stored}
+                    locks = {text(name): text(jid) for name, jid in home.client.hgetall(home.key("barnabas:locks")).items()}
+                    fewer, dead = dead, home._sizes("", ())[2]
+                    jobs = home.find_jobs() if locks or once or dead < fewer else ()
+                    stored = {(lock, job.jid): job for job in jobs if job.state != "dead" and (lock := held(job.payload))}
+                    missed = {each: before.get(each, 0) + 1 for each in locks.items() if each not in stored}
+                    waits = (each for each, job in stored.items() if job.state != "work" and STARTS not in job.payload)
+                    bare = {each for each in waits if each[0] not in locks}
                     waiting = home.client.scan_iter(home.key("barnabas:waiting:*"), 1000)
                     while names := [text(key).partition("barnabas:waiting:")[2] for key in islice(waiting, 100)]:
                         home.script("rouse", len(names), *names)
-                for lock, jid in [lock for lock, times in missed.items() if times >= MISSES]:
+                for lock, jid in [each for each, times in missed.items() if times >= MISSES]:
                     home.script("free", lock, jid)
-                    log.warning("job %s was deleted by somebody else; its lock %s is free", text(jid), text(lock))
+                    log.warning("job %s was deleted by somebody else; its lock %s is free", jid, lock)
+                for lock, jid in bare & once:
+                    home.script("retake", lock, jid, home.clock.now())
+                    log.warning("job %s was called back by somebody else; it has its lock %s again", jid, lock)
             except Exception as error:
                 log.debug("looking for locks without a job failed: %s", error)
             pause = max(SWEEP, 100 * (time.monotonic() - began))

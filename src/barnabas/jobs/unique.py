@@ -71,13 +71,14 @@ def until_and_while_executing(by: By = None, on_conflict: str = "raise") -> Uniq
 
 class Claim(NamedTuple):
     """The lock that a job takes as it is enqueued. `until`: epoch seconds of its end, None: as long as the job is stored.
-    `buried`: the job as a second one would be buried, for on_conflict="reject"."""
+    `buried`: the job as a second one would be buried, for on_conflict="reject". `fields`: what the job says of its lock."""
 
     key: str
     on_conflict: str
     until: float | None
     buried: bytes
     owner: str
+    fields: dict[str, str]
 
     def refusal(self, holder: str) -> Conflict:
         """What becomes of the second one's future."""
@@ -149,7 +150,12 @@ class Lock:
     def claim(self, args: Sequence[Any], begins: float) -> Claim | None:
         """The lock that a job with these arguments takes as it is enqueued; `begins`: when it is due (epoch seconds)."""
         key = self.key(args) if self.queued else None
-        return key and Claim(key, self.on_conflict, None if self.ttl is None else begins + self.ttl, b"", self.owner)  # type: ignore[return-value]
+        if key is None:
+            return None
+        fields = {"lock_digest": key} if self.ttl is None else {}
+        if self.starts:  # or it would be taken for one that has lost its lock
+            fields["lock"] = self.kind
+        return Claim(key, self.on_conflict, None if self.ttl is None else begins + self.ttl, b"", self.owner, fields)
 
 
 class _Held(msgspec.Struct):
