@@ -19,13 +19,13 @@ def checkpoint(source: Source, sinks: Callable[[Any], Any] | None, results: Sequ
     of them that are refused for good, what is to be settled instead.
     Returns the number of outputs. Raises what the sink or the source raises; nothing is settled then.
     """
+    count = sum([len(result.outputs) for result in results])
     if sinks is None:
         source.settle(results)
-        return sum([len(result.outputs) for result in results])
+        return count
     away: dict[Any, list[Outgoing | OutgoingJob]] = {}
     stay: list[list[Outgoing | OutgoingJob]] = []
     refused: list[tuple[Any, Exception]] = []
-    count = 0
     for result in results:
         own: list[Outgoing | OutgoingJob] = []
         for output in result.outputs:
@@ -34,7 +34,6 @@ def checkpoint(source: Source, sinks: Callable[[Any], Any] | None, results: Sequ
                 own.append(output)
             else:
                 away.setdefault(sink, []).append(output)
-        count += len(result.outputs)
         stay.append(own)
     try:
         for sink, outputs in away.items():

@@ -19,7 +19,7 @@ class Ledger:
 
     def __init__(self, position: int, done: Iterable[tuple[int, int]] = ()) -> None:
         self._open: dict[int, int] = {}
-        self._done: dict[int, int] = {}  # finished but beyond the watermark: offset -> the offset after it
+        self._done = set[int]()  # finished but beyond the watermark
         self.next = position
         self.done_before = _beyond(position, done)  # finished by an earlier owner: never handed out
 
@@ -45,7 +45,7 @@ class Ledger:
         intervals = self.done_before
         for row in rows:
             if any(a <= row[0] < b for a, b in intervals):
-                self._done[row[0]] = row[0] + 1
+                self._done.add(row[0])
             else:
                 kept.append(row)
         self.done_before = _beyond(rows[-1][0] + 1, intervals)
@@ -59,18 +59,17 @@ class Ledger:
         for row in rows:
             offset = row[0]
             if opened.pop(offset, None) is not None:  # a settlement that failed is tried again: count once
-                done[offset] = offset + 1
+                done.add(offset)
 
     def position(self) -> tuple[int, Intervals]:
         """The watermark, and the intervals finished beyond it. Shrinks the account to what is beyond."""
         opened, done = self._open, self._done
         if not opened:
-            watermark = max(self.next, max(done.values(), default=0))
+            watermark = max(self.next, max(done, default=-1) + 1)
             done.clear()
             return watermark, list(self.done_before)
         watermark = next(iter(opened))
-        for offset in [offset for offset in done if offset < watermark]:
-            del done[offset]
+        done = self._done = {offset for offset in done if offset > watermark}
         return watermark, _intervals(sorted(done)) + self.done_before
 
 

@@ -35,14 +35,18 @@ class Cells:
 
     def read(self, hand: Hand, cell: tuple[str, Key]) -> bytes | None:
         """A cell as the delivery in hand sees it."""
-        run: Any = hand.run
+        run = hand.run
         unsettled, settled = run.part.cells
-        for cells in (hand.cells, run.cells, unsettled, settled):
-            data: bytes | None = cells.get(cell, _ABSENT)
-            if data is not _ABSENT:
-                return data
-        settled[cell] = data = self._load(*cell)
-        return data
+        data = hand.cells.get(cell, _ABSENT) if hand.cells else _ABSENT
+        if data is _ABSENT:
+            data = run.cells.get(cell, _ABSENT)
+        if data is _ABSENT:
+            data = unsettled.get(cell, _ABSENT)
+        if data is _ABSENT:
+            data = settled.get(cell, _ABSENT)
+        if data is _ABSENT:
+            data = settled[cell] = self._load(*cell)
+        return data  # type: ignore[no-any-return]
 
     def give(self, part: Part, cells: dict[Any, bytes | None]) -> None:
         """A stretch of a run is done: who comes after it sees its writes. (Within the run they are in `run.cells`.)"""
