@@ -16,6 +16,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ class Child:
         self.begun = False  # whether it was ever ready
         self.stillborn = 0  # failed starts in a row
         self.start_at: float | None = 0.0  # None: it is not to be started
-        self.counts: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
 
     @property
     def name(self) -> str:
@@ -81,7 +82,7 @@ class Supervisor:
 
     def __init__(
         self, spawn: Spawn, count: int, *, reload: bool = False, patience: float = 35.0,
-        tell: Callable[[dict[str, float]], None] = lambda counts: None, monotonic: Callable[[], float] = time.monotonic,
+        tell: Callable[[dict[str, int]], None] = lambda counts: None, monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.children = [Child(number) for number in range(1, count + 1)]
         self.stopping = False
@@ -90,7 +91,7 @@ class Supervisor:
         self._tell, self._monotonic = tell, monotonic
         self._kill_at = NEVER
         self._recycling: Child | None = None
-        self._past: dict[str, float] = {}  # counts of processes that have ended
+        self._past = Counter[str]()  # counts of processes that have ended
         self._told = 0.0
         self._restart = self._quiet = False
         self._signalled: list[int] = []
@@ -165,11 +166,11 @@ class Supervisor:
         """Stop all children and start them afresh: the code has changed. From any thread."""
         self._restart = True
 
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, int]:
         """What the children say they have done, added up; "work" is what they have in work now."""
-        total = dict(self._past)
+        total = Counter(self._past)
         for child in self.children:
-            _add(total, child.counts)
+            total.update(child.counts)
         return total
 
     def heard(self, child: Child, line: str) -> None:
@@ -202,7 +203,7 @@ class Supervisor:
         child.hang_up()
         child.process = None
         child.counts.pop("work", None)
-        _add(self._past, child.counts)
+        self._past.update(child.counts)
         child.counts = {}
         if self._recycling is child and code != RECYCLE:
             self._recycling = None
@@ -272,11 +273,6 @@ class Supervisor:
         *lines, child.heard = (child.heard + data).split(b"\n")
         for line in lines:
             self.heard(child, line.decode(errors="replace"))
-
-
-def _add(total: dict[str, float], counts: dict[str, float]) -> None:
-    for name, count in counts.items():
-        total[name] = total.get(name, 0) + count
 
 
 def outcome_of(code: int) -> str:

@@ -345,10 +345,10 @@ class Worker:
             for runner in self.runners:
                 runner.hush()
 
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, int]:
         """What it has done since its start: "done", "again", "dead", ...; "overtaken": what it ran
         when others had taken it back, since this process was cut off or frozen; "work": what it has in work now."""
-        found: dict[str, float] = {}
+        found: dict[str, int] = {}
         for (_, outcome), count in self.app.observers.counts.copy().items():
             name = "again" if outcome == "retry topic" else outcome
             found[name] = found.get(name, 0) + count

@@ -19,7 +19,7 @@ from barnabas.supervisor import STOPS, Lifeline
 from barnabas.worker import RECYCLE, Worker, memory
 
 log = logging.getLogger("barnabas")
-Tell = Callable[[dict[str, float]], None]  # gets the counts, about once a second
+Tell = Callable[[dict[str, int]], None]  # gets the counts, about once a second
 DRAINING, TICK = 0.05, 0.25  # seconds between looks at the worker: looking is most of what an idle process costs
 ANEW = -1  # not an exit status: another file was put in the place of ours
 SELDOM = 10.0  # seconds between log lines that say how a run is getting on
@@ -168,10 +168,10 @@ class Status:
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._began = self._at = time.monotonic()
-        self._shown: dict[str, float] = {}
-        self._last: dict[str, float] = {}
+        self._shown: dict[str, int] = {}
+        self._last: dict[str, int] = {}
 
-    def __call__(self, found: dict[str, float]) -> None:
+    def __call__(self, found: dict[str, int]) -> None:
         """Show these."""
         self._last = found
         seconds = time.monotonic() - self._at
@@ -194,7 +194,7 @@ class Status:
         log.info("%s", _line(self._last | {"work": 0}, self._last.get("done", 0) / max(1e-3, seconds), seconds))
 
 
-def _line(found: dict[str, float], rate: float, seconds: float) -> str:
+def _line(found: dict[str, int], rate: float, seconds: float) -> str:
     """The counts in words; `rate` is done per second."""
     parts = [f"{found.get('done', 0):,.0f} done ({rate:,.0f}/s)"]
     if found.get("work"):
