@@ -60,7 +60,7 @@ class JobInfo(msgspec.Struct, frozen=True):
 def consumer_info(consumer: Consumer) -> ConsumerInfo:
     """A consumer in words."""
     route = consumer.routes(consumer.target)[0]
-    kind = "async" if inspect.iscoroutinefunction(route.function) else "sync"
+    kind = "async" if consumer.awaited else "sync"
     kind += " batch" if route.params.batch else ""
     topics = [topic.name for topic in consumer.topics]
     return ConsumerInfo(consumer.name, topics, consumer.group, consumer.concurrency, consumer.order, kind)
@@ -68,7 +68,7 @@ def consumer_info(consumer: Consumer) -> ConsumerInfo:
 
 def job_info(job: Job) -> JobInfo:
     """A job in words."""
-    kind = "async" if inspect.iscoroutinefunction(job.function) else "sync"
+    kind = "async" if job.awaited else "sync"
     return JobInfo(job.name, job.queue, job.retry, kind, str(inspect.signature(job.function)))
 
 

@@ -241,7 +241,8 @@ class Job(Calls):
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
             raise SendError(f"{self.owner} cannot be enqueued: {error}; it takes {self._signature}") from None
-        bound.apply_defaults() if kwargs else None
+        if kwargs:
+            bound.apply_defaults()
         return bound.args
 
     def _tuple(self, arguments: Any) -> tuple[Any, ...]:

@@ -43,9 +43,9 @@ def queues(app: App) -> list[QueueInfo]:
     states = {state.name: state for state in app.jobs.queue_states()}
     found = []
     for name in sorted({*states, *(job.queue for job in app.job_handlers.values())}):
-        _, ready, work, scheduled, retry, dead, since = states.get(name) or QueueState(name, 0, 0, 0, 0, 0, None)
-        latency = 0.0 if since is None else max(0.0, now - since)
-        found.append(QueueInfo(name, ready, work, scheduled, retry, dead, latency, f"pause queue:{name}" in asked))
+        state = states.get(name) or QueueState(name, 0, 0, 0, 0, 0, None)
+        latency = 0.0 if state.since is None else max(0.0, now - state.since)
+        found.append(QueueInfo(*state[:6], latency, f"pause queue:{name}" in asked))
     return found
 
 

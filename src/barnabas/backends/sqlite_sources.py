@@ -106,7 +106,13 @@ class SqliteLog(Fetcher):
             self._drop(list(self._parts))
             self._lapsed = False
             self._lease = self.home.clock.monotonic() + self.home.neighbours.session * 0.7
-        gone, lost = self._plan()
+        members, owners = self._rows(self.home.query)
+        if self._member not in members:  # expelled while we were silent
+            self._member = self.home.write(self._join)
+            members.append(self._member)
+        target = self._target(members, owners)
+        lost = [gid for gid in self._parts if owners[gid] != (self._member, self._epochs[gid])]
+        gone = [gid for gid in self._parts if gid not in lost and target[gid] != self._member]
         if lost:
             for gid in lost:
                 self._parts[gid].closed = True
@@ -137,15 +143,6 @@ class SqliteLog(Fetcher):
     def _target(self, members: list[int], owners: dict[int, tuple[int, int]]) -> dict[int, int]:
         held = {gid: owners[gid][0] for gid, _, _ in self._all if owners[gid][0] is not None}
         return spread(self._group_name, members, {gid: topic for gid, topic, _ in self._all}, held)
-
-    def _plan(self) -> tuple[list[int], list[int]]:
-        members, owners = self._rows(self.home.query)
-        if self._member not in members:  # expelled while we were silent
-            self._member = self.home.write(self._join)
-            members.append(self._member)
-        lost = [gid for gid in self._parts if owners[gid] != (self._member, self._epochs[gid])]
-        target = self._target(members, owners)
-        return [gid for gid in self._parts if gid not in lost and target[gid] != self._member], lost
 
     def _drop(self, gids: list[int]) -> None:
         parts = [self._parts[gid] for gid in gids]

@@ -168,7 +168,8 @@ class Steps(Generic[T]):
                 self._flush()
                 if not stops and (job := in_hand()) is not None and (unneeded := job.cancelled()) is not None:
                     raise Interrupted(False, unneeded)
-                over or self._app.jobs.send([stored])
+                if not over:
+                    self._app.jobs.send([stored])
             self._save_at = now + SAVE
         if over:
             raise Interrupted(not stops)
