@@ -4,10 +4,12 @@ import json
 import logging
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha1
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,16 @@ import pytest
 import redis
 from servers import RedisServer, shared_redis
 
-from barnabas import App, Reject, RetryAfter, until_executed
+from barnabas import App, Reject, RetryAfter, backends, until_executed, until_expired
 from barnabas.backends import redis_life, redis_outbox
+from barnabas.backends.redis import Where
 from barnabas.backends.redis_source import RedisQueues
 from barnabas.clock import FakeClock
 from barnabas.dead import deal, letters
 from barnabas.engine.observe import Failed
 from barnabas.errors import BackendError, BufferFull, SendError, SettingError
 from barnabas.ports import Part, Result
+from barnabas.processes import processes
 from barnabas.queues import jobs
 from barnabas.verdict import Again
 from barnabas.worker import Worker
@@ -140,9 +144,18 @@ def test_a_backend_that_refuses_does_so_before_any_hook_runs():
     assert ran == []
 
 
-def test_an_option_that_redis_does_not_know_is_refused_at_start():
+@pytest.mark.parametrize("sentinel", ["", "&sentinel=jobs"])
+def test_an_option_that_redis_does_not_know_is_refused_at_start(sentinel):
     with pytest.raises(SettingError, match="'sockt_timeout'"):
-        App("shop", events="memory:", jobs="redis://127.0.0.1:1/0?sockt_timeout=1").jobs  # noqa: B018
+        App("shop", events="memory:", jobs=f"redis://127.0.0.1:1/0?sockt_timeout=1{sentinel}").jobs  # noqa: B018
+
+
+@pytest.mark.parametrize("sentinel", ["", "&sentinel=jobs"])
+def test_options_of_the_url_reach_the_driver_and_an_answer_is_not_waited_for_for_ever(sentinel):
+    plain, timed = (Where(f"rediss://h:1/2?{more}{sentinel}", {}) for more in ("", "socket_timeout=1.5&ssl_ca_certs=x.pem"))
+    given = timed.pool.connection_kwargs
+    assert (given["socket_timeout"], given["ssl_ca_certs"], given["db"]) == (1.5, "x.pem", 2)
+    assert plain.pool.connection_kwargs["socket_timeout"] == 5.0
 
 
 def test_golden_keys_of_failures_and_of_the_process(client, apps):
@@ -262,10 +275,10 @@ def test_the_dead_are_kept_within_sidekiq_s_bounds_whoever_buries(client, apps, 
     assert client.zcard("dead") == 9_999 and client.zscore("dead", "old") is None is client.zscore("dead", "9999")
 
 
-@pytest.mark.parametrize("key", ["queues", "processes", "paused"])
+@pytest.mark.parametrize("key", ["queues", "processes", "paused", "barnabas:workers"])
 def test_a_database_in_which_somebody_else_has_sidekiq_s_sets_is_refused(client, apps, key):
     client.set(key, "1")
-    with pytest.raises(BackendError, match=f"has a string under the key '{key}', where Sidekiq has a set: .* or a prefix"):
+    with pytest.raises(BackendError, match=f"has a string under the key '{key}', not a (set|hash): .* or a prefix"):
         apps().jobs  # noqa: B018
 
 
@@ -300,6 +313,21 @@ def test_a_password_that_is_not_encoded_is_refused_and_not_told(apps, mark, quer
             app.jobs  # noqa: B018
         shown = f"{refused.value}{app.settings.shown('jobs')}"
         assert not any(part in shown for part in password.split(mark))
+
+
+def test_no_password_is_told_where_a_url_cannot_be_taken_apart_or_its_driver_is_missing(apps, monkeypatch):
+    app = apps(jobs="redis://ann:Ge\uff03heim@127.0.0.1:1/0")  # what looks like #
+    with pytest.raises(SettingError, match="cannot be taken apart") as refused:
+        app.jobs  # noqa: B018
+    assert "heim" not in f"{refused.value}{app.settings.shown('jobs')}"
+
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name="redis")
+
+    monkeypatch.setattr(backends, "import_module", missing)
+    with pytest.raises(SettingError, match="redis is not installed") as refused:
+        apps(jobs="redis://ann:Geheim@127.0.0.1:1/0").jobs  # noqa: B018
+    assert "Geheim" not in str(refused.value)
 
 
 def test_a_prefix_keeps_applications_apart(client, url, apps):
@@ -610,6 +638,43 @@ def test_rubbish_in_queues_and_sets_is_buried_with_its_reason_and_harms_nobody(c
     assert state.dead == 3 * len(RUBBISH)
 
 
+SAID = [
+    {"barnabas": "[]"}, {"barnabas": '{"work":5}'}, {"barnabas": '{"work":[[1,2]]}'}, {"barnabas": '{"queues":[1]}'},
+    {"barnabas": '{"counts":{"done":"x"}}'}, {"barnabas": '{"trouble":[]}'}, {"barnabas": '{"handlers":{"a":1}}'},
+    {"info": '{"hostname":"h","pid":1,"started_at":1,"queues":[1,null]}'}, {"info": '{"hostname":7,"pid":1,"started_at":1}'},
+]
+
+
+def test_a_process_that_says_rubbish_of_itself_hides_no_other(client, apps):
+    app = apps()
+    good = {"info": '{"hostname":"h","pid":1,"started_at":1.5,"queues":["a"],"tag":"ruby"}', "beat": "1.5"}
+    for n, said in enumerate([{}, *SAID]):
+        client.sadd("processes", f"h:{n}:x"), client.hset(f"h:{n}:x", mapping=good | said)
+    assert [(p.name, p.app) for p in processes(app)] == [("h:0:x", "ruby")]
+
+
+def test_a_process_that_is_asked_from_afar_shows_where_it_is(client, url, tmp_path):
+    (tmp_path / "shop.py").write_text(
+        "import time\nfrom barnabas import App\napp = App('shop', events='memory:')\n\n"
+        "@app.job\ndef doze_here(n):\n    time.sleep(n)\n"
+    )
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-m", "barnabas", "run", "shop:app", "--jobs", url]
+        worker = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+    app = App("sender", events="memory:", jobs=url)
+    try:
+        app.foreign_job("doze_here").enqueue(3).result(10)
+        until(lambda: [name for name in client.smembers("processes") if client.hget(name, "busy") == b"1"])
+        (name,) = client.smembers("processes")
+        client.lpush(name + b"-signals", "TTIN")
+        until(lambda: 'shop.py", line 7 in doze_here' in (tmp_path / "log").read_text())
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(20) == 0
+    finally:
+        worker.kill()
+        app.close()
+
+
 def test_hostile_names_do_no_harm(client, url, apps):
     app, seen = apps(jobs=f"{url}?prefix=%2A%5Bx%5D%0A%7By%7D%20"), []
     mail, prefix = app.job(seen.append, name="mail *[x]"), "*[x]\n{y} "
@@ -641,7 +706,7 @@ def test_no_job_is_lost_where_a_key_is_somebody_elses(client, apps, caplog):
     assert [app.jobs.move_jobs(refs, to) for to in ("dead", "queue:taken")] == [0, 0] and client.zcard("schedule") == 2
     with running(app) as worker:
         mail.enqueue(2).result(5)
-        until(lambda: seen == [2] and "WRONGTYPE" in caplog.text)
+        until(lambda: 2 in seen and 3 in seen and "retry is no zset" in caplog.text and "dead is no zset" in caplog.text)
         assert client.hlen(f"barnabas:work:{app.jobs.name}") == 1  # it stays in hand until it can be stored
         client.delete("retry"), client.delete("dead")
         until(lambda: seen.count(2) == 2 and 3 in seen and worker.drained(), 30)
@@ -660,7 +725,7 @@ def test_operators_are_shown_the_rest_where_keys_are_somebody_elses_and_rubbish_
     assert states == [("", 0, 2), ("default", 1, 0), ("odd", 0, 0)]
     assert app.jobs.open_work({}, ["default", "odd"]) == 1
     assert sorted(job.state for job in app.jobs.find_jobs()) == ["dead", "dead", "ready"]
-    assert caplog.text.count("what these keys hold are no jobs: queue:odd, retry") == 1
+    assert [caplog.text.count(f"{key} is no {kind}, but") for key, kind in (("queue:odd", "list"), ("retry", "zset"))] == [1, 1]
     first, second = sorted(letter.address for letter in letters(app))
     assert first.startswith("raw-") and first != second
     assert deal(app, letters(app, [first]), retry=False).done == 1
@@ -678,7 +743,121 @@ def test_a_set_that_is_none_is_told_once_and_stops_no_other(client, apps, caplog
         mail.enqueue(2).result(5)
         until(lambda: sorted(seen) == [1, 2])
         time.sleep(1.2)
-    assert caplog.text.count("due jobs cannot be moved") == 1 and "WRONGTYPE" in caplog.text
+    assert caplog.text.count(f"{key} is no zset, but somebody else's string: what needs it waits") == 1
+
+
+def test_a_failure_that_cannot_be_stored_stays_in_hand_and_stops_nothing_else(client, apps, caplog):
+    app, seen = apps(threads=4), []
+
+    @app.job(queue="odd")
+    def odd(n: int) -> None:
+        raise RetryAfter(60) if n % 2 else Reject("no")
+
+    mail, more = app.job(seen.append, name="mail"), {"retry": 10, "dead": 10}
+    client.mset({"retry": "x", "dead": "x"})
+    with running(app) as worker:
+        hands = f"barnabas:work:{app.jobs.name}"
+        odd.enqueue_many((n,) for n in range(20)).result(5)  # more than it takes ahead
+        until(lambda: client.hlen(hands) == 20)
+        mail.enqueue_many((n,) for n in range(50)).result(5)
+        until(lambda: sorted(seen) == [*range(50)])
+        assert all(f"{key} is no zset" in worker.report()["trouble"] for key in more)
+        client.delete("retry")
+        until(lambda: client.zcard("retry") == 10 and client.hlen(hands) == 10)
+        assert "dead is no zset" in worker.report()["trouble"] and client.get("dead") == b"x"
+        client.delete("dead")
+        until(lambda: client.zcard("dead") == 10 and client.hlen(hands) == 0)
+        assert worker.report()["trouble"] == "" and client.get("stat:failed") == b"20"
+    assert [caplog.text.count(f"{key} is no zset") for key in more] == [1, 1]
+
+
+def test_a_failure_that_could_not_be_stored_by_the_end_is_back_in_its_queue(client, apps):
+    app = apps()
+    fails = app.job(lambda n: 1 / 0, name="fails")
+    client.set("retry", "x")
+    with running(app) as worker:
+        fails.enqueue(1).result(5)
+        until(lambda: "retry is no zset" in worker.report()["trouble"])
+    app.close()
+    assert client.llen("queue:default") == 1 and client.keys("barnabas:*") == []
+
+
+def test_a_job_that_cannot_be_stored_takes_no_lock(client, apps):
+    mail = apps().job(lambda n: None, name="mail", unique=until_expired(ttl=1000))
+    client.set("queue:default", "x")
+    with pytest.raises(SendError, match="WRONGTYPE"):
+        mail.enqueue(1).result(5)
+    client.delete("queue:default")
+    assert mail.enqueue(1).result(5)
+
+
+@pytest.mark.parametrize("key", ["processes", "paused"])
+def test_a_set_of_sidekiq_s_that_is_none_keeps_nobody_from_work_from_burying_the_dead_and_from_obeying(client, apps, hasty, key):
+    app, seen = apps(queues=["default", "rests"]), []
+    mail = app.job(seen.append, name="mail")
+    app.jobs.set_control("pause queue:rests", "")
+    mail.options(queue="rests").enqueue(9).result(5)
+    with running(app) as worker:
+        until(lambda: worker.obey() is None and worker.paused)
+        client.delete(key), client.set(key, "x")
+        client.hset("barnabas:workers", "a:1:x", "default"), client.hset("barnabas:work:a:1:x", "1:default", rubbish(args=[7]))
+        mail.enqueue(8).result(5)
+        until(lambda: sorted(seen) == [7, 8])
+        until(lambda: f"{key} is no set, but somebody else's string" in worker.report()["trouble"])
+        client.lpush(f"{app.jobs.name}-signals", "TSTP")
+        until(lambda: worker.obey() == "quiet")
+        assert seen.count(9) == 0 and worker.paused == ["queue:rests"]
+        client.delete(key)
+        until(lambda: worker.report()["trouble"] == "")
+
+
+def test_what_the_dead_had_goes_back_once_though_one_of_its_queues_is_somebody_elses(client, apps, hasty, caplog):
+    jobs = {name: rubbish(queue=name, jid=name) for name in ("bad", "good", "late")}
+    client.hset("barnabas:workers", mapping={"a:1:x": "bad good", "b:2:y": "bad good"})
+    client.hset("barnabas:work:a:1:x", mapping={"1:bad": jobs["bad"], "2:good": jobs["good"]})
+    client.hset("barnabas:work:b:2:y", "1:good", jobs["late"])
+    client.lpush("barnabas:landing:b:2:y:bad", "landed")
+    client.set("queue:bad", "x")
+    app = apps()
+    ours = source(app, "other")
+    until(lambda: client.llen("queue:good") >= 2)
+    time.sleep(0.5)  # (it is looked at ten times a second)
+    assert sorted(client.lrange("queue:good", 0, -1)) == sorted([jobs["good"], jobs["late"]])
+    assert client.hvals("barnabas:crashes") == [b"1", b"1"]
+    assert sorted(job.payload for job in app.jobs.find_jobs("work")) == sorted([jobs["bad"], b"landed"])
+    client.delete("queue:bad")
+    until(lambda: sorted(client.lrange("queue:bad", 0, -1)) == sorted([jobs["bad"], b"landed"]))
+    until(lambda: client.hkeys("barnabas:workers") == [ours.name.encode()])
+    assert client.hvals("barnabas:crashes") == [b"1", b"1", b"1"] and caplog.text.count("queue:bad is no list") == 1
+    ours.close()
+
+
+@pytest.mark.parametrize("key", ["queue:default", "barnabas:crashes"])
+def test_nothing_is_lost_of_what_is_being_claimed_where_a_key_is_somebody_elses(client, apps, key):
+    app = apps()
+    ours = source(app)
+    client.sadd("queues", "default")
+    client.lpush(f"barnabas:landing:{ours.name}:default", *(rubbish(jid=f"{n}") for n in range(3)))
+    client.set(key, "x")
+    with suppress(BackendError):
+        assert len(rows(ours.fetch(1, 0))) == 1
+    assert sum(job.state in ("ready", "work") for job in app.jobs.find_jobs()) == 3
+    ours.close()
+
+
+def test_a_queue_that_is_a_list_again_is_waited_for_again(client, apps):
+    app, at = apps(queues=["bad", "default"]), []
+    mail = app.job(lambda n: at.append(time.monotonic()), name="mail", queue="bad")
+    client.set("queue:bad", "x")
+    with running(app) as worker:
+        until(lambda: "queue:bad is no list" in worker.report()["trouble"])
+        client.delete("queue:bad")
+        until(lambda: worker.report()["trouble"] == "")
+        time.sleep(1.5)
+        began = time.monotonic()
+        mail.enqueue(1).result(5)
+        until(lambda: at)
+        assert at[0] - began < 0.5
 
 
 def test_a_key_that_is_no_list_stops_no_other_queue(client, apps, caplog):

@@ -15,6 +15,7 @@ from team import HERE
 
 from barnabas import App, until_executed, while_executing
 from barnabas.backends import redis_life
+from barnabas.errors import Conflict
 from barnabas.worker import Worker
 
 
@@ -78,6 +79,60 @@ def test_a_lock_of_ruby_s_keeps_us_out_and_ours_ruby(app):
     wait_for(lambda: ran)
     worker.stop(5.0)
     assert list(ran[0]) == [jid.encode()] and not client.exists(locked)
+
+
+def filler(first: int) -> list[bytes]:
+    job = '{"retry":3,"queue":"mail","class":"mail","args":[2,"x"],"jid":"%024x","created_at":1700000000.25}'
+    return [(job % n).encode() for n in range(first, first + 1000)]
+
+
+def test_to_replace_a_job_among_many_keeps_nobody_else_waiting(app):
+    @app.job(queue="mail", unique=until_executed(by="n", on_conflict="replace"))
+    def mail(n: int, text: str): ...
+
+    client, key, took = app.jobs.client, app.jobs.key, []
+    client.config_set("slowlog-log-slower-than", 1000)
+    try:
+        for text in "abc":
+            mail.enqueue(1, text).result(30)
+            client.lpush(key("queue:mail"), *(job for first in range(0, 100_000, 1000) for job in filler(first)))
+            client.slowlog_reset()
+            jid = mail.enqueue(1, text).result(30)
+            took.append(max((entry["duration"] for entry in client.slowlog_get(100)), default=0))
+            assert jid.encode() in client.lindex(key("queue:mail"), 0)
+    finally:
+        client.config_set("slowlog-log-slower-than", 10_000)
+        client.delete(key("queue:mail"))
+    assert min(took) < 20_000, took  # microseconds
+
+
+@pytest.mark.parametrize("place", ["queue", "work"])
+def test_a_job_that_moves_while_it_is_looked_for_is_replaced_or_left_to_run(app, monkeypatch, place):
+    @app.job(queue="mail", unique=until_executed(by="n", on_conflict="replace"))
+    def mail(n: int, text: str): ...
+
+    client, key, find = app.jobs.client, app.jobs.key, app.jobs.find_jobs
+    first = mail.enqueue_in(60, 1, "a").result(5)
+    (payload,) = client.zrange(key("schedule"), 0, -1)
+
+    def meanwhile(*args):
+        found = [*find(*args)]
+        if client.zrem(key("schedule"), payload):
+            if place == "queue":
+                client.sadd(key("queues"), "mail"), client.lpush(key("queue:mail"), payload[:-1] + b',"enqueued_at":1.5}')
+            else:
+                client.hset(key("barnabas:workers"), "a:1:x", "mail")
+                client.hset(key("barnabas:work:a:1:x"), "1:mail", payload)
+        return iter(found)
+
+    monkeypatch.setattr(app.jobs, "find_jobs", meanwhile)
+    if place == "work":
+        with pytest.raises(Conflict, match=first):
+            mail.enqueue(1, "b").result(5)
+    else:
+        jid = mail.enqueue(1, "b").result(5)
+        assert [job.jid for job in find()] == [jid]
+    assert app.jobs.holder(mail.lock.key((1, "b"))) == (first if place == "work" else jid)
 
 
 @pytest.mark.slow

@@ -21,15 +21,15 @@ _DRIVERS = ("confluent_kafka", "redis", "hiredis")  # installed as barnabas[NAME
 
 def open_url(url: str, settings: Any, kind: str, clock: Any) -> Any:
     """Open the Backend of a URL for "events" or "jobs"."""
-    scheme = url.split(":", 1)[0]
+    scheme, shown = url.split(":", 1)[0], f"{kind}={settings.shown(kind)!r}"
     if scheme == "kafka" and kind == "jobs":
-        raise SettingError(f"jobs={url!r}: Kafka carries topics, not queues; set jobs=redis://HOST or jobs=sqlite:///FILE.db")
+        raise SettingError(f"{shown}: Kafka carries topics, not queues; set jobs=redis://HOST or jobs=sqlite:///FILE.db")
     try:
         module = import_module(f"barnabas.backends.{_FILES[scheme]}")
     except ModuleNotFoundError as error:
         if error.name not in _DRIVERS:
             raise
-        raise SettingError(f"{kind}={url!r}: {error.name} is not installed; pip install 'barnabas[{_FILES[scheme]}]'") from None
+        raise SettingError(f"{shown}: {error.name} is not installed; pip install 'barnabas[{_FILES[scheme]}]'") from None
     backend = module.open_backend(url, settings, clock)
     if scheme != "memory":
         _open.add(backend)

@@ -41,17 +41,21 @@ local function fits(name, kind)
   return found == 'none' or found == kind
 end
 
+local kinds = {queues = 'set', processes = 'set', paused = 'set', ['barnabas:workers'] = 'hash', schedule = 'zset', retry = 'zset',
+  dead = 'zset'} -- the others that are asked for are lists
+
 -- Keep the dead within Sidekiq's bounds: half a year, and less than 10,000. To be called whenever one is buried.
 local function trim(now)
   redis.call('ZREMRANGEBYSCORE', key('dead'), '-inf', now - 15552000)
   redis.call('ZREMRANGEBYRANK', key('dead'), 0, -10000)
 end
 
--- Give what a process was handed by its blocking moves back to the front of the queue, the oldest foremost.
+-- Give what a process was handed by its blocking moves back to the front of the queue, the oldest foremost; returns how many.
 local function unland(land, queue)
-  for _ = 1, redis.call('LLEN', land) do
-    redis.call('LMOVE', land, queue, 'LEFT', 'RIGHT')
-  end
+  local count = redis.pcall('LLEN', land)
+  if type(count) ~= 'number' or count == 0 or not fits(queue, 'list') then return 0 end
+  for _ = 1, count do redis.call('LMOVE', land, queue, 'LEFT', 'RIGHT') end
+  return count
 end
 
 -- Locks of unique jobs, in the keys of sidekiq-unique-jobs: a hash of the job ids that hold one. `barnabas:locks` names those
@@ -93,10 +97,18 @@ end
 
 --- turn
 -- Settle what is finished and claim the next, in one step. Each settlement counts only if the job is still in this
--- process's hands. Returns whether the process is still among the living, the paused queues, the claimed payloads queue by
--- queue, and of those that had crashes: number and count.
+-- process's hands. Returns whether the process is still among the living (-1: nothing was done, since of the keys named first, to
+-- which jobs go, these are somebody else's), how many were settled, the paused queues, the claimed payloads queue by queue, and
+-- of those that had crashes: number and count.
 local id, now, day = arg(), arg(), arg()
-local work, processed, failed, ripe = key('barnabas:work:' .. id), 0, 0, {}
+local work, processed, failed, ripe, strange = key('barnabas:work:' .. id), 0, 0, {}, {}
+
+for _ = 1, number() do
+  local name = arg()
+  if not fits(key(name), kinds[name] or 'list') then strange[#strange + 1] = name end
+end
+if #strange > 0 then return {-1, strange, {}, {}, {}, {}} end
+if not fits(work, 'hash') then return redis.error_reply('WRONGTYPE ' .. work .. ' is no hash') end
 
 for _ = 1, number() do -- members of a batch, the oldest first: while that is ours, so are those that were claimed later
   local batch, how, count = arg(), arg(), number()
@@ -143,7 +155,7 @@ failed = failed + buried
 
 for _ = 1, number() do -- given back: the youngest first, so that the oldest ends up in front; or put at the end, as `last`
   local field, name, last = arg(), arg(), arg()
-  local payload = redis.call('HGET', work, field)
+  local payload = fits(key('queue:' .. name), 'list') and redis.call('HGET', work, field)
   if payload then
     redis.call(last == '' and 'RPUSH' or 'LPUSH', key('queue:' .. name), last == '' and payload or last)
     redis.call('HDEL', work, field)
@@ -151,7 +163,7 @@ for _ = 1, number() do -- given back: the youngest first, so that the oldest end
 end
 
 local innocent = number() -- had a run of their own, and it did not crash
-for _ = 1, innocent do redis.call('HDEL', key('barnabas:crashes'), arg()) end
+for _ = 1, innocent do redis.pcall('HDEL', key('barnabas:crashes'), arg()) end
 if innocent > 0 then redis.call('DEL', key('barnabas:alone:' .. id)) end
 
 if processed + failed > 0 then count('processed', day, processed + failed) end
@@ -160,17 +172,17 @@ if failed > 0 then count('failed', day, failed) end
 local room, sequence, landed = number(), number(), number()
 local settled = processed + failed
 if redis.call('HEXISTS', key('barnabas:workers'), id) == 0 then return {0, settled, {}, {}, {}, ripe} end
-local shut, paused, found, crashed = redis.call('SMEMBERS', key('paused')), {}, {}, {}
-for _, name in ipairs(shut) do paused[name] = true end
-local counted = redis.call('EXISTS', key('barnabas:crashes')) == 1
+local shut, paused, found, crashed = fits(key('paused'), 'set') and redis.call('SMEMBERS', key('paused')), {}, {}, {}
+for _, name in ipairs(shut or {}) do paused[name] = true end
+local counted = redis.call('TYPE', key('barnabas:crashes')).ok == 'hash'
 
 for i = 1, number() do
   local name, free, jobs = arg(), math.min(room, number()), {}
   local queue, land = key('queue:' .. name), key('barnabas:landing:' .. id .. ':' .. name)
   if landed == 1 then
     while #jobs < free and not paused[name] do
-      local job = redis.call('RPOP', land)
-      if not job then break end
+      local job = redis.pcall('RPOP', land)
+      if type(job) ~= 'string' then break end
       jobs[#jobs + 1] = job
     end
     unland(land, queue)
@@ -202,40 +214,27 @@ return {1, settled, shut, found, crashed, ripe}
 
 --- store
 -- Store a job that takes a lock. Returns the id of the job that has it: then it is not stored, but buried if it asked for
--- that. A lock of its own is an earlier try's, whose answer was lost.
+-- that. A lock of its own is an earlier try's, whose answer was lost. With the id of the one that has it, where that waits (a set,
+-- or else a queue) and as what: in its place, if it is still there.
 local lock, jid, now, ends, how = arg(), arg(), arg(), arg(), arg()
 local name, due, payload, buried = arg(), arg(), arg(), arg()
-
-local function is_it(other, wanted)
-  if not string.find(other, wanted, 1, true) then return false end
-  local read, job = pcall(cjson.decode, other)
-  return read and type(job) == 'table' and job.jid == wanted
-end
-
-local function removed(wanted)
-  local names = redis.call('SMEMBERS', key('queues'))
-  for _, set in ipairs({'schedule', 'retry', unpack(names)}) do
-    local place, sorted = key(_ <= 2 and set or 'queue:' .. set), _ <= 2
-    local command, drop, first = sorted and 'ZRANGE' or 'LRANGE', sorted and 'ZREM' or 'LREM', 0
-    while true do
-      local page = redis.pcall(command, place, first, first + 499)
-      if page.err or #page == 0 then break end
-      for _, other in ipairs(page) do
-        if is_it(other, wanted) then
-          if sorted then redis.call(drop, place, other) else redis.call(drop, place, 1, other) end
-          return true
-        end
-      end
-      first = first + 500
-    end
-  end
-end
-
-local other = holder(lock)
+local first, set, queue, waits = arg(), arg(), arg(), arg()
+local place, other = key(due ~= '' and 'schedule' or 'queue:' .. name), holder(lock)
 if other == jid then return '' end
-if other and how == 'replace' and removed(other) then
-  free(lock, other)
-  other = false
+if not (fits(place, due ~= '' and 'zset' or 'list') and fits(key('queues'), 'set') and fits(key('barnabas:locks'), 'hash')) then
+  return redis.error_reply('WRONGTYPE ' .. place .. ', queues or barnabas:locks is none') -- no lock without its job
+end
+if other and other == first then
+  local there = 0
+  if set ~= '' then
+    there = redis.call('ZREM', key(set), waits)
+  else
+    there = redis.call('LREM', key('queue:' .. queue), -1, waits)
+  end
+  if there == 1 then
+    free(lock, other)
+    other = false
+  end
 end
 if other then
   if how == 'reject' then
@@ -246,10 +245,10 @@ if other then
 end
 take(lock, jid, now, ends)
 if due ~= '' then
-  redis.call('ZADD', key('schedule'), due, payload)
+  redis.call('ZADD', place, due, payload)
 else
   redis.call('SADD', key('queues'), name)
-  redis.call('LPUSH', key('queue:' .. name), payload)
+  redis.call('LPUSH', place, payload)
 end
 return ''
 
@@ -269,54 +268,71 @@ if not holder(lock) then take(lock, arg(), arg(), '') end
 --- recover
 -- Put all that a process holds back to the front of its queues; `crashed`: because it died, so count that against what it
 -- had in hand. A job that ran alone is the only one to be counted beyond three. `stays`: it ends only now, so the locks of
--- its runs stay until it is found dead. Returns how many, -1 if it lives.
+-- its runs stay until it is found dead. What is of a queue that is somebody else's key stays where it is, and the process on
+-- the list. Returns how many went back (-1: it lives), and the queues of those that did not.
 local id, crashed, stays = arg(), arg() == '1', arg() == '1'
-if crashed and redis.call('EXISTS', key('barnabas:alive:' .. id)) == 1 then return -1 end
-local work, total = key('barnabas:work:' .. id), 0
+if crashed and redis.call('EXISTS', key('barnabas:alive:' .. id)) == 1 then return {-1, {}} end
+local work, total, strange, back, jobs = key('barnabas:work:' .. id), 0, {}, {}, {}
+
+local function is_list(name)
+  if not back[name] then
+    back[name] = {fits = fits(key('queue:' .. name), 'list'), fields = {}}
+    if not back[name].fits then strange[#strange + 1] = name end
+  end
+  return back[name].fits
+end
+
 for name in string.gmatch(redis.call('HGET', key('barnabas:workers'), id) or '', '%S+') do
   local land = key('barnabas:landing:' .. id .. ':' .. name)
-  total = total + redis.call('LLEN', land)
-  unland(land, key('queue:' .. name))
+  total = total + unland(land, key('queue:' .. name))
+  if redis.call('EXISTS', land) == 1 then is_list(name) end
 end
-local fields, jobs, back = redis.call('HGETALL', work), {}, {}
+local fields = redis.call('HGETALL', work)
 for i = 1, #fields, 2 do
   local sequence, name = string.match(fields[i], '^(%d+):(.*)$')
-  jobs[#jobs + 1] = {tonumber(sequence), name, fields[i + 1]}
+  if name and is_list(name) then jobs[#jobs + 1] = {tonumber(sequence), name, fields[i + 1], fields[i]} end
 end
 table.sort(jobs, function(a, b) return a[1] > b[1] end)
-local alone, crashes = tonumber(redis.call('GET', key('barnabas:alone:' .. id))), key('barnabas:crashes')
-for _, job in ipairs(jobs) do
-  local sequence, name, payload = job[1], job[2], job[3]
-  back[name] = back[name] or {}
-  table.insert(back[name], payload)
-  if crashed and (not alone or alone == sequence) then
-    local digest = redis.sha1hex(payload)
-    local before = tonumber(redis.call('HGET', crashes, digest)) or 0
-    redis.call('HSET', crashes, digest, alone and 4 or math.max(before, math.min(3, before + 1)))
-  end
-end
-if crashed and #jobs > 0 then redis.call('EXPIRE', crashes, 604800) end
 local there, runs = {}, {front = {}, ['end'] = {}}
-for _, job in ipairs(jobs) do there[string.format('%d', job[1])] = true end
+for i = 1, #fields, 2 do there[string.match(fields[i], '^%d*')] = true end
 for _, number in ipairs(stays and {} or redis.call('HKEYS', key('barnabas:running:' .. id))) do
   table.insert(runs[there[number] and 'front' or 'end'], number)
 end
 ended(id, 'front', runs.front)
 ended(id, 'end', runs['end'])
-for name, payloads in pairs(back) do
-  redis.call('SADD', key('queues'), name)
-  packed('RPUSH', key('queue:' .. name), payloads)
+for _, job in ipairs(jobs) do
+  table.insert(back[job[2]], job[3])
+  table.insert(back[job[2]].fields, job[4])
 end
-redis.call('DEL', work, key('barnabas:alone:' .. id))
+for name, of in pairs(back) do
+  if #of > 0 then
+    redis.pcall('SADD', key('queues'), name)
+    packed('RPUSH', key('queue:' .. name), of)
+    packed('HDEL', work, of.fields)
+  end
+end
+local alone, crashes = tonumber(redis.call('GET', key('barnabas:alone:' .. id))), key('barnabas:crashes')
+crashed = crashed and fits(crashes, 'hash')
+for _, job in ipairs(crashed and jobs or {}) do
+  if not alone or alone == job[1] then
+    local digest = redis.sha1hex(job[3])
+    local before = tonumber(redis.call('HGET', crashes, digest)) or 0
+    redis.call('HSET', crashes, digest, alone and 4 or math.max(before, math.min(3, before + 1)))
+  end
+end
+if crashed and #jobs > 0 then redis.call('EXPIRE', crashes, 604800) end
 if stays then
   redis.call('EXPIRE', key('barnabas:alive:' .. id), 2)
 else
   redis.call('DEL', key('barnabas:alive:' .. id))
-  redis.call('HDEL', key('barnabas:workers'), id)
+  if #strange == 0 then
+    redis.call('DEL', key('barnabas:alone:' .. id))
+    redis.call('HDEL', key('barnabas:workers'), id)
+  end
 end
-redis.call('SREM', key('processes'), id)
+redis.pcall('SREM', key('processes'), id)
 redis.call('UNLINK', key(id .. ':work'), key(id .. ':workers'))
-return total + #jobs
+return {total + #jobs, strange}
 
 --- renew
 -- A sign of life, good for `lease` seconds; with the names of its queues, join the living. 0: it is not among them. What a
@@ -329,8 +345,7 @@ elseif redis.call('HEXISTS', key('barnabas:workers'), id) == 0 then
 end
 redis.call('SET', key('barnabas:alive:' .. id), '1', 'EX', lease)
 for name in string.gmatch(redis.call('HGET', key('barnabas:workers'), id), '%S+') do
-  local land, queue = key('barnabas:landing:' .. id .. ':' .. name), key('queue:' .. name)
-  if fits(queue, 'list') then unland(land, queue) end
+  unland(key('barnabas:landing:' .. id .. ':' .. name), key('queue:' .. name))
 end
 return 1
 
@@ -344,38 +359,41 @@ return dead
 
 --- move
 -- Take members out of a sorted set, each only if it is still there, and push what became of them onto their queues; those
--- without a queue, or whose queue is no list, are buried. They come in stretches of one queue: each with what becomes of it,
--- or with `tail` in place of its last brace. Returns the queues that are no lists.
-local set, now, tail, queues, names, strange = key(arg()), arg(), arg(), {}, {}, {}
-if not (fits(key('dead'), 'zset') and fits(key('queues'), 'set')) then
-  return redis.error_reply('WRONGTYPE dead is no sorted set, or queues no set')
-end
+-- without a queue, or whose queue is no list, are buried, and stay where they are if `dead` is somebody else's key. They come in
+-- stretches of one queue: each with what becomes of it, or with `tail` in place of its last brace. Returns the queues that are
+-- no lists, and how many members stay.
+local set, now, tail, queues, names, strange, stay = key(arg()), arg(), arg(), {}, {}, {}, 0
+local buries = fits(key('dead'), 'zset')
 for _ = 1, number() do
   local name, plain = arg(), arg() == '1'
   local jobs = queues[name]
   if not jobs then
-    jobs = {}
+    jobs = {fits = name ~= '' and fits(key('queue:' .. name), 'list')}
     queues[name] = jobs
     names[#names + 1] = name
+    if name ~= '' and buries and not jobs.fits then strange[#strange + 1] = name end
   end
   for _ = 1, number() do
     local member = arg()
     local payload = not plain and arg()
-    if redis.call('ZREM', set, member) == 1 then jobs[#jobs + 1] = payload or string.sub(member, 1, -2) .. tail end
+    if not (jobs.fits or buries) then
+      stay = stay + 1
+    elseif redis.call('ZREM', set, member) == 1 then
+      jobs[#jobs + 1] = payload or string.sub(member, 1, -2) .. tail
+    end
   end
 end
 for _, name in ipairs(names) do
-  local pushed = #queues[name] == 0
-  if name ~= '' and not pushed then
-    pushed = type(redis.pcall('LPUSH', key('queue:' .. name), unpack(queues[name]))) == 'number'
-    if pushed then redis.call('SADD', key('queues'), name) else strange[#strange + 1] = name end
-  end
-  if not pushed then
-    for _, payload in ipairs(queues[name]) do redis.call('ZADD', key('dead'), now, payload) end
-    if #queues[name] > 0 then trim(now) end
+  local jobs = queues[name]
+  if #jobs > 0 and jobs.fits then
+    redis.pcall('SADD', key('queues'), name)
+    redis.call('LPUSH', key('queue:' .. name), unpack(jobs))
+  elseif #jobs > 0 then
+    for _, payload in ipairs(jobs) do redis.call('ZADD', key('dead'), now, payload) end
+    trim(now)
   end
 end
-return strange
+return {strange, stay}
 
 --- shift
 -- Make jobs ready ("ready"), bury them ("dead"), put them into another queue ("other") or drop them (""), wherever they wait.
@@ -405,7 +423,7 @@ for _ = 1, number() do
     elseif score then
       redis.call('ZADD', key(set), score, fresh)
     elseif to ~= '' then
-      redis.call('SADD', key('queues'), target)
+      redis.pcall('SADD', key('queues'), target)
       redis.call('LPUSH', key('queue:' .. target), fresh)
     end
   end
@@ -435,7 +453,7 @@ return flat
 local now, others, found, sizes, nexts = arg(), {}, {}, {}, {}
 local function size(name, kind, command, ...)
   if fits(key(name), kind) then return redis.call(command, key(name), ...) end
-  others[#others + 1] = key(name)
+  others[#others + 1] = name
   return 0
 end
 for i, name in ipairs({'schedule', 'retry', 'dead'}) do
@@ -446,6 +464,15 @@ for i = at + 1, #ARGV do
   nexts[#nexts + 1] = sizes[#sizes] > 0 and redis.call('LINDEX', key('queue:' .. ARGV[i]), -1)
 end
 return {found[1], found[2], found[3], sizes, nexts, others}
+
+--- strange
+-- Those of these keys that are somebody else's, of another type: each with what it is, and what it should be.
+local found = {}
+for i = at + 1, #ARGV do
+  local name, wanted = ARGV[i], kinds[ARGV[i]] or 'list'
+  if not fits(key(name), wanted) then found[#found + 1] = {name, redis.call('TYPE', key(name)).ok, wanted} end
+end
+return found
 
 --- swap
 -- Store a note and push jobs, if the note still is what it was ("": absent). Returns whether it was.

@@ -26,7 +26,7 @@ from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from barnabas.backends.redis_admin import RedisAdmin
+from barnabas.backends.redis_admin import KEYS, RedisAdmin, text
 from barnabas.backends.redis_limits import Hands
 from barnabas.backends.redis_outbox import Outbox
 from barnabas.errors import BackendError, SettingError
@@ -42,7 +42,10 @@ class Where:
     """A URL taken apart: how to connect, and what may be said of it in a log (no user, no password)."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:  # it may quote the password
+            raise ValueError("it cannot be taken apart; in a password, what is not ASCII is written %XX") from None
         query, more = dict(parse_qsl(parts.query)), dict(options)
         own = {name: more.pop(name, query.pop(name, None)) for name in ("prefix", "sentinel", "allow_eviction")}
         self.prefix: str = own["prefix"] or ""
@@ -55,13 +58,14 @@ class Where:
         if not re.fullmatch(r"/?\d*/?", parts.path):  # the driver would take 0
             raise ValueError(f"after host and port comes the number of a database, as in /0, not {parts.path!r}")
         self.name = f"redis at {hosts}{parts.path.rstrip('/')}" + (f" ({self.prefix}*)" if self.prefix else "")
-        more = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "socket_keepalive": True, **more}  # we repeat what may be
+        # We repeat what may be; no answer is waited for longer.
+        more = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "socket_keepalive": True, "socket_timeout": 5.0} | more
         if own["sentinel"]:
             head = parts.netloc[: len(parts.netloc) - len(hosts)]
             plain = urlunsplit((parts.scheme, f"{head}localhost", parts.path, urlencode(query), ""))
             base = redis.ConnectionPool.from_url(plain).connection_kwargs
-            given = {k: v for k, v in base.items() if k in ("username", "password", "db")} | more
-            addresses = [(host, int(port or 26379)) for host, _, port in (h.partition(":") for h in hosts.split(","))]
+            given = more | {k: v for k, v in base.items() if k in {"username", "password", "db", *query}}
+            addresses = [(at.hostname, at.port or 26379) for at in (urlsplit(f"//{host}") for host in hosts.split(","))]
             sentinel: Any = Sentinel  # (it has no types)
             self.pool = sentinel(addresses, **given, ssl=parts.scheme == "rediss").master_for(own["sentinel"]).connection_pool
         else:
@@ -103,11 +107,16 @@ class RedisBackend(RedisAdmin):
         return f"{self.prefix}{name}"
 
     @contextmanager
-    def edge(self) -> Iterator[None]:
-        """The driver's errors become ours."""
+    def edge(self, *keys: str) -> Iterator[None]:
+        """The driver's errors become ours. What fails because one of these keys is somebody else's, of another type, is left."""
         try:
             yield
-        except RedisError as error:
+        except (RedisError, BackendError) as error:
+            if keys and "WRONGTYPE" in str(error):
+                self.look(*keys)
+                return
+            if isinstance(error, BackendError):
+                raise
             if isinstance(error, LATER):
                 self.where.pool.disconnect(inuse_connections=False)  # a failover: look for the new master
             raise explain(self.where.name, error) from error
@@ -143,6 +152,12 @@ class RedisBackend(RedisAdmin):
             finally:
                 self.where.pool.release(link)
 
+    def recover(self, name: bytes | str, crashed: bool = False, stays: bool = False) -> tuple[int, bool]:
+        """Put what a process holds back to its queues: how many jobs (-1: it lives), and whether that is all."""
+        count, strange = self.script("recover", name, int(crashed), int(stays))
+        self.look(*(f"queue:{text(queue)}" for queue in strange))
+        return count, not strange
+
     def _check(self) -> None:
         """Refuse a server on which jobs would not be safe; keep a warning for workers."""
         with self.edge():
@@ -155,10 +170,10 @@ class RedisBackend(RedisAdmin):
                     f"{self.where.name} is a Redis Cluster, and jobs cannot move between its nodes in one step; use one "
                     "server, or Sentinel: redis://HOST:26379,HOST:26379/0?sentinel=NAME"
                 )
-            for name in ("queues", "processes", "paused"):
-                if (kind := self.client.type(self.key(name))) not in (b"set", b"none"):
+            for key, kind, wanted in self.script("strange", *KEYS):
+                if wanted != b"zset":  # without those, commands show the rest
                     raise BackendError(
-                        f"{self.where.name} has a {kind.decode()} under the key {self.key(name)!r}, where Sidekiq has a set: "
+                        f"{self.where.name} has a {text(kind)} under the key {self.key(text(key))!r}, not a {text(wanted)}: "
                         "somebody else uses this database; use another, or a prefix: redis://HOST:PORT/0?prefix=NAME:"
                     )
             policy = info.get("maxmemory_policy", "noeviction")
@@ -281,6 +296,8 @@ def explain(where: str, error: BaseException) -> BackendError:
         hint = "its user may not do that; Barnabas needs scripts, CLIENT, and all keys under its prefix"
     elif isinstance(error, ReadOnlyError) or text.startswith("READONLY"):
         hint = "it is a replica just now, as after a failover; the next try looks for the master again"
+    elif "WRONGTYPE" in text:
+        hint = "one of its keys holds something of somebody else's (barnabas queues names it)"
     elif isinstance(error, BusyLoadingError):
         hint = "it is loading its data after a start; that passes"
     elif text.startswith("OOM") or isinstance(error, kinds.OutOfMemoryError):

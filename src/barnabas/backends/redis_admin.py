@@ -6,6 +6,7 @@ Queues, sets and processes are Sidekiq's own, so Ruby's are seen and moved like 
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -20,11 +21,13 @@ from barnabas.ports import Position, Process, QueueState, StoredJob, TopicState
 
 log = logging.getLogger("barnabas")
 PAGE = 500  # jobs read or moved in one step
+STEP = 0.01  # seconds that a step which moves jobs may take: others wait for it
 QUIET = 10.0  # seconds between two heartbeats of a Sidekiq process: so long nobody is silent
 REPORTS = 2.0  # seconds between two reports that are stored
 SETS = {"scheduled": "schedule", "retry": "retry", "dead": "dead"}
 MEMBERS = ("open", "done", "dead")  # of batches
 SIGNALS = {"quiet": "TSTP", "stop": "TERM"}  # what Sidekiq's web page sends
+KEYS = ("queues", "processes", "paused", "barnabas:workers", "schedule", "retry", "dead")  # beside those of queues
 
 
 class RedisAdmin:
@@ -35,17 +38,36 @@ class RedisAdmin:
     where: Any
     key: Callable[[str], str]
     script: Callable[..., Any]
-    edge: Callable[[], AbstractContextManager[None]]
+    edge: Callable[..., AbstractContextManager[None]]
 
     def __init__(self) -> None:
         self.sources: list[Any] = []
         self._reported = 0.0
-        self._others = set[str]()
+        self._paused, self._looking = set[str](), threading.Lock()
+        self.strange: dict[str, str] = {}  # keys that are somebody else's, and what is said of them; workers look again
 
     @property
     def name(self) -> str:
         """Of this process among the workers; "" before it is one."""
         return self.sources[0].name if self.sources else ""
+
+    # Keys that somebody else has taken.
+
+    def look(self, *keys: str) -> bool:
+        """Find out which of these keys, and of those that were, are somebody else's: told once. Whether one is no more."""
+        with self._looking:
+            before, names = self.strange, {*self.strange, *keys}
+            found = [map(text, each) for each in self.script("strange", *names)] if names else []
+            said = "{} is no {}, but somebody else's {}: what needs it waits"
+            self.strange = {key: said.format(self.key(key), wanted, kind) for key, kind, wanted in found}
+            for key in self.strange.keys() - before.keys():
+                log.error("%s", self.strange[key])
+            return bool(before.keys() - self.strange.keys())
+
+    @property
+    def away(self) -> str:
+        """What is in the way of this process just now."""
+        return "; ".join([*self.strange.values()])
 
     # Topics live elsewhere.
 
@@ -77,24 +99,21 @@ class RedisAdmin:
         return {text(name): count for name, count in self.script("hands")}
 
     def open_work(self, groups: Mapping[str, Sequence[str]], queues: Sequence[str]) -> int:
-        scheduled, retry, _, sizes, *_ = self._sizes(self.clock.now(), queues)  # first: what moves on is seen twice, not never
+        scheduled, retry, _, sizes, _ = self._sizes(self.clock.now(), queues)  # first: what moves on is seen twice, not never
         return int(scheduled + retry + sum(sizes)) + sum(count for queue, count in self._hands().items() if queue in queues)
 
     def _sizes(self, now: float | str, queues: Iterable[str]) -> list[Any]:
         """How many jobs are scheduled, to be retried (of either: due by `now`, if that is not ""), dead, and in each of these
-        queues; the queues' next ones; and the keys among these that are somebody else's, of another type: that is said."""
+        queues; the queues' next ones. Keys among these that are somebody else's are left out: that is said."""
         *found, others = self.script("sizes", now, *queues)
-        strange = set(map(text, others))
-        if new := strange - self._others:
-            log.warning("left out, since what these keys hold are no jobs: %s", ", ".join(sorted(new)))
-        self._others |= strange
-        return [*found, strange]
+        self.look(*map(text, others))
+        return found  # type: ignore[no-any-return]
 
     def queue_states(self) -> list[QueueState]:
         hands = self._hands()
         with self.edge():
             names = sorted({*map(text, self.client.smembers(self.key("queues"))), *hands})
-        scheduled, retry, dead, sizes, nexts, _ = self._sizes("", names)
+        scheduled, retry, dead, sizes, nexts = self._sizes("", names)
         states = [QueueState("", 0, 0, scheduled, retry, dead, None)] if scheduled or retry or dead else []
         for name, ready, first in zip(names, sizes, nexts, strict=True):
             states.append(QueueState(name, ready, hands.get(name, 0), 0, 0, 0, enqueued_at(first) if first else None))
@@ -103,14 +122,14 @@ class RedisAdmin:
     def find_jobs(self, state: str | None = None, queue: str | None = None) -> Iterator[StoredJob]:
         with self.edge():
             names = sorted(map(text, self.client.smembers(self.key("queues")))) if queue is None else [queue]
-            *_, others = self._sizes("", names)
+            self._sizes("", names)
             if state in (None, "work"):
                 yield from self._find_work(queue)
             for name in names if state in (None, "ready") else ():
-                if self.key(f"queue:{name}") not in others:
+                if f"queue:{name}" not in self.strange:
                     yield from self._find_ready(name)
             for kind, key in SETS.items():
-                if state in (None, kind) and self.key(key) not in others:
+                if state in (None, kind) and key not in self.strange:
                     yield from self._find_set(kind, key, queue)
 
     def _find_work(self, queue: str | None) -> Iterator[StoredJob]:
@@ -169,15 +188,16 @@ class RedisAdmin:
     def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
         wanted = [ref for ref in refs if ref[0] not in ("work", to) and to != f"queue:{ref[1]}"]
         other = to[6:] if to and to.startswith("queue:") else ""
-        moved, now = 0, self.clock.now()
-        for start in range(0, len(wanted), PAGE):
-            page = wanted[start : start + PAGE]
-            args: list[Any] = []
+        moved, now, size = 0, self.clock.now(), 1
+        while wanted:
+            began, page, wanted, args = time.monotonic(), wanted[:size], wanted[size:], list[Any]()
             for kind, queue, payload in page:
                 fresh = recalled(payload, now) if to == "ready" else requeued(payload, other) if other else payload
                 lock = held(payload)
                 args += (SETS.get(kind, ""), queue, payload, fresh, lock, parse(payload).jid if lock else "")
             moved += int(self.script("shift", "other" if other else to or "", now, other, len(page), *args))
+            # A job in the middle of a long queue is looked for from its end: that takes milliseconds.
+            size = max(1, min(PAGE, 2 * size, int(size * STEP / (time.monotonic() - began))))
         return moved
 
     def holder(self, key: str) -> str | None:
@@ -248,11 +268,15 @@ class RedisAdmin:
                 with self.edge():
                     source.life.beat()
 
+    def paused(self) -> set[str]:
+        """The queues that rest; those that did, as long as nobody can tell."""
+        with self.edge("paused"):
+            self._paused = {text(name) for name in self.client.smembers(self.key("paused"))}
+        return self._paused
+
     def control(self) -> dict[str, str]:
-        with self.edge():
-            paused = sorted(text(name) for name in self.client.smembers(self.key("paused")))
         asked = {f"process:{source.name}": source.life.asked for source in self.sources if source.life.asked}
-        return {f"pause queue:{name}": "" for name in paused} | asked
+        return {f"pause queue:{name}": "" for name in sorted(self.paused())} | asked
 
     def set_control(self, name: str, value: str | None) -> None:
         kind, _, what = name.partition(":")

@@ -8,12 +8,11 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ResponseError
-
-from barnabas.backends.redis_admin import text
+from barnabas.backends.redis_admin import KEYS, text
 from barnabas.jobs.payload import PayloadError, due, tail
 from barnabas.jobs.unique import held
 from barnabas.ports import FOREVER
@@ -48,7 +47,6 @@ class Life:
         self._calm, self._rtt = 0.0, 0
         self._seen: dict[int, int] = {}  # jobs at work: number -> since when, epoch seconds
         self._stop, self._hurry, self._watched = threading.Event(), threading.Event(), False
-        self._strange: set[str] = set()  # sets that are none
         self._next = 0.0  # when the next job is known to be due (epoch seconds)
         self._threads = [
             threading.Thread(target=self._live, name="barnabas-life", daemon=True),
@@ -112,24 +110,17 @@ class Life:
                 thread.join(5.0)
 
     def _live(self) -> None:
-        renewed = beaten = scanned = 0.0
-        away = False
+        done, away = dict[Callable[[], None], float](), False
         while True:
-            now = time.monotonic()
+            now, beat = time.monotonic(), RENEW if self._seen.keys() == self._working() else 1.0
             try:
-                if now - renewed >= RENEW:
-                    self._renew(now)
-                    renewed = now
-                if now - beaten >= RENEW or (self._seen.keys() != self._working() and now - beaten >= 1.0):
-                    self.beat()
-                    beaten = now
-                self._listen()
-                if now - scanned >= SCAN:
-                    scanned = now
-                    if now >= self._calm:
-                        self._look_around()
+                for duty, pause in ((self._renew, RENEW), (self.beat, beat), (self._listen, 0.0), (self._look_around, SCAN)):
+                    if now - done.get(duty, 0.0) >= pause:
+                        with self.home.edge(*KEYS):  # what fails by those stops no other duty
+                            duty()
+                        done[duty] = now
                 away = False
-            except Exception as error:  # whatever stands in others' keys: the lease must be renewed
+            except Exception as error:
                 self._calm, self._server = time.monotonic() + CALM, None
                 if not away:
                     away = True
@@ -137,8 +128,8 @@ class Life:
             if self._stop.wait(TICK):
                 return
 
-    def _renew(self, now: float) -> None:
-        if now < self.until:  # else the fetch thread has to begin anew
+    def _renew(self) -> None:
+        if (now := time.monotonic()) < self.until:  # else the fetch thread has to begin anew
             if self.home.script("renew", self.source.name, LEASE, ""):
                 self.until = now + 0.7 * LEASE
                 self.extend()
@@ -149,22 +140,22 @@ class Life:
     def _look_around(self) -> None:
         """Take what dead processes had in hand back to its queues; not after a restart, or with another server after a failover,
         that no command of ours has failed of: signs of life may be lost, and all need the time to give new ones."""
+        if time.monotonic() < self._calm:
+            return
         before, self._server = self._server, self.home.client.info("server").get("run_id")
         if before not in (None, self._server):
             self._calm = time.monotonic() + CALM
             return
         for name in self.home.script("orphans"):
-            count = self.home.script("recover", name, "1", "0")
-            if count >= 0:
+            count, is_all = self.home.recover(name, crashed=True)
+            if count > 0 or (count == 0 and is_all):
                 log.warning("process %s died with %d jobs in hand; they are back in their queues", text(name), count)
 
     def _listen(self) -> None:
-        key = self.home.key
-        pipe = self.home.client.pipeline(transaction=False)
-        pipe.rpop(key(f"{self.source.name}-signals"))
-        pipe.smembers(key("paused"))
-        signal, paused = pipe.execute()
-        self.source.reopen({text(name) for name in paused} & self.source.parts.keys())
+        if self.home.look():
+            self.source.wake()
+        self.source.reopen(self.home.paused() & self.source.parts.keys())
+        signal = self.home.client.rpop(self.home.key(f"{self.source.name}-signals"))
         if signal in SIGNALS:
             self.asked = SIGNALS[signal]
             log.info("%s: asked to %s", self.source.name, self.asked)
@@ -264,14 +255,10 @@ class Life:
             self._hurry.wait(max(0.001, min(wait, self._next - self.home.clock.now())))
 
     def _try_page(self, name: str) -> int:
-        """The same for a set that may be somebody else's key, of another type: that is told once, and stops no other."""
-        try:
-            return self._move_pages(name)
-        except ResponseError as error:
-            if name not in self._strange:
-                self._strange.add(name)
-                log.error("%s: due jobs cannot be moved: %s", self.home.key(name), error)
-            return 0
+        """The same for a set that may be somebody else's key, of another type: that stops no other."""
+        with self.home.edge(name):
+            return self._move_pages(name) if name not in self.home.strange else 0
+        return 0
 
     def _pause(self) -> float:
         """Seconds until the next look: many processes share the looking, at random."""
@@ -290,11 +277,15 @@ class Life:
             return 0
         firsts = takewhile(lambda _: not self._stop.is_set(), range(0, len(members), count))
         pages = ((name, now, *self._page_of(key, members[first : first + count], now)) for first in firsts)
-        for strange in home.scripts("move", pages):
+        stay = 0
+        for strange, left in home.scripts("move", pages):
             self._moved(strange)
+            stay += left
+        if stay:
+            home.look("dead")
         size = sum(map(len, members)) // len(members)
         self._page = max(1, min(PAGE, PAGE_BYTES // max(1, size)))
-        return len(members)
+        return len(members) - stay
 
     def _page_of(self, key: str, members: list[bytes], now: float) -> list[Any]:
         """What the script is to know of these."""

@@ -61,6 +61,7 @@ end
 -- Those who wait first for free slots go to the front of their queues, and it is their turn for 10 s.
 local function wake(need, now)
   local waiting, parked = key('barnabas:waiting:' .. need.name), key('barnabas:parked:' .. need.name)
+  if not fits(key('schedule'), 'zset') then return end
   while vacant(need, need.most - promised(need, now) - wants(need, now), now) do
     local jid = redis.call('ZPOPMIN', waiting)[1]
     if not jid then return end
@@ -68,9 +69,10 @@ local function wake(need, now)
     redis.call('HDEL', parked, jid)
     local score = payload and redis.call('ZSCORE', key('schedule'), payload)
     local there = score and tonumber(score) == tonumber(at) -- else somebody has given it another time, or deleted it
+    there = there and fits(key('queue:' .. name), 'list') -- else it comes when it is due
     if there then
       redis.call('ZREM', key('schedule'), payload)
-      redis.call('SADD', key('queues'), name)
+      redis.pcall('SADD', key('queues'), name)
       redis.call('RPUSH', key('queue:' .. name), payload)
     end
     there = there or (at and not score and tonumber(at) <= now) -- (it may be on its way already)

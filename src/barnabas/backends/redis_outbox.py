@@ -18,6 +18,7 @@ import hiredis
 import msgspec
 from redis.exceptions import ConnectionError, ResponseError
 
+from barnabas.backends.redis_admin import SETS
 from barnabas.backends.shares import Room
 from barnabas.errors import SendError
 from barnabas.jobs.payload import PayloadError, enqueued
@@ -47,6 +48,7 @@ class Command(msgspec.Struct, gc=False):
     answers: int
     jobs: Sequence[OutgoingJob]
     due: float | None = None
+    args: tuple[Any, ...] = ()  # of the script that takes a lock
 
 
 class Wire:
@@ -344,8 +346,23 @@ class Outbox:
         """The command that stores a job and takes its lock, if that is free."""
         claim, due = job.lock, job.at if job.at is not None and job.at > now else None
         ends = "" if claim.until is None else str(int(1000 * claim.until))
-        args = (claim.key, job.jid, repr(now), ends, claim.on_conflict, job.queue, "" if due is None else repr(float(due)))
-        return Command(_pack(self._home.eval("store", *args, payload, claim.buried)), 1, [job], due)
+        args: tuple[Any, ...] = (claim.key, job.jid, repr(now), ends, claim.on_conflict, job.queue)
+        args = (*args, "" if due is None else repr(float(due)), payload, claim.buried)
+        return Command(_pack(self._home.eval("store", *args, "", "", "", "")), 1, [job], due, args)
+
+    def _replace(self, command: Command, holder: bytes) -> bytes:
+        """Store a job in the place of the one that holds its lock, wherever that waits; the id of one that could not be replaced.
+        To look for it in the script would keep all others waiting."""
+        for _ in range(3):  # it may move meanwhile
+            found = next((job for job in self._home.find_jobs() if job.jid == holder.decode()), None)
+            if found is not None and found.state in ("work", "dead"):
+                break
+            if found is not None:
+                kind, queue, payload = found.ref
+                holder = self._home.script("store", *command.args, holder, SETS.get(kind, ""), queue, payload)
+                if not holder:
+                    break
+        return holder
 
     def _attempt(self, wire: Wire, commands: list[Command]) -> BaseException | None:
         """Send commands and read their answers; returns why those that are still in the list are to be tried again. What is
@@ -359,14 +376,17 @@ class Outbox:
                 last = error
                 at += 1
                 continue
+            said = wire.said
+            if error is None and said and command.args and command.args[4] == "replace":
+                said = self._replace(command, said)
             del commands[at]
             for job in command.jobs:
                 if error is not None:
                     self._lose(job, SendError(f"the job was not stored: {self._home.explain(error)}"))
                 elif job[4] is None:
                     continue
-                elif type(job) is LockedJob and wire.said:
-                    job[4].settle(answer(job, wire.said.decode()))
+                elif type(job) is LockedJob and said:
+                    job[4].settle(answer(job, said.decode()))
                 else:
                     job[4].resolve(job[3])
             if command.due is not None:

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha1
+from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from barnabas.backends.redis_admin import text
 from barnabas.backends.redis_life import BLOCK, Life
@@ -22,7 +23,7 @@ from barnabas.engine.alone import CRASHES
 from barnabas.errors import BackendError
 from barnabas.jobs.unique import VAIN, marked
 from barnabas.message import Row
-from barnabas.ports import Listener, Part, Result
+from barnabas.ports import FOREVER, Listener, Part, Result
 from barnabas.verdict import Again, Dead
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("barnabas")
 MOST = 1000  # jobs of one claim: more would delay other clients by more than 2 ms (facts: redis-jobs.md)
 PAGE = 200  # jobs that are asked for slots at once: the next are made ready meanwhile
-NOTHING = (0,) * 8  # settled
+NOTHING = (0,) * 9  # settled
 
 
 class _Name(msgspec.Struct):
@@ -53,7 +54,6 @@ class Landing:
         self._bell, self._rope = socket.socketpair()
         self._bell.setblocking(False)
         self._rung = False
-        self._strange: set[str] = set()  # keys that are no lists
         self.waiting: dict[int, str] = {}  # the socket's number -> its queue
 
     def wake(self) -> None:
@@ -68,7 +68,8 @@ class Landing:
         key = self._home.key
         busy = set(self.waiting.values())
         for queue in queues:
-            if queue in busy or queue in self._strange:
+            land = f"barnabas:landing:{self._name}:{queue}"
+            if queue in busy or {f"queue:{queue}", land} & self._home.strange.keys():
                 continue
             link, _ = self._links.get(queue, (None, 0))
             if link is None:
@@ -76,8 +77,7 @@ class Landing:
                 link.connect()
                 link.send_command("CLIENT", "ID")
                 self._links[queue] = (link, link.read_response())
-            land = key(f"barnabas:landing:{self._name}:{queue}")
-            link.send_command("BLMOVE", key(f"queue:{queue}"), land, "RIGHT", "LEFT", BLOCK)
+            link.send_command("BLMOVE", key(f"queue:{queue}"), key(land), "RIGHT", "LEFT", BLOCK)
             self.waiting[link._sock.fileno()] = queue
 
     def wait(self, timeout: float) -> bool:
@@ -92,16 +92,14 @@ class Landing:
                 self._bell.recv(4096)
                 self._rung = False  # after the reading: a wake in between finds us awake anyway
             else:
-                queue = self.waiting.pop(number)
-                try:
-                    self._links[queue][0].read_response()
-                except ResponseError as error:
-                    if not str(error).startswith("WRONGTYPE"):
-                        raise
-                    self._strange.add(queue)
-                    log.error("%s is no list, so it is no queue; it is left alone", self._home.key(f"queue:{queue}"))
+                self._answer(number)
                 ended = True
         return ended
+
+    def _answer(self, number: int) -> None:
+        queue = self.waiting.pop(number)
+        with self._home.edge(f"queue:{queue}", f"barnabas:landing:{self._name}:{queue}"):
+            self._links[queue][0].read_response()
 
     def end(self) -> None:
         """End all moves that are under way; what has just come stays in its landing list."""
@@ -112,7 +110,7 @@ class Landing:
             pipe.client_unblock(self._links[queue][1])
         pipe.execute()
         for number in list(self.waiting):
-            self._links[self.waiting.pop(number)][0].read_response()
+            self._answer(number)
 
     def drop(self) -> None:
         """Let go of all connections."""
@@ -125,6 +123,14 @@ class Landing:
         self.drop()
         self._bell.close()
         self._rope.close()
+
+
+def _target(result: Result, number: int) -> str:
+    """The key that a job goes to which has ended so; "" for none."""
+    verdict = result.others.get(number)
+    if isinstance(verdict, Again):
+        return "retry" if verdict.at and verdict.payload is not None else f"queue:{result.part.topic}"
+    return "dead" if isinstance(verdict, Dead) and verdict.payload is not None else ""
 
 
 class RedisQueues:
@@ -156,6 +162,7 @@ class RedisQueues:
         self._suspects: list[tuple[Part, Row]] = []  # each is to run with nothing beside it
         self._alone: int | None = None
         self._closing = False
+        self._left: list[Result] = []  # what has ended and cannot go where it belongs yet: somebody else's key is there
         try:
             self.life.join()
             self._assign()
@@ -163,7 +170,7 @@ class RedisQueues:
         except BaseException:
             self.landing.close()
             with suppress(BackendError):  # what was begun may be known there
-                home.script("recover", self.name, "0", "0")
+                home.recover(self.name)
             raise
         home.sources.append(self)
 
@@ -189,6 +196,8 @@ class RedisQueues:
             self._begin_anew()
         if not self._sure:
             self._look_up()
+        if any(_target(r, row[0]) not in self.home.strange for r in self._left for row in r.rows):
+            self.settle([])
         found, self._claimed = self._claimed, []
         found += self._next_suspect()
         room, landing = self._room(), self.landing
@@ -200,17 +209,18 @@ class RedisQueues:
                 landing.wait(timeout)
             return found
         if not landing.waiting:
-            found = self._claim(room, True)
+            found = self._claim(room, True) or []
         if not found and not self._suspects and timeout > 0:
             landing.block([queue for queue in self._order.names if queue not in self._shut and self.parts[queue].room > 0])
             if landing.wait(min(timeout, BLOCK)):
-                found = self._claim(room, True)
+                found = self._claim(room, True) or []
         return found or self._next_suspect()
 
     def _room(self) -> int:
         if self._closing or self._suspects or self._alone is not None:
             return 0
-        return min(MOST, max(0, self._limit - len(self.work)))
+        left = sum(len(result.rows) for result in self._left)
+        return min(MOST, max(0, self._limit + left - len(self.work))) if left < MOST else 0
 
     def reopen(self, shut: set[str]) -> None:
         """These queues are paused, and no others (told by `life`)."""
@@ -218,19 +228,21 @@ class RedisQueues:
             self._shut = shut
             self.wake()
 
-    def _claim(self, room: int, landed: bool, settled: Any = (), finished: Any = (), back: int = 0) -> Found:
-        """Settle, and take up to `room` jobs (of those that landed first): one step of the server."""
+    def _claim(self, room: int, landed: bool, settled: Any = NOTHING, finished: Any = (), back: int = 0) -> Found | None:
+        """Settle, and take up to `room` jobs (of those that landed first): one step of the server. None, and nothing is done,
+        where a key that settled jobs go to is somebody else's."""
         home, names = self.home, self._order.next()
         now = home.clock.now()
-        if not settled:
-            settled = NOTHING
         today, first = time.strftime("%Y-%m-%d", time.gmtime(now)), home.reserve(room)
-        wanted = [arg for name in names for arg in (name, max(0, min(room, self.parts[name].room)))]
+        free = {name: 0 if name in self._shut else max(0, min(room, self.parts[name].room)) for name in names}
         sure, self._sure = self._sure, False
         alive, count, shut, jobs, crashes, ripe = home.script(
-            "turn", self.name, now, today, *settled, room, first, int(landed), len(names), *wanted
+            "turn", self.name, now, today, *settled, room, first, int(landed), len(names), *chain(*free.items())
         )
         self._sure = sure
+        if alive < 0:
+            home.look(*map(text, count))
+            return None
         for mine in (self.work, self._crashes) if self._crashes else (self.work,):
             for number in finished:
                 mine.pop(number, None)
@@ -243,7 +255,7 @@ class RedisQueues:
         if not alive:
             self.life.forget()
             return []
-        self._shut = {text(name) for name in shut} & self.parts.keys()
+        self._shut = {text(name) for name in shut} & self.parts.keys() if shut is not None else self._shut
         self._crashes.update(zip(crashes[::2], crashes[1::2], strict=True))
         found: Found = []
         for queue, payloads in zip(names, jobs, strict=True):
@@ -380,28 +392,28 @@ class RedisQueues:
                 log.critical("%s: the locks of unique jobs could not be renewed while they ran; this process ends", self.name)
                 os._exit(1)
             self.landing.drop()
-            self.home.script("recover", self.name, "0", "0")
+            _, self._sure = self.home.recover(self.name)
         finally:
             self._closing = False
-        self.work, self._claimed, self._suspects, self._crashes, self._alone = {}, [], [], {}, None
+        self.work, self._claimed, self._suspects, self._crashes, self._alone, self._left = {}, [], [], {}, None, []
         self._unlock([*self._locked])
         self.life.join()
-        self._sure = True
         self._assign()
 
     # Settling.
 
     def settle(self, results: Sequence[Result]) -> None:
         """Take what is finished out of our hands, to nowhere or into a set, and claim what there is room for."""
+        given, results, left = results, [*self._left, *results], list[Result]()
         done, later, dead = list[str](), list[Any](), list[Any]()
         last: dict[int, bytes | None] = {}  # goes behind all others, as this
         back, finished, over, again = (list[int]() for _ in range(4))  # over: of those with locks, or slots, for good; or again
-        batches = members_ended(results)
-        left: list[Any] = [len(batches)]  # what a script is to know of those that are of batches
+        batches, targets = members_ended(results), set[str]()
+        ended: list[Any] = [len(batches)]  # what a script is to know of those that are of batches
         for (how, batch), some in batches.items():
             some = [each for each in some if each[0] in self.work]
-            left += (batch, how, len(some), *(f"{n}:{self.work[n][0]}" for n, _ in some), *(jid for _, jid in some))
-        soonest = None
+            ended += (batch, how, len(some), *(f"{n}:{self.work[n][0]}" for n, _ in some), *(jid for _, jid in some))
+        soonest = FOREVER
         for result in results:
             others, tail = result.others, f":{result.part.topic}"
             if not others:
@@ -410,36 +422,44 @@ class RedisQueues:
                 done += [f"{number}{tail}" for number in numbers]
                 over += [number for number in numbers if number in self._locked] if self._locked else ()
                 continue
+            if stay := [row for row in result.rows if _target(result, row[0]) in self.home.strange]:
+                left.append(result._replace(rows=stay))
             for row in result.rows:
-                number = row[0]
+                if row in stay:
+                    continue
+                number, target = row[0], _target(result, row[0])
+                verdict: Any = others.get(number)
                 finished.append(number)
-                verdict = others.get(number)
                 if number in self._locked and not (isinstance(verdict, Again) and verdict.payload is None):
                     (again if isinstance(verdict, Again) else over).append(number)
-                if isinstance(verdict, Again) and verdict.payload is None:  # the process is to be quiet, or ends
-                    back.append(number)
-                elif isinstance(verdict, Again) and not verdict.at:
-                    last[number] = verdict.payload
-                elif isinstance(verdict, Again):
+                targets |= {target} if target else set()
+                if target == "retry":
                     later += (f"{number}{tail}", repr(float(verdict.at)), verdict.payload)
-                    soonest = verdict.at if soonest is None else min(soonest, verdict.at)
-                elif isinstance(verdict, Dead) and verdict.payload is not None:
+                    soonest = min(soonest, verdict.at)
+                elif target == "dead":
                     dead += (f"{number}{tail}", verdict.payload)
-                else:
+                elif not target:
                     done.append(f"{number}{tail}")
+                elif verdict.payload is None:  # the process is to be quiet, or ends
+                    back.append(number)
+                else:
+                    last[number] = verdict.payload
         counted = [sha1(self.work[n][1]).hexdigest() for n in finished if n in self._crashes and n in self.work and n not in back]
         fields = self._fields([*back, *last], last)
-        settled = [*left, *self._locks(over, again, back), len(done), *done, len(later) // 3, *later]
+        settled = [len(targets), *targets, *ended, *self._locks(over, again, back), len(done), *done, len(later) // 3, *later]
         settled += (len(dead) // 2, *dead, len(fields) // 3, *fields, len(counted), *counted)
         room = 0 if self._room() == 0 else min(MOST, max(0, self._limit - len(self.work) + len(finished)))
         with self.home.edge():
-            self._claimed += self._claim(room, False, settled, finished, len(back) + len(last))
+            found = self._claim(room, False, settled, finished, len(back) + len(last))
+        if found is None:
+            return self.settle(given)
+        self._claimed += found
+        self._left = left
         tell(self.home.ripe, self._ripe, results)
         self._ripe = []
         if self._alone in finished:
             self._alone = None
-        if soonest is not None:
-            self.home.due(soonest)
+        self.home.due(soonest)
 
     def close(self) -> None:
         """Give back what has not begun, to the front of its queue. What a handler is still in goes back last of all, when
@@ -450,7 +470,7 @@ class RedisQueues:
         try:
             with self.home.edge():
                 self.landing.end()
-                self._claim(0, True, (0, *self._locks((), (), back), 0, 0, 0, len(back), *self._fields(back), 0))
+                self._claim(0, True, (0, 0, *self._locks((), (), back), 0, 0, 0, len(back), *self._fields(back), 0))
                 if not running and not self.life.quiet():  # a quiet process is still to be seen, and to be stopped
                     self.leave()
         finally:
@@ -470,7 +490,7 @@ class RedisQueues:
             stays = bool(self.runs & self.home.in_work())  # what others may not begin before we have ended
             for tries in (1, 2):  # a line that was cut is no reason to keep others waiting
                 try:
-                    self.home.script("recover", self.name, "0", int(stays))
+                    self.home.recover(self.name, stays=stays)
                     break
                 except BackendError as error:
                     if tries == 2:
