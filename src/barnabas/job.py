@@ -18,7 +18,7 @@ from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError, m
 from barnabas.future import Future, gathered, resolved
 from barnabas.jobs.beyond import KEPT, read_outcome
 from barnabas.jobs.limit import Concurrent, limits
-from barnabas.jobs.payload import PayloadError, build, build_many, derived_jid, failed, hooked, new_jid, new_jids
+from barnabas.jobs.payload import CHAIN, PayloadError, build, build_many, derived_jid, failed, hooked, new_jid, new_jids
 from barnabas.jobs.unique import Claim, Lock
 from barnabas.message import LockedJob, OutgoingJob, note, ranked
 from barnabas.ports import FOREVER
@@ -31,7 +31,6 @@ OPTIONS = (
     *STORED, *CALLED,
 )  # fmt: skip
 LINK = -1.0  # in place of the time of a job that begins when the one before it in its chain has ended
-CHAIN = 1000  # jobs in a chain: each carries those behind it
 PLAIN = "a job gets what JSON can say: plain types, dataclasses, TypedDicts, msgspec Structs"
 RETRIES = "give the number of retries (0: none), True for 25, or False"
 _NONE: dict[str, Any] = {}
@@ -451,6 +450,7 @@ class Options(Calls):
     def options(self, *, batch: Any) -> "Options":
         """The same as one of a batch. Raises DeclarationError for what cannot be of one."""
         job = self._job
+        must(hasattr(batch, "take"), job.owner, "batch", batch, "give what app.batch() or app.current_batch() has returned")
         if job.queued or job.app.job_handlers.get(job.name) is not job:
             one, other = "it is run by another program, which tells nobody of its end", "unique from its enqueueing on"
             raise DeclarationError(f"{job.owner} cannot be of a batch: {one}, or {other}, so that it may not be stored at all")

@@ -260,6 +260,7 @@ class Worker:
             self._thread("barnabas-cron", self._tick)
         if self.batches is not None:
             self._thread("barnabas-batches", self.batches.run, self._stopping)
+            self._thread("barnabas-looks", self.batches.tend, self._stopping)
         if any(c.handler.timed for r in self.runners for c in r.crews):
             threading.Thread(target=self._watch, name="barnabas-watchdog", daemon=True).start()
 

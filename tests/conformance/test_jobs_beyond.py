@@ -11,7 +11,12 @@ from watching import failures, wait_for, waiting
 from barnabas import Reject, progress
 from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError
 from barnabas.jobs.beyond import how_far
+from barnabas.message import OutgoingJob
 from barnabas.queues import jobs, move
+
+
+def repr_of(value):
+    return repr(value)[:60]
 
 
 def payloads(app, **which):
@@ -164,6 +169,44 @@ def test_a_long_chain_runs_to_its_end(place, app):
     one.then(*[one] * 99).enqueue(0).result(5)
     place.drain(app)
     assert seen == list(range(100))
+
+
+LINK = {"class": "one", "queue": "default", "retry": 1}
+
+
+@pytest.mark.parametrize("name", ["one", "fails"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"then": [1]},
+        {"then": ["one"]},
+        {"then": [None]},
+        {"then": [{}]},
+        {"then": [LINK | {"class": 7}]},
+        {"then": [LINK | {"queue": None}]},
+        {"then": [LINK | {"queue": ""}]},
+        {"then": [LINK | {"retry": "x"}]},
+        {"then": [LINK | {"barnabas": 7}]},
+        {"then": [LINK | {"barnabas": {"expires_in": "x"}}]},
+        {"then": [LINK | {"barnabas": {"result_ttl": "x"}}]},
+        {"then": [LINK | {"barnabas": {"result_ttl": 1e308}}]},
+        {"then": [LINK] * 10_000},
+        {"result_ttl": -1},
+        {"result_ttl": 1e308},
+    ],
+    ids=repr_of,
+)
+def test_nonsense_that_others_stored_is_dead_with_the_reason_and_stops_nobody(place, app, name, more):
+    seen = []
+    app.job(name="one", retry=0)(seen.append)
+    app.job(name="fails", retry=0)(lambda: 1 / 0)
+    fields = {"class": name, "queue": "default", "args": [1][: name == "one"], "jid": "a" * 24, "retry": 0, "barnabas": more}
+    app.jobs.send([OutgoingJob("default", msgspec.json.encode(fields), None, "a" * 24, None)])
+    app.job_handlers["one"].enqueue(2).result(5)
+    place.drain(app)
+    assert seen == [2] and [entry.job.state for entry in jobs(app)] == ["dead"]
+    (failure,) = failures(app)
+    assert "not a Sidekiq job" in failure.reason and "$.barnabas" in failure.reason
 
 
 # Deadlines.

@@ -143,6 +143,37 @@ def test_no_run_begins_while_the_last_one_has_not_ended(place, caplog):
     assert tick() == 1
 
 
+class Nobody:
+    def assigned(self, parts): ...
+
+    def revoked(self, parts): ...
+
+
+def test_a_run_that_moves_while_it_is_looked_for_has_not_ended(place, monkeypatch):
+    def declare(app):
+        app.cron(every=MINUTE)(app.job(lambda at: None, name="report"))
+
+    clock, (app,) = processes(place, 1, declare)
+    cron = Cron(app, app.crons.values())
+    cron.step()
+    clock.advance(60)
+    cron.step()
+    source, find_jobs = app.jobs.queues(["default"], Nobody()), app.jobs.find_jobs
+
+    def moving(state=None, queue=None):
+        yield from find_jobs("work", queue)
+        source.fetch(1, 0.0)  # a worker takes it just now
+        for each in ("ready", "scheduled", "retry", "dead"):
+            yield from find_jobs(each, queue)
+
+    monkeypatch.setattr(app.jobs, "find_jobs", moving)
+    clock.advance(60)
+    cron.step()
+    monkeypatch.undo()
+    assert ticks(app) == [START + 60]
+    source.close()
+
+
 def test_all_that_was_missed_runs_one_after_the_other_without_overlap(place):
     seen = []
 
@@ -212,7 +243,13 @@ def test_a_hook_that_refuses_or_fails_stops_no_other_schedule(place, caplog):
         ("* * * * *", {"tz": 3}, "a time zone"),
         ("* * * * *", {"on_missed": "never"}, "one of once, skip, all"),
         ("* * * * *", {"overlap": "yes"}, "give True"),
+        (b"* * * * *", {}, "no cron line"),
+        ("* * * * *", {"tz": ""}, "a time zone"),
         ("* * * * *", {"name": ""}, "give the schedule a name"),
+        ("* * * * *", {"name": "a\nb"}, "printable"),
+        ("* * * * *", {"name": "\ud800"}, "printable"),
+        ("* * * * *", {"name": "x" * 201}, "printable"),
+        (None, {"every": timedelta(days=100_000_000)}, "up to 50 years"),
         (None, {"every": 60}, "a timedelta of whole seconds"),
         (None, {"every": timedelta(seconds=0.5)}, "a timedelta of whole seconds"),
         (None, {"every": timedelta(seconds=-5)}, "a timedelta of whole seconds"),

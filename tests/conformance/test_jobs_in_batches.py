@@ -1,6 +1,8 @@
 """Batches of jobs: what follows when all have ended, whoever worked them off, and whatever became of them."""
 
 import asyncio
+import threading
+import time
 
 import pytest
 from watching import failures, wait_for
@@ -284,6 +286,8 @@ def test_wrong_use_is_refused(place, shop):
     for ask in (shop.batch_status, shop.cancel_batch):
         with pytest.raises(UnknownBatch, match="there is no batch 'b-no'"):
             ask("b-no")
+    with pytest.raises(DeclarationError, match=r"batch=7: give what app.batch\(\)"):
+        shop.work.options(batch=7)
     assert batch.status().total == 1
 
 
@@ -312,6 +316,42 @@ def test_members_that_others_deleted_and_callbacks_that_were_lost_are_found(plac
         wait_for(lambda: len(names(shop)) == 4, "callbacks", worker)
     assert sorted(names(shop)) == ["all", "all", "dead", "good"]
     assert (batch.status().dead, lost.status().state) == (3, "success")
+
+
+def test_no_callback_waits_for_a_look_at_all_that_is_stored(place, shop, monkeypatch):
+    monkeypatch.setattr(batches, "LOOK", 0.05)
+    looks, go_on, sealed, find_jobs = *(threading.Event() for _ in range(3)), shop.jobs.find_jobs
+    last = shop.job(name="last")(lambda: sealed.wait(20))
+
+    def slowly(*which):
+        looks.set()
+        assert go_on.wait(20)
+        yield from find_jobs(*which)
+
+    with shop.batch() as later:
+        shop.work.options(batch=later).enqueue_in(1000, 1)
+    with place.running(shop) as worker:
+        monkeypatch.setattr(shop.jobs, "find_jobs", slowly)
+        wait_for(looks.is_set, "a look", worker)
+        with shop.batch(**shop.callbacks) as batch:
+            batch.enqueue(last)
+        sealed.set()
+        try:
+            wait_for(lambda: len(names(shop)) == 2, "callbacks", worker)
+        finally:
+            monkeypatch.undo()
+            go_on.set()
+
+
+def test_who_ends_leaves_the_looks_to_another_at_once(place, shop):
+    with shop.batch() as batch:
+        shop.work.options(batch=batch).enqueue_in(1000, 1)
+    first, second = batches.Keeper(shop), batches.Keeper(shop)
+    shop.clock.monotonic = lambda: time.monotonic() + 2 * batches.LOOK
+    first.step()
+    assert not second._leads(1.0)
+    first.end()
+    wait_for(lambda: second._leads(1.0), "another leads")
 
 
 def test_what_a_look_has_seen_takes_no_room():

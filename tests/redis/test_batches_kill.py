@@ -53,4 +53,4 @@ def test_a_dozen_blows(tmp_path: Path, backend: str) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", ["redis", "sqlite"])
 def test_hundreds_of_blows(tmp_path: Path, backend: str) -> None:
-    check(tmp_path, backend, 250)
+    check(tmp_path, backend, 500)

@@ -1,5 +1,5 @@
-"""Chains, results, schedules, debounced and replaced calls, deadlines, steps, priorities and deploys keep their promises, all at
-once, whatever is killed, frozen or restarted: seen by an outside witness."""
+"""Chains, results, schedules, debounced and replaced calls, deadlines, steps, priorities, tags and deploys keep their promises,
+all at once, whatever is killed, frozen or restarted: seen by an outside witness."""
 
 import json
 import time
@@ -11,10 +11,11 @@ import pytest
 from team import QUICK, Team
 
 from barnabas.errors import Conflict, JobFailed
+from barnabas.queues import jobs
 
 CHAINS, ITEMS = 10, 300  # before each blow; of a walk, of which two begin at every fifth
 TICKS = 20  # real ones, at least
-LATE = 1.0  # seconds from the look at a deadline to the first line of the job, on a busy machine
+LATE = 1.0  # seconds between two looks of the sender at its clock, on a busy machine
 
 
 def enqueue(room: Any, number: int, futures: list[Any], chains: dict[int, Any], versions: dict[Any, Any]) -> None:
@@ -50,6 +51,7 @@ def check(folder: Path, backend: str, blows: int) -> None:
         for number in range(blows):
             enqueue(room, number, futures, chains, versions)
             if number == blows // 3:
+                tagged(app, number + 1)
                 (folder / "deployed").touch()
             until, size = time.monotonic() + 4, witness.stat().st_size + dice.randrange(100, 2500)
             while time.monotonic() < until and witness.stat().st_size < size:  # else nothing but starts would be hit
@@ -97,13 +99,21 @@ def verify(room: Any, blows: int, said: Any, dead: list[Any], ticks: list[str], 
     pages = Counter(said["index"])
     assert {version for _, version in pages} == {3} and len(pages) >= blows - gone["index"], f"{of}: {pages}"
     late = [by for _, by in said.get("alarm", []) if by > LATE]
-    assert not late, f"{of}: ran so many seconds after their deadline: {late}"
+    assert not late, f"{of}: were let in so many seconds after their deadline: {late}"
     ran = Counter(tick for (tick,) in said["tick"])
     assert len(ran) >= TICKS, f"{of}: the clock stands still"
     found = ran + Counter(round(room.datetime.fromisoformat(at).timestamp()) for at in ticks)
     last = json.loads(room.app.jobs.note("cron:room:tick"))["last"]
     assert sorted(found) == list(range(min(found), max(found) + 1)) and max(found) >= last, f"{of}: ticks are missing"
     assert sum(found.values()) - len(found) <= 2 * blows, f"{of}: ticks come twice: {found}"
+
+
+def tagged(app: Any, count: int) -> None:
+    """Jobs that no worker knows yet are found by their tag, and no others, wherever they are. (One look may miss what moves.)"""
+    found, end = set[Any](), time.monotonic() + 20
+    while len(found) < count and time.monotonic() < end:
+        found |= {(each.name, each.args) for each in jobs(app, tag="rare")}
+    assert found == {("rare", f"[{n}]") for n in range(count)}
 
 
 def notes(app: Any, prefix: str) -> set[str]:
@@ -123,4 +133,4 @@ def test_twenty_five_blows(tmp_path: Path, backend: str) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", ["redis", "sqlite"])
 def test_hundreds_of_blows(tmp_path: Path, backend: str) -> None:
-    check(tmp_path, backend, 250)
+    check(tmp_path, backend, 600)  # seven of eight are kills

@@ -65,4 +65,4 @@ def test_clocks_that_are_wrong_by_a_minute(tmp_path: Path, backend: str, names: 
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", ["redis", "sqlite"])
 def test_hundreds_of_blows(tmp_path: Path, backend: str) -> None:
-    check(tmp_path, backend, 125)
+    check(tmp_path, backend, 750)  # two of three are kills, at least

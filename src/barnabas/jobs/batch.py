@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from itertools import count, islice
 from typing import Any, Optional
@@ -187,10 +188,8 @@ def statuses(app: Any) -> Iterator[Status]:
     """All batches that are remembered: those under way, then those that have ended."""
     for state in ("open", "dead", "done"):
         for id in app.jobs.batch_members(ALL, state):
-            try:
+            with suppress(UnknownBatch):
                 yield status(app, id)
-            except UnknownBatch:
-                continue
 
 
 def cancel(app: Any, id: str) -> None:
@@ -377,7 +376,7 @@ class Keeper:
         self._name = new_jid().encode()
         self._next, self._purge = app.clock.monotonic() + LOOK, 0.0
         self._missed: dict[tuple[str, str], int] = {}
-        self._ends = False
+        self._ends = self._led = False
 
     def ripe(self, id: str) -> None:
         """This one is worth a look. From any thread."""
@@ -389,20 +388,33 @@ class Keeper:
         return not self._ripe
 
     def run(self, stopping: threading.Event) -> None:
-        """Look, until the process stops."""
+        """Look at what is worth it, until the process stops."""
         while not stopping.is_set():
             self._bell.wait(0.5)
             self._bell.clear()
-            self.step()
+            self._follow()
+
+    def tend(self, stopping: threading.Event) -> None:
+        """Look at all from time to time, until the process stops. In a thread of its own: no callback is to wait for that."""
+        while not stopping.wait(min(0.5, LOOK)):
+            self._look_around()
 
     def end(self) -> None:
-        """Let what follows from what this process has settled be done, and no more; its `run` ends."""
+        """Let what follows from what this process has settled be done, and no more; its threads end."""
         self._ends = True
-        self.step()
+        self._follow()
         self._bell.set()
+        if self._led:  # who goes on need not wait until that is over
+            with suppress(BackendError):
+                self._leads(0.0)
 
     def step(self) -> bool:
-        """Look at what is worth it; whether there was anything."""
+        """Look at what is worth it, and at all if it is time; whether anything was worth it."""
+        moved = self._follow()
+        self._look_around()
+        return moved
+
+    def _follow(self) -> bool:
         moved = False
         with self._turn:
             try:
@@ -410,31 +422,35 @@ class Keeper:
                     look(self._app, self._ripe[0])
                     self._ripe.popleft()
                     moved = True
-                if self._app.clock.monotonic() >= self._next and not self._ends:
-                    began = self._app.clock.monotonic()
-                    self._reconcile()
-                    pause = max(LOOK, 20 * (self._app.clock.monotonic() - began))
-                    self._next = self._app.clock.monotonic() + pause
-                    if pause > LOOK:
-                        self._leads(pause + 3 * LOOK)
             except Exception as error:
-                log.error("batches: trying again: %s", error, exc_info=None if isinstance(error, BackendError) else error)
-                self._next = self._app.clock.monotonic() + LOOK
+                log.error("batches: trying again: %s", error, exc_info=not isinstance(error, BackendError))
                 self._ripe.rotate(-1)  # others first
         return moved
+
+    def _look_around(self) -> None:
+        began, pause = self._app.clock.monotonic(), LOOK
+        if began < self._next or self._ends:
+            return
+        try:
+            self._reconcile()
+            pause = max(LOOK, 20 * (self._app.clock.monotonic() - began))
+            if pause > LOOK:
+                self._leads(pause + LOOK)
+        except Exception as error:
+            log.error("batches: trying again: %s", error, exc_info=not isinstance(error, BackendError))
+        self._next = self._app.clock.monotonic() + pause
 
     def _reconcile(self) -> None:
         """Find members that are stored nowhere (an operator of Sidekiq has deleted them) or dead, and what followed from none."""
         app, home, now = self._app, self._app.jobs, self._app.clock.now()
         ids, failed = ([*home.batch_members(ALL, state)] for state in ("open", "dead"))
+        if not (ids or failed or now >= self._purge) or not self._leads(2 * LOOK):
+            return
         if now >= self._purge:
             self._purge = now + HOUR
-            for id in [id for id in (*failed, *home.batch_members(ALL, "done")) if _find(app, id) is None]:
-                home.forget(id)
-        if not ids and not failed:
-            return
-        if not self._leads(4 * LOOK):
-            return
+            for id in [*failed, *home.batch_members(ALL, "done")]:
+                if not self._ends and _find(app, id) is None:
+                    home.forget(id)
         stored, dead = Seen(), set[str]()
         for job in home.find_jobs() if any(home.batch(id)[0] for id in ids) else ():
             if self._ends:
@@ -462,7 +478,8 @@ class Keeper:
         """Whether this process is the one that looks, for so many seconds."""
         home, until = self._app.jobs, self._app.clock.now() + seconds
         leader = home.note("batches")
-        return leader in (None, self._name) and home.swap("batches", leader, self._name, until, ())
+        self._led = leader in (None, self._name) and home.swap("batches", leader, self._name, until, ())
+        return self._led
 
     def _lost(self, id: str, jid: str, stored: Seen, dead: set[str], before: dict[tuple[str, str], int]) -> bool:
         if jid in stored:

@@ -23,7 +23,9 @@ log = logging.getLogger("barnabas")
 POLICIES = ("once", "skip", "all")
 LATE = 10.0  # seconds after which a tick that nobody took counts as missed
 LOOK = 30.0  # seconds between two looks through all jobs for a run that does not end
+MISSES = 3  # so many looks in a row have to miss it: a job may move while we look
 PAGE = 500  # missed ticks enqueued in one step
+YEARS = timedelta(days=50 * 366)
 PAUSED = 4e9  # until when a pause holds (epoch seconds): for good
 
 
@@ -48,8 +50,9 @@ class Schedule:
         self.note = f"cron:{job.app.name}:{self.name}"
         self.zone: tzinfo = UTC
         self._line, self._every = line, 0
-        if not isinstance(self.name, str) or not self.name:
-            self._refuse("name", name, "give the schedule a name, or leave it out for that of the job")
+        if not isinstance(self.name, str) or not self.name.isprintable() or not 0 < len(self.name) <= 200:
+            way_out = "give the schedule a name of up to 200 printable characters, or leave it out for that of the job"
+            self._refuse("name", name, way_out)
         if on_missed not in POLICIES:
             self._refuse("on_missed", on_missed, f"give one of {', '.join(POLICIES)}")
         if job.queued:
@@ -61,12 +64,13 @@ class Schedule:
         if job._least > 1:
             self._refuse("job", job.name, "its function gets no argument, or one, the time of the tick (at: datetime)")
         if every is not None:
-            if not isinstance(every, timedelta) or every.microseconds or every < timedelta(seconds=1) or tz is not None:
-                self._refuse("every", every, "give a timedelta of whole seconds, 1 or more, and no tz")
+            fits = isinstance(every, timedelta) and timedelta(seconds=1) <= every <= YEARS and not every.microseconds
+            if not fits or tz is not None:
+                self._refuse("every", every, "give a timedelta of whole seconds, 1 or more, up to 50 years, and no tz")
             self._every = every // timedelta(seconds=1)
             self.text = f"every {every}"
         else:
-            self._read(tz or "UTC")
+            self._read("UTC" if tz is None else tz)
 
     def _refuse(self, option: str, value: Any, way_out: str) -> None:
         raise DeclarationError(f"cron {self.name!r}: {option}={value!r}: {way_out}")
@@ -85,7 +89,7 @@ class Schedule:
         self._sim, self.text = CronSim, f"{self._line} ({tz})"
         try:
             next(self.after(self.job.app.clock.now()))
-        except (CronSimError, AttributeError) as error:
+        except (CronSimError, AttributeError, TypeError) as error:
             self._refuse("line", self._line, f'it is no cron line ({error}); "*/5 * * * *" is every five minutes')
         except (StopIteration, OverflowError):
             self._refuse("line", self._line, "no such time comes within 50 years")
@@ -201,7 +205,8 @@ class Cron:
         if not jid or home.note(f"ended:{schedule.note}") == jid.encode():
             return False
         if now >= self._looked.get(schedule, 0.0) + LOOK:
-            if not any(job.jid == jid and job.state != "dead" for job in home.find_jobs()):
+            looks = (job for _ in range(MISSES) for job in home.find_jobs())
+            if not any(job.jid == jid and job.state != "dead" for job in looks):
                 return False
             self._looked[schedule] = now
         return True

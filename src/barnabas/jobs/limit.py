@@ -129,7 +129,7 @@ class Kind:
 
     def __init__(self, by: By, signature: inspect.Signature, refuse: Callable[[str, str], None]) -> None:
         self.by, self._signature = by, signature
-        names: list[Any] = [by] if isinstance(by, str) else [] if by is None or callable(by) else list(by)
+        names: list[Any] = [by] if isinstance(by, str) else [*by] if isinstance(by, list | tuple) else []
         if callable(by) and inspect.iscoroutinefunction(by):
             refuse(f"by={by!r}", "give a plain function, not an `async def`")
         if by is not None and not callable(by) and not names:

@@ -26,6 +26,7 @@ MAX_DEPTH = 100  # Ruby's parser refuses deeper nesting; the job's own braces an
 MAX_BYTES = 8 << 20  # of a job: each process that handles it, and each that lists it, holds it whole
 MAX_MESSAGE = 10_000  # characters of `error_message` that Sidekiq keeps
 DEFAULT_RETRY = 25  # what `retry: true` means
+CHAIN = 1000  # jobs in a chain: each carries those behind it
 
 _encode = msgspec.json.Encoder().encode
 _raws = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -189,6 +190,9 @@ def _fault(value: Any, depth: int) -> str | None:
 # Reading.
 
 
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None
+
+
 class More(msgspec.Struct, frozen=True, gc=False):
     """What a job asks for that Sidekiq has no word for, in its field "barnabas", which others keep and show as it is.
 
@@ -201,11 +205,31 @@ class More(msgspec.Struct, frozen=True, gc=False):
     cron: str | None = None
     debounce: str | None = None
     expires_at: float | None = None
-    then: list[msgspec.Raw] = []
+    expires_in: Seconds = None  # of a link
+    then: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=CHAIN)] = []
     step: int = 1
-    result_ttl: float | None = None
+    result_ttl: Seconds = None
     unknown_since: float | None = None
     batch: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            for link in self.then:  # anybody can have stored them
+                _link(link)
+        except msgspec.DecodeError as error:
+            raise ValueError(f"what follows it in its chain is no job: {error}") from None
+
+
+class _Link(msgspec.Struct, gc=False):
+    """What has to be right of a link of a chain, so that it can become a job."""
+
+    name: str = msgspec.field(name="class")
+    queue: Annotated[str, msgspec.Meta(min_length=1)]
+    retry: bool | int
+    barnabas: More = More()
+
+
+_link = msgspec.json.Decoder(_Link).decode
 
 
 class Payload(
