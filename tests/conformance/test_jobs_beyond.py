@@ -537,3 +537,10 @@ def test_progress_is_seen_while_the_job_runs(place, app, kind):
         go_on.set()
         wait_for(worker.drained, "drained", worker)
     progress(1, 2)  # outside of a job it says nothing
+
+
+@pytest.mark.parametrize("said", [(float("nan"),), (float("inf"), 2), (True,), ("1", 2), (1, "2"), (None,), (1, 2, 7)], ids=repr_of)
+def test_progress_that_nobody_could_show_is_the_job_s_failure(place, app, said):
+    jid = app.job(name="job", result_ttl=60, retry=0)(lambda: progress(*said)).enqueue().result(5)
+    place.drain(app)
+    assert how_far(app.jobs, jid) == "" and "give one or two numbers, and a text" in failures(app, "dead")[0].reason

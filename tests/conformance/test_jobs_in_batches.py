@@ -354,6 +354,22 @@ def test_who_ends_leaves_the_looks_to_another_at_once(place, shop):
     wait_for(lambda: second._leads(1.0), "another leads")
 
 
+def test_looks_that_take_long_are_rare_but_while_something_is_missing(place, shop, monkeypatch):
+    spent = iter([0.0, 3.0] * 9)  # seconds of this thread, before and after each look
+    monkeypatch.setattr(batches, "thread_time", spent.__next__)
+    with shop.batch() as batch:
+        jid = shop.work.options(batch=batch).enqueue_in(1000, 1).result(5)
+    keeper, now, pauses = batches.Keeper(shop), time.monotonic() + 100.0, []
+    shop.clock.monotonic = lambda: now
+    for look in range(4):
+        if look == 1:
+            shop.jobs.move_jobs([entry.job.ref for entry in jobs(shop, [jid])], None)
+        keeper.step()
+        pauses.append(keeper._next - now)
+        now = keeper._next
+    assert pauses == pytest.approx([60.0, batches.LOOK, batches.LOOK, batches.LOOK]) and batch.status().dead == 1
+
+
 def test_what_a_look_has_seen_takes_no_room():
     seen, ids = batches.Seen(), [f"{n:024x}" for n in range(200_000)]
     for id in ids[::2]:

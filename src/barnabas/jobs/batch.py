@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from itertools import count, islice
+from time import thread_time
 from typing import Any, Optional
 
 import msgspec
@@ -428,23 +429,23 @@ class Keeper:
         return moved
 
     def _look_around(self) -> None:
-        began, pause = self._app.clock.monotonic(), LOOK
-        if began < self._next or self._ends:
+        clock, began, pause = self._app.clock, thread_time(), LOOK
+        if clock.monotonic() < self._next or self._ends:
             return
         try:
             self._reconcile()
-            pause = max(LOOK, 20 * (self._app.clock.monotonic() - began))
-            if pause > LOOK:
+            pause = max(LOOK, (4 if self._missed else 20) * (thread_time() - began))
+            if self._led:
                 self._leads(pause + LOOK)
         except Exception as error:
             log.error("batches: trying again: %s", error, exc_info=not isinstance(error, BackendError))
-        self._next = self._app.clock.monotonic() + pause
+        self._next = clock.monotonic() + pause
 
     def _reconcile(self) -> None:
         """Find members that are stored nowhere (an operator of Sidekiq has deleted them) or dead, and what followed from none."""
         app, home, now = self._app, self._app.jobs, self._app.clock.now()
         ids, failed = ([*home.batch_members(ALL, state)] for state in ("open", "dead"))
-        if not (ids or failed or now >= self._purge) or not self._leads(2 * LOOK):
+        if not (ids or failed or now >= self._purge) or not self._leads(4 * LOOK):
             return
         if now >= self._purge:
             self._purge = now + HOUR

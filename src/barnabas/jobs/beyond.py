@@ -3,6 +3,7 @@ clock. A job without that field meets none of this."""
 
 from collections.abc import Iterator
 from contextvars import ContextVar
+from math import isfinite
 from typing import Any, Optional
 
 import msgspec
@@ -88,6 +89,8 @@ def progress(done: float, total: float | None = None, note: str = "") -> None:
     second. Anywhere else it does nothing, so that the function can be called as it is."""
     end = _IN_HAND.get()
     if end is not None and end.tells:
+        if type(note) is not str or not all(type(n) in (int, float) and isfinite(n) for n in (done, total or 0)):
+            raise ValueError(f"progress({done!r}, {total!r}, {note!r}): give one or two numbers, and a text")
         end.say(Progress(done, total, note))
 
 
