@@ -189,6 +189,7 @@ LINK = {"class": "one", "queue": "default", "retry": 1}
         {"then": [LINK | {"barnabas": 7}]},
         {"then": [LINK | {"barnabas": {"expires_in": "x"}}]},
         {"then": [LINK | {"barnabas": {"result_ttl": "x"}}]},
+        {"then": [LINK | {"barnabas": {"priority": "x"}}]},
         {"then": [LINK | {"barnabas": {"result_ttl": 1e308}}]},
         {"then": [LINK] * 10_000},
         {"result_ttl": -1},
@@ -207,6 +208,17 @@ def test_nonsense_that_others_stored_is_dead_with_the_reason_and_stops_nobody(pl
     assert seen == [2] and [entry.job.state for entry in jobs(app)] == ["dead"]
     (failure,) = failures(app)
     assert "not a Sidekiq job" in failure.reason and "$.barnabas" in failure.reason
+
+
+def test_a_priority_that_others_stored_is_one_where_queues_know_them(place, app):
+    seen = []
+    app.job(name="one", retry=0)(seen.append)
+    fields = {"class": "one", "queue": "default", "args": [1], "jid": "a" * 24, "retry": 0}
+    data = msgspec.json.encode(fields | {"barnabas": {"then": [LINK | {"barnabas": {"priority": 5}}]}})
+    app.jobs.send([OutgoingJob("default", data, None, "a" * 24, None)])
+    app.jobs.flush(5)
+    place.drain(app)
+    assert seen == [1, None]
 
 
 # Deadlines.
@@ -539,7 +551,10 @@ def test_progress_is_seen_while_the_job_runs(place, app, kind):
     progress(1, 2)  # outside of a job it says nothing
 
 
-@pytest.mark.parametrize("said", [(float("nan"),), (float("inf"), 2), (True,), ("1", 2), (1, "2"), (None,), (1, 2, 7)], ids=repr_of)
+NOT_SHOWN = [(float("nan"),), (float("inf"), 2), (True,), ("1", 2), (1, "2"), (None,), (1, 2, 7)]
+
+
+@pytest.mark.parametrize("said", NOT_SHOWN, ids=repr_of)
 def test_progress_that_nobody_could_show_is_the_job_s_failure(place, app, said):
     jid = app.job(name="job", result_ttl=60, retry=0)(lambda: progress(*said)).enqueue().result(5)
     place.drain(app)

@@ -354,6 +354,18 @@ def test_who_ends_leaves_the_looks_to_another_at_once(place, shop):
     wait_for(lambda: second._leads(1.0), "another leads")
 
 
+def test_no_callback_waits_until_a_large_batch_is_forgotten(place, shop, monkeypatch):
+    monkeypatch.setattr(batches, "LARGE", 2)
+    with shop.batch(**shop.callbacks) as batch:
+        batch.enqueue_many(shop.work, [(n,) for n in range(3)])
+    place.drain(shop)
+    assert sorted(names(shop)) == ["all", "good"] and len([*shop.jobs.batch_members(batch.id, "done")]) == 3
+    keeper = batches.Keeper(shop)
+    shop.clock.monotonic = lambda: time.monotonic() + batches.LOOK
+    keeper.step()
+    assert [*shop.jobs.batch_members(batch.id, "done")] == [] and (batch.status().state, batch.status().done) == ("success", 3)
+
+
 def test_looks_that_take_long_are_rare_but_while_something_is_missing(place, shop, monkeypatch):
     spent = iter([0.0, 3.0] * 9)  # seconds of this thread, before and after each look
     monkeypatch.setattr(batches, "thread_time", spent.__next__)

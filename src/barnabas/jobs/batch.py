@@ -32,7 +32,7 @@ LOOK = 15.0  # seconds between two looks for members that are stored nowhere
 MISSES = 3  # so many looks in a row have to miss one: a job may move while we look
 MISSING = 100_000  # of those, and of the dead, so many are kept in mind
 OBEYED = 1.0  # seconds after which every process knows that a batch was cancelled
-HOUR, DAY = 3600.0, 86400.0
+HOUR, DAY, LARGE = 3600.0, 86400.0, 1000  # seconds; members
 
 
 class Record(msgspec.Struct, omit_defaults=True):
@@ -145,7 +145,8 @@ def _ended(app: Any, id: str, record: Record) -> None:
         app.jobs.end(record.parent, [id], "done" if record.success else "dead")
         look(app, record.parent)
     app.jobs.end(ALL, [id], "done" if record.success or record.cancelled else "dead")
-    app.jobs.forget(id, "done")  # a number says as much
+    if sum(record.counts) <= LARGE:  # (that takes its time: the hourly look does it)
+        app.jobs.forget(id, "done")  # a number says as much
 
 
 def bury(app: Any, payloads: Iterable[bytes]) -> None:
@@ -319,14 +320,13 @@ class JobBatch:
                 self._hand.add(out)
 
     def _seal(self, failed: bool) -> None:
-        app = self.app
-        if app.jobs.flush(app.settings.send_timeout):
-            raise SendError(f"batch {self.id}: its jobs are not stored after {app.settings.send_timeout} s; it stays open")
+        if self.app.jobs.flush(self.app.settings.send_timeout):
+            raise SendError(f"batch {self.id}: its jobs are not stored after {self.app.settings.send_timeout} s; it stays open")
 
         def change(record: Record) -> None:
-            record.sealed, record.cancelled = True, app.clock.now() if failed else record.cancelled
+            record.sealed, record.cancelled = True, self.app.clock.now() if failed else record.cancelled
 
-        _change(app, self.id, change)
+        _change(self.app, self.id, change)
 
 
 def new(app: Any, description: str, **callbacks: Any) -> JobBatch:
@@ -450,8 +450,9 @@ class Keeper:
         if now >= self._purge:
             self._purge = now + HOUR
             for id in [*failed, *home.batch_members(ALL, "done")]:
-                if not self._ends and _find(app, id) is None:
-                    home.forget(id)
+                found = (b"", Record(0.0)) if self._ends else _find(app, id)
+                if found is None or (found[1].complete and any(home.batch_members(id, "done"))):
+                    home.forget(id, "done" if found else None)
         stored, dead = Seen(), set[str]()
         for job in home.find_jobs() if any(home.batch(id)[0] for id in ids) else ():
             if self._ends:
@@ -477,8 +478,7 @@ class Keeper:
 
     def _leads(self, seconds: float) -> bool:
         """Whether this process is the one that looks, for so many seconds."""
-        home, until = self._app.jobs, self._app.clock.now() + seconds
-        leader = home.note("batches")
+        home, until, leader = self._app.jobs, self._app.clock.now() + seconds, self._app.jobs.note("batches")
         self._led = leader in (None, self._name) and home.swap("batches", leader, self._name, until, ())
         return self._led
 

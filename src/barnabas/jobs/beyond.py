@@ -226,7 +226,8 @@ def linked(app: Any, said: dict[str, Any], args: list[Any], jid: str, now: float
     name, queue, retry, more = said.pop("class"), said.pop("queue"), said.pop("retry"), own | more
     data = build(name, args, queue=queue, retry=retry, jid=jid, now=now, extra=said | ({"barnabas": more} if more else {}))
     made = hooked(app.enqueue_hooks, data, queue)
-    return None if made is None else ranked(more.get("priority", 0), OutgoingJob(made[1], made[0], None, jid, None))
+    priority = more.get("priority", 0) if app.jobs.ranks else 0  # (who stored it there did not ask)
+    return None if made is None else ranked(priority, OutgoingJob(made[1], made[0], None, jid, None))
 
 
 def _result(jid: str, outcome: Outcome, until: float) -> OutgoingJob:

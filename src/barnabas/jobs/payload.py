@@ -199,7 +199,7 @@ class More(msgspec.Struct, frozen=True, gc=False):
     cron: the schedule whose run it is, and which is to know when it has ended. debounce: the note that names the only one of
     several to run. expires_at: epoch seconds after which it does not begin. then: what follows it in its chain, of which it is
     number `step`. result_ttl: seconds that what it returns is kept. unknown_since: when somebody met it who did not know it.
-    batch: the id of the batch that it is of.
+    batch: the id of the batch that it is of. priority: see `job.Job`.
     """
 
     cron: str | None = None
@@ -211,6 +211,7 @@ class More(msgspec.Struct, frozen=True, gc=False):
     result_ttl: Seconds = None
     unknown_since: float | None = None
     batch: str | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-10, le=10)] = 0
 
     def __post_init__(self) -> None:
         try:
