@@ -21,7 +21,7 @@ SCHEMES = ("sqlite", "memory", "kafka", "redis", "rediss")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 QUEUE_NAME = re.compile(r"[A-Za-z0-9_:.-]{1,200}")  # Sidekiq's web page answers 404 for any other (facts/sidekiq.md 1.0)
 _SECRET = re.compile(r"passw|passphrase|secret|token|jaas|\.pem$", re.IGNORECASE)
-_PASSWORD = re.compile(r"(://[^:@/\s]*:)\S+(?=@)|([?&]password=)[^&\s]+")
+_PASSWORD = re.compile(r"(://[^:@/\s]*:)\S+(?=@)|([?&][^=&\s]*password=)[^&\s]+")
 
 
 class Row(NamedTuple):

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from barnabas.backends.kafka_log import KafkaLog
 from barnabas.backends.kafka_words import MARK, MOST, as_bare_rows, as_row, as_rows, pack, unpack, whole
 from barnabas.backends.shares import open_account
 from barnabas.engine.ledger import Ledger, Straight
-from barnabas.errors import BackendError, DeclarationError, SettingError
+from barnabas.errors import BackendError, BufferFull, DeclarationError, SendError, SettingError
 from barnabas.inspect import check
 from barnabas.message import Row
 from barnabas.ports import Part
@@ -219,3 +220,32 @@ def test_what_is_finished_out_of_order_leaves_room_before_the_next_commit() -> N
     assert handed_out() == []  # the older one is still open: both count
     claim.part.held.finish(first[:1])
     assert [row[0] for row in handed_out()] == [2, 3]
+
+
+def test_a_password_in_a_url_is_in_no_error_and_no_setting() -> None:
+    for wrong in ("kafka://clerk:hush@127.0.0.1:1?acks=1", "kafka://127.0.0.1:1?sasl.password=hush"):
+        with pytest.raises(SettingError) as caught:
+            events(url=wrong)
+        assert "hush" not in f"{caught.value} {App('shop', events=wrong).settings.rows()}"
+        with pytest.raises(SettingError) as caught:
+            App("shop", events="memory:", jobs=wrong).jobs  # noqa: B018
+        assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [100_000, 3_000_000])
+def test_who_finds_no_room_for_bytes_is_told_in_time(size: int) -> None:
+    """Many values, or one that is larger than the whole buffer."""
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", buffer_bytes=1 << 20, send_timeout=0.5)
+    topic, futures = app.topic("orders", bytes, codec="raw", limit=5_000_000), []
+
+    def fill() -> None:
+        for _ in range(60):
+            futures.append(topic.send(bytes(size)))
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(BufferFull, match=r"was full for 0\.5 s.*buffer_bytes"):
+        pool.submit(fill).result(8)
+    if futures:
+        with pytest.raises(BufferFull):
+            app.events.store("shop.control", "k", bytes(size)).result(1)
+    app.close()
+    assert all(isinstance(future.exception(1), SendError) for future in futures)

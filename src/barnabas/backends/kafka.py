@@ -23,7 +23,7 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException
 
 from barnabas.backends.kafka_doors import KafkaDoors
-from barnabas.backends.kafka_options import PRODUCER, Quiet, check_options
+from barnabas.backends.kafka_options import MEMBERS, PRODUCER, Quiet, check_options
 from barnabas.backends.kafka_words import as_key, explain
 from barnabas.backends.shares import buffer_full
 from barnabas.engine.observe import Statistics
@@ -148,7 +148,7 @@ class KafkaBackend(KafkaDoors):
         address, _, query = url.partition("//")[2].partition("?")
         given = parse_qs(query)
         if set(given) - {"prefix"}:
-            raise SettingError(f"events={url!r}: after the ? it knows prefix=NAME alone; driver options go into kafka={{...}}")
+            raise SettingError("events: after the ? of its URL goes prefix=NAME alone; driver options go into kafka={...}")
         if not re.fullmatch(r"[^/@\s]+/?", address):  # a password in it would be in every line about the cluster
             raise SettingError("events: give kafka://HOST:PORT,... and nothing else; users and passwords go into kafka={...}")
         super().__init__(url, address.rstrip("/"), given.get("prefix", [""])[0], settings.create_topics)
@@ -175,10 +175,10 @@ class KafkaBackend(KafkaDoors):
         config = {**own, **self.options, "bootstrap.servers": self.servers, "error_cb": self.trouble, **fixed}
         if "stats_cb" not in fixed:
             config.pop("statistics.interval.ms", None)
-        if str(config.get("group.protocol", "classic")).lower() == "consumer":  # the broker's to decide
-            for name in ("session.timeout.ms", "heartbeat.interval.ms", "partition.assignment.strategy"):
-                if name not in self.options:
-                    config.pop(name, None)
+        decides = str(config.get("group.protocol", "classic")).lower() == "consumer"  # the broker, about sessions and shares
+        for name in MEMBERS:
+            if fixed.get(name, name) is None or (decides and name not in self.options):
+                config.pop(name, None)
         try:
             return kind(config, logger=Quiet)
         except KafkaException as error:
@@ -242,14 +242,15 @@ class KafkaBackend(KafkaDoors):
             topic, partition, key, value, headers, timestamp, future = out
             done = plain if future is None else functools.partial(stored if out is not last else chunk.last, out)
             try:
-                name = names.get(topic.name) or self.find(topic)
+                name, since = names.get(topic.name) or self.find(topic), 0.0
                 while True:
                     try:
                         produce(name, value, key, -1 if partition is None else partition, done, done, round(timestamp * 1000),
                                 headers or None)  # fmt: skip
                         break
                     except BufferError:
-                        self._wait_for_room(producer, 1, full=True)
+                        since = since or time.monotonic()
+                        self._wait_for_room(producer, 1, since)
             except BufferFull:
                 raise
             except (KafkaException, SendError, DeclarationError) as error:  # becomes the outcome, as if the broker had refused it
@@ -288,8 +289,9 @@ class KafkaBackend(KafkaDoors):
             if self.line is line:
                 self.line = self._producer = None
 
-    def _wait_for_room(self, producer: Any, count: int, full: bool = False) -> None:
-        """On an event-loop thread nobody may block: twice the limit is the end there."""
+    def _wait_for_room(self, producer: Any, count: int, full: float = 0.0) -> None:
+        """On an event-loop thread nobody may block: twice the limit is the end there. full: since when the driver itself has no
+        room (monotonic seconds); it is asked again after a short wait."""
         import asyncio
 
         timeout = self._send_timeout
@@ -297,11 +299,11 @@ class KafkaBackend(KafkaDoors):
             if not full and len(producer) + count <= 2 * self._most:
                 return
             timeout = 0.0
-        deadline = time.monotonic() + timeout
+        deadline = (full or time.monotonic()) + timeout
         producer.poll(0)
-        while (waiting := len(producer)) and (full or waiting + count > self._most):
+        while full or (len(producer) and len(producer) + count > self._most):
             if time.monotonic() >= deadline:
-                raise buffer_full(self.servers, timeout, f"{waiting} messages wait{f' ({self.away})' if self.away else ''}")
+                raise buffer_full(self.servers, timeout, f"{len(producer)} messages wait{f' ({self.away})' if self.away else ''}")
             producer.poll(0.02)
             if full:
                 return
@@ -312,14 +314,17 @@ class KafkaBackend(KafkaDoors):
         for future in tries:
             future.result(self._send_timeout)
 
-    def store(self, topic: str, key: str, value: bytes | None) -> None:
-        producer, future = self._producer or self._start(), Future[None]()
+    def store(self, topic: str, key: str, value: bytes | None) -> Future[Any]:
+        producer, future = self._producer or self._start(), Future[Any]()
 
         def report(error: Any, message: Any) -> None:
             future.resolve(True) if error is None else future.fail(self.refusal(error, topic))
 
-        producer.produce(self.prefix + topic, value, key, 0, report)
-        future.result(self._send_timeout)
+        try:
+            producer.produce(self.prefix + topic, value, key, 0, report)
+        except BufferError:
+            future.fail(buffer_full(self.servers, 0.0, f"{len(producer)} messages wait"))
+        return future
 
     def flush(self, timeout: float) -> int:
         producer = self._producer

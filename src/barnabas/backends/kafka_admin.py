@@ -12,7 +12,7 @@ import confluent_kafka as driver
 from confluent_kafka import KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions, NewTopic, OffsetSpec
 
-from barnabas.backends.kafka_options import COMMON, CONSUMER, log
+from barnabas.backends.kafka_options import COMMON, CONSUMER, MEMBERS, log
 from barnabas.backends.kafka_words import FORGOTTEN, MISSING, SOON, STRANGERS, as_row, explain, unpack
 from barnabas.errors import BackendError, DeclarationError, NotAuthenticated, NotAuthorised, UnknownTopic
 from barnabas.message import Row
@@ -23,6 +23,7 @@ DEFAULT_PARTITIONS = 6
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 PATIENCE = 10.0  # seconds an administrative request may take
 LOOK = 10.0  # seconds between two looks at the ids of topics
+READER = {"enable.partition.eof": True, "auto.offset.reset": "earliest", "fetch.wait.max.ms": 10}  # a fetch tells the end
 ROOM = 64 * 1024  # bytes that a stored message may have beyond its topic's limit: key, headers, framing
 
 
@@ -307,7 +308,7 @@ class KafkaAdmin:
     def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
         with self._admin_lock:
             if self._reader is None:
-                self._reader = self.outsider("barnabas-read", **{"enable.partition.eof": True, "auto.offset.reset": "earliest"})
+                self._reader = self.outsider("barnabas-read", **READER)
             reader = self._reader
             reader.assign([TopicPartition(self.prefix + topic, partition, offset)])
             rows: list[Row] = []
@@ -331,7 +332,7 @@ class KafkaAdmin:
 
     def outsider(self, group: str, **more: Any) -> Any:
         """A consumer that is no member of its group."""
-        fixed = {"group.id": group, "enable.auto.commit": False, "group.protocol": "classic"}
+        fixed = {"group.id": group, "enable.auto.commit": False, "group.protocol": "classic"} | dict.fromkeys(MEMBERS)
         return self.client(driver.Consumer, CONSUMER, **fixed, **more)
 
     def asker(self, group: str) -> Any:

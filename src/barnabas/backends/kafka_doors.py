@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from confluent_kafka import KafkaException, TopicPartition
@@ -16,11 +17,13 @@ from confluent_kafka.admin import OffsetSpec
 from barnabas.backends.kafka_admin import PATIENCE, KafkaAdmin
 from barnabas.backends.kafka_words import FORGOTTEN, MARK, explain, pack, unpack
 from barnabas.backends.shares import HOST, by_partition, check_offset, finished
-from barnabas.errors import Refused, UnknownTopic
+from barnabas.errors import NotYetDurable, Refused, UnknownTopic
+from barnabas.future import Future
 from barnabas.message import Outgoing
 from barnabas.ports import Position, Process, QueueState, StoredJob
 
 REPORTS, SIGNS = 2.0, 5.0  # seconds between two reports that are stored: changed ones, and signs of life
+TICK = 1.0  # seconds a process waits for its report to be stored
 GONE = 30.0  # seconds of silence after which a process is taken for dead
 ASKERS = 20  # groups whose clients are kept for the next time
 _COMPACT = {"cleanup.policy": "compact", "segment.bytes": str(4 << 20), "min.cleanable.dirty.ratio": "0.1"}
@@ -31,9 +34,10 @@ class KafkaDoors(KafkaAdmin):
 
     name = ""
     clock: Any
+    session: float
     sources: list[Any]
-    store: Callable[[str, str, bytes | None], None]  # send a message of our own, and wait until it is stored
-    deliver: Callable[[Sequence[Outgoing]], None]  # the same for some of others
+    store: Callable[[str, str, bytes | None], Future[Any]]  # send a message of our own
+    deliver: Callable[[Sequence[Outgoing]], None]  # send some of others, and wait until they are stored
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -134,7 +138,10 @@ class KafkaDoors(KafkaAdmin):
                 offset, beside = known.get(at) or (firsts[at], "")
                 fresh, offset, done = finished(max(offset, firsts[at]), unpack(offset, beside)[0], some)
                 outputs += [out for out in map(some.get, fresh) if out is not None]
-                where.append(TopicPartition(self.prefix + at[0], at[1], offset, metadata=pack(offset, done, {}) or MARK))
+                if unpack(offset, beside := pack(offset, done, {}))[0] != done:
+                    what = f"{at[0]}[{at[1]}]: what {group!r} has finished are {len(done):,} stretches, more than can be kept"
+                    raise Refused(f"{what}; finish what is between them first, the oldest: without a filter, or by addresses")
+                where.append(TopicPartition(self.prefix + at[0], at[1], offset, metadata=beside or MARK))
                 count += len(fresh)
             if outputs:
                 self.deliver(outputs)
@@ -171,7 +178,7 @@ class KafkaDoors(KafkaAdmin):
         if not self.sources and self.name and (end or not self._reported[1].get("quiet")):
             for key in (f"report:{self.name}", f"process:{self.name}"):
                 if key in self._asked:
-                    self.store(self._control, key, None)
+                    self.store(self._control, key, None).result(PATIENCE)
                     self._asked.pop(key, None)
 
     def _look(self) -> dict[str, tuple[str, float]]:
@@ -184,7 +191,15 @@ class KafkaDoors(KafkaAdmin):
                 self._watcher = self.outsider("barnabas-control", **{"auto.offset.reset": "earliest"})
                 self._watcher.assign([TopicPartition(name, 0, 0)])
                 self._asked, self._seen = {}, 0
-            end = self.ends([(self._control, 0)])[self._control, 0]
+            try:
+                end = self.ends([(self._control, 0)])[self._control, 0]
+            except UnknownTopic:
+                end = -1
+            if end < self._seen:  # it was deleted, and perhaps made anew
+                self._watcher.close()
+                self._watcher, self._seen = None, 0
+                self.names.pop(self._control, None)
+                return self._look() if end >= 0 else {}
             deadline = time.monotonic() + PATIENCE
             while self._seen < end and time.monotonic() < deadline:
                 first = self._watcher.poll(0.05)
@@ -201,12 +216,12 @@ class KafkaDoors(KafkaAdmin):
         else:
             self._asked[key] = (value.decode(), message.timestamp()[1] / 1000)
 
-    def _say(self, key: str, value: str | None) -> None:
+    def _say(self, key: str, value: str | None) -> Future[Any]:
         if self._control not in self.names:
             if self._control not in self.metadata():
                 self.create_topics([(self._control, 1, -1, _COMPACT)])
             self.names[self._control] = self.prefix + self._control
-        self.store(self._control, key, None if value is None else value.encode())
+        return self.store(self._control, key, None if value is None else value.encode())
 
     def processes(self) -> list[Process]:
         found, now = [], time.time()
@@ -223,10 +238,13 @@ class KafkaDoors(KafkaAdmin):
         hushed = info.get("quiet") and not said.get("quiet")  # its sources close at once
         if not (self.name if info.get("quiet") else self.sources):
             return
-        if not hushed and now - self._reported[0] < (REPORTS if info != said else SIGNS):
+        if not hushed and now - self._reported[0] < min(REPORTS if info != said else SIGNS, self.session / 4):
             return
         self._reported = (now, dict(info))
-        self._say(f"report:{self.name}", json.dumps({"started": self._started, "info": info}))
+        future = self._say(f"report:{self.name}", json.dumps({"started": self._started, "info": info}))
+        future.add_done_callback(Future.exception)  # one that cannot be stored is no reason to end; the next says more
+        with suppress(NotYetDurable):
+            future.exception(TICK)
 
     def control(self) -> dict[str, str]:
         return {key: value for key, (value, _) in self._look().items() if not key.startswith("report:")}
@@ -236,4 +254,4 @@ class KafkaDoors(KafkaAdmin):
         if process != name and value is not None and process != self.name and f"report:{process}" not in self._look():
             raise Refused(f"there is no worker process {process!r}")
         if value is not None or name in self._look():
-            self._say(name, value)
+            self._say(name, value).result(PATIENCE)

@@ -103,6 +103,7 @@ class KafkaMember:
         self._committed_at = self._until = 0.0
         self._lapsed = self._closing = False
         self._error: BaseException | None = None
+        self._refused: BaseException | None = None  # why it is in no group
         self._broken = self._fatal = False
         self._woken = threading.Event()
         self.wake: Callable[[], None] = self._woken.set
@@ -222,7 +223,7 @@ class KafkaMember:
     # Rebalances: called by the driver inside poll or close, on the fetch thread.
 
     def _on_assign(self, consumer: Any, where: list[TopicPartition]) -> None:
-        began = self.home.clock.monotonic()
+        began, self._refused = self.home.clock.monotonic(), None
         roots = {(tp.topic, tp.partition): (tp.topic, tp.partition) for tp in where}
         roots |= self._with_retries(where)
         where = [TopicPartition(*at) for at in roots]

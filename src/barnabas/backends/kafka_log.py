@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import OffsetSpec
 
 from barnabas.backends.kafka_group import BUSY, CAREFUL, Claim, KafkaMember
-from barnabas.backends.kafka_words import MOST, as_bare_rows, as_rows, explain, whole
+from barnabas.backends.kafka_words import MOST, TAKEN, as_bare_rows, as_rows, explain, whole
 from barnabas.errors import PositionLost
 from barnabas.message import Row, Unread
 from barnabas.ports import Part
@@ -87,6 +87,8 @@ class KafkaLog(KafkaMember):
             self._hand_out(now)
         elif not busy and self._claims:
             self._pass_gaps()
+        if self._refused is not None and not self._claims:
+            raise self._refused
 
     def _poll(self, wait: float, more: int = BATCH) -> list[Any]:
         """So many messages, waiting for the first. The driver's `consume` alone would wait until it has them all."""
@@ -212,7 +214,10 @@ class KafkaLog(KafkaMember):
             self._out_of_range(self._claims[at], error)
         elif code != KafkaError._PARTITION_EOF:
             self._error = explain(error, f"group {self.group!r}", self.home)
+            self._refused = None if self._claims else self._error
             self._fatal = code == KafkaError._FATAL  # the driver says it once, and does no more
+            if self._fatal and TAKEN in error.str():  # by itself before it was killed: until that session is over
+                self._fatal, self._broken = False, True
 
     def _out_of_range(self, claim: Claim, error: KafkaError) -> None:
         """Its position is no longer stored: the topic's retention was faster, or it was made anew."""

@@ -26,6 +26,11 @@ CONSUMER: dict[str, Any] = {
     "fetch.queue.backoff.ms": 10,  # the driver's 1000 costs a factor of six at a backlog
 }  # fmt: skip
 
+MEMBERS = (  # options of members: who only reads or asks has none of them
+    "session.timeout.ms", "heartbeat.interval.ms", "partition.assignment.strategy", "max.poll.interval.ms", "group.instance.id",
+    "group.remote.assignor",
+)  # fmt: skip
+
 _COMMITS = ("enable.auto.commit", "auto.commit.enable", "enable.auto.offset.store", "auto.commit.interval.ms")
 _ALWAYS = {
     **dict.fromkeys(("bootstrap.servers", "metadata.broker.list"), "the URL says it"), "group.id": "a consumer's group= says it",

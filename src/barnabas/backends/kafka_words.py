@@ -25,6 +25,7 @@ _NEVER = {
     KafkaError.INVALID_RECORD: "a compacted topic takes no message without a key",
     KafkaError.INVALID_TIMESTAMP: "its timestamp is farther from now than the topic's message.timestamp.after.max.ms allows",
 }
+TAKEN = KafkaError(KafkaError.UNRELEASED_INSTANCE_ID).str()  # a static member's name, until its last session is over
 _AWAY = {KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT}
 _AWAY |= {KafkaError._TIMED_OUT_QUEUE, KafkaError._WAIT_COORD, KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}
 
@@ -48,7 +49,8 @@ def explain(error: KafkaError, what: str, home: Any, sending: bool = False) -> E
         away = f" ({home.away})" if home.away else ""
         how = "see that it runs and can be reached" + (", or raise delivery.timeout.ms in kafka={...}" if sending else "")
         return own(f"{what}: {home.servers} did not answer in time{away}; {how}")
-    hint = "; see to this, then start the process again" if code == KafkaError._FATAL and not sending else ""
+    lasts = code == KafkaError._FATAL and not sending and TAKEN not in text
+    hint = "; see to this, then start the process again" if lasts else ""
     return own(f"{what}: {text} ({error.name()}){hint}")
 
 

@@ -1,0 +1,154 @@
+"""Operators' commands on a real Kafka in odd states, and what worker processes say of themselves there."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from test_broker import drain, running, wait_for
+
+from barnabas import inspect, lag, processes
+from barnabas.backends import kafka_doors
+from barnabas.backends.kafka_admin import Change
+from barnabas.errors import Refused
+from barnabas.processes import Pause
+
+
+@pytest.mark.parametrize("options", [{"max.poll.interval.ms": 30_000}, {"group.instance.id": "one", "session.timeout.ms": 9000}])
+def test_options_of_members_do_not_keep_operators_out(make, options) -> None:
+    app = make(kafka=options)
+    topic = app.topic("orders", int, partitions=1)
+    app.consumer(topic, name="read")([].append)
+    topic.send(7).result(10)
+    assert [message.value for message in inspect.read(app, "orders")] == [b"7"]
+    assert [(group.open, group.state) for group in lag.groups(app)] == [(1, "never ran")]
+
+
+def test_what_comes_is_followed_at_once_however_many_partitions_there_are(make) -> None:
+    app, came = make(), []
+    topic = app.topic("orders", int, partitions=12)
+    topic.send(0, partition=0).result(10)
+
+    def follow() -> None:
+        for _ in inspect.read(app, "orders", "latest", follow=True):
+            came.append(time.monotonic())
+
+    threading.Thread(target=follow, daemon=True).start()
+    took = []
+    for n in range(4):
+        time.sleep(1.0)
+        sent = time.monotonic()
+        topic.send(n, partition=5).result(10)
+        wait_for(lambda n=n: len(came) > n, "followed")
+        took.append(came[n] - sent)
+    assert sorted(took)[1] < 1.5, took
+
+
+def test_more_dealt_with_than_can_be_kept_is_refused_and_nothing_is_forgotten(make) -> None:
+    app = make()
+    app.topic("orders", int, partitions=1).send_many(range(4000)).result(10)
+
+    def finish(offsets: range) -> int:
+        return app.events.finish("shop-dead", [("orders", 0, offset, None) for offset in offsets])
+
+    assert finish(range(0, 2000, 2)) == 1000
+    with pytest.raises(Refused, match=r"orders\[0\]: .* 1,999 stretches, more than can be kept.*the oldest"):
+        finish(range(2000, 4000, 2))
+    [at] = app.events.positions("shop-dead")
+    assert (at.offset, at.done) == (1, [(n, n + 1) for n in range(2, 2000, 2)])
+    assert finish(range(4000)) == 3000
+    assert [(at.offset, at.done) for at in app.events.positions("shop-dead")] == [(4000, [])]
+
+
+def test_an_idle_process_is_not_silent(make) -> None:
+    app, silent = make(session_timeout=3.0), []
+    app.consumer(app.topic("orders", int, partitions=1), name="read")(lambda n: None)
+    with running(app) as worker:
+        end = time.monotonic() + 6
+        while time.monotonic() < end:  # as a process does, once a second and now and then a little later
+            app.events.report(worker.report())
+            time.sleep(1.2)
+            silent += [processes.state(process, 3.0) for process in processes.processes(app)]
+    assert len(silent) >= 4 and set(silent) == {"ok"}
+
+
+def test_a_control_topic_that_was_deleted_is_made_anew_and_heeded(make, monkeypatch) -> None:
+    app, seen = make(), []
+    topic = app.topic("orders", int, partitions=1)
+    app.consumer(topic, name="read")(seen.append)
+    other = make()
+    other.consumer(other.topic("orders", int, partitions=1), name="read")(seen.append)
+    monkeypatch.setattr(kafka_doors, "REPORTS", 0.0)
+    with running(app) as worker:
+        for n in range(20):
+            app.events.report({"done": n})
+        wait_for(lambda: len(processes.processes(app)) == 1, "reported")
+        name = f"{app.events.prefix}shop.control"
+        app.events.admin.delete_topics([name])[name].result(10)
+        wait_for(lambda: "shop.control" not in app.events.metadata(), "deleted")
+        assert processes.set_pause(other, Pause("group", "shop-read"), True)
+        wait_for(lambda: worker.obey() is None and worker.paused == ["read"], "heeded")
+        app.events.report({"done": 99})
+        wait_for(lambda: [p.info for p in app.events.processes()] == [{"done": 99}], "seen again")
+        topic.send(1).result(10)
+        assert processes.set_pause(other, Pause("group", "shop-read"), False)
+        wait_for(lambda: worker.obey() is None and seen == [1], "resumed")
+    drain(app)
+
+
+def test_a_report_that_cannot_be_stored_ends_no_process(make) -> None:
+    app = make()
+    app.consumer(app.topic("orders", int, partitions=1), name="read")(lambda n: None)
+
+    def allow(size: int) -> None:
+        app.events.apply([Change("set", "shop.control", "max.message.bytes", ("", str(size)))])
+
+    def tried(work: int) -> bool:
+        app.events.report({"work": [work]})
+        return True
+
+    with running(app):
+        app.events.report({"work": [1]})
+        allow(10)
+        reported = app.events._reported[0]
+        wait_for(lambda: tried(2) and app.events._reported[0] > reported, "tried")
+        allow(1_000_000)
+        wait_for(lambda: tried(3) and [process.info for process in app.events.processes()] == [{"work": [3]}], "said")
+
+
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_a_static_member_that_was_killed_goes_on_when_it_is_back(make, tmp_path, protocol) -> None:
+    options = {"group.protocol": protocol, "group.instance.id": "one"}
+    app = make()
+    topic = app.topic("orders", int, partitions=1)
+    code = f'from barnabas import App\napp = App("shop", session_timeout=3.0, kafka={options!r})\n'
+    code += '@app.consumer(app.topic("orders", int), name="read")\ndef read(n: int) -> None:\n'
+    code += '    print(n, file=open("seen", "a"), flush=True)\n'
+    (tmp_path / "shop.py").write_text(code)
+    words = [sys.executable, "-m", "barnabas", "run", "shop:app", "--events", app.events.url, "--create-topics"]
+    seen = tmp_path / "seen"
+    for n in range(2):
+        topic.send(n).result(10)
+        with open(tmp_path / "log", "w") as log:
+            process = subprocess.Popen(words, cwd=tmp_path, stdout=log, stderr=log)
+        try:
+            wait_for(lambda n=n: seen.exists() and f"{n}\n" in seen.read_text(), f"{n} was handled", 15)
+        finally:
+            process.send_signal([signal.SIGKILL, signal.SIGTERM][n])
+            process.wait(30)
+    said = (tmp_path / "log").read_text()
+    assert process.returncode == 0
+    assert said.count("still used by another") // 2 == said.count("works again") == (protocol == "consumer"), said
+
+
+def test_why_a_group_cannot_be_joined_is_one_line(make, caplog) -> None:
+    app = make(session_timeout=0.5)  # less than this broker allows
+    app.consumer(app.topic("orders", int, partitions=1), name="read")(lambda n: None)
+    with running(app) as worker:
+        wait_for(lambda: "INVALID_SESSION_TIMEOUT" in caplog.text, "said")
+        time.sleep(5)
+        assert "INVALID_SESSION_TIMEOUT" in worker.report()["trouble"]
+        assert "works again" not in caplog.text
+    assert caplog.text.count("INVALID_SESSION_TIMEOUT") == 1
