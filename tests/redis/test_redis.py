@@ -691,6 +691,20 @@ def test_hostile_names_do_no_harm(client, url, apps):
     assert all(key.startswith(prefix.encode()) for key in client.keys("*") if key not in (b"x", b"queue:other"))
 
 
+def test_what_is_stored_does_nothing_to_the_terminal_of_who_looks_at_it(client, url, tmp_path):
+    (tmp_path / "shop.py").write_text("from barnabas import App\napp = App('shop', events='memory:')\n@app.job\ndef mail(n): ...\n")
+    hostile = "\x1b]0;x\x07\x1b[2J\x9b31m\r"
+    client.sadd("queues", "default", f"q{hostile}"), client.lpush("queue:default", rubbish(jid=hostile, **{"class": hostile}))
+    client.zadd("dead", {rubbish(jid="d", error_message=hostile, error_class="E", tags=[hostile]): 1.0, hostile: 2.0})
+    options = ["--app", "shop:app", "--jobs", url]
+    for command in ("queues", "jobs list", "jobs show d", "dead list", "run --drain"):
+        words = [sys.executable, "-m", "barnabas", *command.split(), *options]
+        said = subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=30)
+        text = (said.stdout + said.stderr).decode()
+        assert said.returncode == 0 and "\\x1b[2J" in text, text
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text), repr(text)
+
+
 def test_no_job_is_lost_where_a_key_is_somebody_elses(client, apps, caplog):
     app, seen = apps(), []
 

@@ -8,6 +8,9 @@ from typing import Any
 import click
 import msgspec
 
+# What stored names and texts may hold, and a terminal would obey.
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+
 
 def grid(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
     """A table of rich; columns whose name ends in "#" hold numbers, which are put to the right."""
@@ -19,7 +22,8 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
     for column in columns:
         drawn.add_column(column.removesuffix("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(f"{cell:,}" if type(cell) is int else "" if cell is None else str(cell)) for cell in row))
+        texts = (f"{cell:,}" if type(cell) is int else "" if cell is None else str(cell) for cell in row)
+        drawn.add_row(*(Text(text.translate(CONTROLS)) for text in texts))
     return drawn
 
 
@@ -130,5 +134,5 @@ def pairs(values: Mapping[str, Any]) -> None:
     width = max(map(len, values), default=0)
     for name, value in values.items():
         if value is not None:
-            lines = text(value).rstrip("\n").split("\n")
+            lines = text(value).translate(CONTROLS).rstrip("\n").split("\n")
             print(f"{name:<{width}}  {lines[0]}" if len(lines) == 1 else "\n  ".join([name, *lines]))

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from barnabas.app import App
+from barnabas.cli.draw import CONTROLS
 from barnabas.engine.hand import CURRENT
 from barnabas.errors import own_part
 from barnabas.jobs.work import name_of
@@ -60,6 +61,8 @@ class Text(_Own):
         # Our own lines name what they are about.
         of: dict[str, Any] = {} if record.name == "barnabas" else getattr(record, "context", {})
         record.where = ""
+        if record.name == "barnabas":
+            record.message = record.message.translate(CONTROLS)
         if "topic" in of:
             record.where = f" ({of['consumer']} {of['topic']}[{of['partition']}]@{of['offset']})"
         elif "job" in of:
