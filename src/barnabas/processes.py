@@ -63,7 +63,10 @@ def processes(app: App) -> list[ProcessInfo]:
     for home in homes(app):
         asked = home.control()
         for process in home.processes():
-            info = _info(process, asked.get(f"process:{process.name}"))
+            try:
+                info = _info(process, asked.get(f"process:{process.name}"))
+            except (msgspec.MsgspecError, AttributeError, TypeError, ValueError):
+                continue  # on Redis anybody may say of himself what he likes
             twin = next((key for key in found if key[:2] == (info.host, info.pid) and key[2] is not home), None)
             if twin is None:
                 found[info.host, info.pid, home, info.name] = info
@@ -74,13 +77,14 @@ def processes(app: App) -> list[ProcessInfo]:
 
 def _info(process: Process, asked: str | None) -> ProcessInfo:
     said = process.info
-    return ProcessInfo(
+    info = ProcessInfo(
         process.name, process.pid, process.host, said.get("app", ""), process.started, max(0.0, process.silent),
         said.get("rss", 0), said.get("counts", {}).get("done", 0), said.get("quiet", False), asked, list(said.get("groups", ())),
         dict(said.get("queues", {})), [Work(process.name, *each) for each in said.get("work", ())],
         {name: Pace(each.get("done", 0), each.get("pace")) for name, each in said.get("handlers", {}).items()},
         said.get("trouble", ""),
     )
+    return msgspec.convert(msgspec.to_builtins(info), ProcessInfo)
 
 
 def state(process: ProcessInfo, session: float) -> str:

@@ -728,6 +728,25 @@ def test_no_job_is_lost_where_a_key_is_somebody_elses(client, apps, caplog):
     assert sorted(json.loads(job)["queue"] for job in client.zrange("dead", 0, -1)) == ["default", "taken"]
 
 
+@pytest.mark.parametrize("drops", [False, True], ids=["", "what was seen is dropped"])
+def test_no_job_of_a_queue_is_overlooked_while_others_are_enqueued_and_claimed(client, apps, drops):
+    app = apps()
+    mail = app.job(lambda n: None, name="mail")
+    mail.enqueue_many((n,) for n in range(3000)).result(5)
+    seen, claimed, ours = list[int](), set[int](), source(app)
+    for at, job in enumerate(app.jobs.find_jobs("ready")):
+        seen.append(json.loads(job.payload)["args"][0])
+        if at % 100 == 0:
+            mail.enqueue_many((n,) for n in range(10_000 + at, 10_050 + at)).result(5)
+        if at < 100 and at % 10 == 0:
+            claimed |= {json.loads(row[2])["args"][0] for row in rows(ours.fetch(1000, 0))}
+        if drops:
+            app.jobs.move_jobs([job.ref], None)
+    old = [n for n in seen if n < 3000]
+    assert old == sorted(old) and {*old} | claimed == {*range(3000)} and claimed
+    ours.close()
+
+
 def test_operators_are_shown_the_rest_where_keys_are_somebody_elses_and_rubbish_has_an_address(client, apps, caplog):
     app = apps(queues=["default", "odd"])
     app.foreign_job("mail").enqueue(1).result(5)

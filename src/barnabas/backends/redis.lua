@@ -215,26 +215,33 @@ return {1, settled, shut, found, crashed, ripe}
 --- store
 -- Store a job that takes a lock. Returns the id of the job that has it: then it is not stored, but buried if it asked for
 -- that. A lock of its own is an earlier try's, whose answer was lost. With the id of the one that has it, where that waits (a set,
--- or else a queue) and as what: in its place, if it is still there.
+-- or else a queue), as what, and at which place: instead of that, if it is still there.
 local lock, jid, now, ends, how = arg(), arg(), arg(), arg(), arg()
 local name, due, payload, buried = arg(), arg(), arg(), arg()
-local first, set, queue, waits = arg(), arg(), arg(), arg()
+local first, set, queue, waits, at = arg(), arg(), key('queue:' .. arg()), arg(), number()
+
+-- LREM looks at all that stands before it: 7 ms for 100,000 jobs. Who is farther from either end gives way to the newest.
+local function taken_out()
+  for i, job in ipairs(redis.call('LRANGE', queue, at, at + 1999)) do -- others have come
+    local here, last = at + i - 1, redis.call('LLEN', queue) - 1
+    if job == waits and math.min(here, last - here) < 100000 then
+      return redis.call('LREM', queue, here < last - here and 1 or -1, waits)
+    elseif job == waits then
+      redis.call('LSET', queue, here, redis.call('LINDEX', queue, 0))
+      redis.call('LPOP', queue)
+      return 1
+    end
+  end
+end
+
 local place, other = key(due ~= '' and 'schedule' or 'queue:' .. name), holder(lock)
 if other == jid then return '' end
 if not (fits(place, due ~= '' and 'zset' or 'list') and fits(key('queues'), 'set') and fits(key('barnabas:locks'), 'hash')) then
   return redis.error_reply('WRONGTYPE ' .. place .. ', queues or barnabas:locks is none') -- no lock without its job
 end
-if other and other == first then
-  local there = 0
-  if set ~= '' then
-    there = redis.call('ZREM', key(set), waits)
-  else
-    there = redis.call('LREM', key('queue:' .. queue), -1, waits)
-  end
-  if there == 1 then
-    free(lock, other)
-    other = false
-  end
+if other == first and (set ~= '' and redis.call('ZREM', key(set), waits) or set == '' and taken_out()) == 1 then
+  free(lock, other)
+  other = false
 end
 if other then
   if how == 'reject' then
@@ -464,6 +471,15 @@ for i = at + 1, #ARGV do
   nexts[#nexts + 1] = sizes[#sizes] > 0 and redis.call('LINDEX', key('queue:' .. ARGV[i]), -1)
 end
 return {found[1], found[2], found[3], sizes, nexts, others}
+
+--- page
+-- At most so many jobs of a queue that stand before the place (from 0, where the newest is) that was told last, when this was the
+-- newest: others have come since. Returns their first place, which is now the newest, and the jobs; at first those of the end.
+local queue, newest, stop, most = key('queue:' .. arg()), arg(), number(), number()
+local come = stop and redis.call('LPOS', queue, newest, 'MAXLEN', 100000) or 0
+stop = math.min(stop and stop + come or math.huge, redis.call('LLEN', queue))
+local start = math.max(0, stop - most)
+return {start, redis.call('LINDEX', queue, 0) or '', stop > 0 and redis.call('LRANGE', queue, start, stop - 1) or {}}
 
 --- strange
 -- Those of these keys that are somebody else's, of another type: each with what it is, and what it should be.

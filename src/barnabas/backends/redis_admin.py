@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from itertools import count
 from typing import Any
 
 from barnabas.errors import Refused
@@ -152,14 +153,12 @@ class RedisAdmin:
                     yield _stored(("work", at, payload), at, None, name, payload)
 
     def _find_ready(self, name: str) -> Iterator[StoredJob]:
-        """From the end, where the next one stands; what is taken meanwhile does not shift the rest."""
-        key = self.key(f"queue:{name}")
-        end = self.client.llen(key)
-        while end > 0:
-            start = max(0, end - PAGE)
-            for payload in reversed(self.client.lrange(key, start, end - 1)):
-                yield _stored(("ready", name, payload), name, None, None, payload)
-            end = start
+        """From the end, where the next one stands; neither what is taken meanwhile nor what comes shifts the rest."""
+        start, newest, page = self.script("page", name, "", "", PAGE)
+        while page:
+            for at, payload in zip(count(start + len(page) - 1, -1), reversed(page), strict=False):
+                yield _stored(("ready", name, payload, at), name, None, None, payload)
+            start, newest, page = self.script("page", name, newest, start, PAGE)
 
     def _find_set(self, kind: str, key: str, queue: str | None) -> Iterator[StoredJob]:
         start, last, same = 0, -math.inf, list[bytes]()
@@ -191,7 +190,7 @@ class RedisAdmin:
         moved, now, size = 0, self.clock.now(), 1
         while wanted:
             began, page, wanted, args = time.monotonic(), wanted[:size], wanted[size:], list[Any]()
-            for kind, queue, payload in page:
+            for kind, queue, payload, *_ in page:
                 fresh = recalled(payload, now) if to == "ready" else requeued(payload, other) if other else payload
                 lock = held(payload)
                 args += (SETS.get(kind, ""), queue, payload, fresh, lock, parse(payload).jid if lock else "")

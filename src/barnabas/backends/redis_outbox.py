@@ -348,7 +348,7 @@ class Outbox:
         ends = "" if claim.until is None else str(int(1000 * claim.until))
         args: tuple[Any, ...] = (claim.key, job.jid, repr(now), ends, claim.on_conflict, job.queue)
         args = (*args, "" if due is None else repr(float(due)), payload, claim.buried)
-        return Command(_pack(self._home.eval("store", *args, "", "", "", "")), 1, [job], due, args)
+        return Command(_pack(self._home.eval("store", *args, "", "", "", "", "")), 1, [job], due, args)
 
     def _replace(self, command: Command, holder: bytes) -> bytes:
         """Store a job in the place of the one that holds its lock, wherever that waits; the id of one that could not be replaced.
@@ -358,8 +358,8 @@ class Outbox:
             if found is not None and found.state in ("work", "dead"):
                 break
             if found is not None:
-                kind, queue, payload = found.ref
-                holder = self._home.script("store", *command.args, holder, SETS.get(kind, ""), queue, payload)
+                kind, queue, payload, *at = found.ref
+                holder = self._home.script("store", *command.args, holder, SETS.get(kind, ""), queue, payload, *at)
                 if not holder:
                     break
         return holder
