@@ -692,7 +692,8 @@ def test_hostile_names_do_no_harm(client, url, apps):
 
 
 def test_what_is_stored_does_nothing_to_the_terminal_of_who_looks_at_it(client, url, tmp_path):
-    (tmp_path / "shop.py").write_text("from barnabas import App\napp = App('shop', events='memory:')\n@app.job\ndef mail(n): ...\n")
+    code = "from barnabas import App\napp = App('shop', events='memory:')\n@app.job\ndef mail(n): ...\n"
+    (tmp_path / "shop.py").write_text(code)
     hostile = "\x1b]0;x\x07\x1b[2J\x9b31m\r"
     client.sadd("queues", "default", f"q{hostile}"), client.lpush("queue:default", rubbish(jid=hostile, **{"class": hostile}))
     client.zadd("dead", {rubbish(jid="d", error_message=hostile, error_class="E", tags=[hostile]): 1.0, hostile: 2.0})

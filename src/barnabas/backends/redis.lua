@@ -267,11 +267,6 @@ return leave(arg(), arg(), at + 1, #ARGV) and 1 or 0
 -- A lock whose job is stored nowhere.
 free(arg(), arg())
 
---- retake
--- A lock whose job others have called back from the dead, as they do without it.
-local lock = arg()
-if not holder(lock) then take(lock, arg(), arg(), '') end
-
 --- recover
 -- Put all that a process holds back to the front of its queues; `crashed`: because it died, so count that against what it
 -- had in hand. A job that ran alone is the only one to be counted beyond three. `stays`: it ends only now, so the locks of

@@ -339,3 +339,8 @@ redis.call('ZREM', key(need.name .. ':HANDS'), token)
 redis.call('ZREMRANGEBYSCORE', key(need.name .. ':HANDS'), '-inf', now)
 if not begun then redis.call('ZREM', key(need.name .. ':STARTS'), token) end
 if need.span == 0 then wake(need, now) end
+
+--- retake
+-- A lock whose job others have called back from the dead, as they do without it.
+local lock = arg()
+if not holder(lock) then take(lock, arg(), arg(), '') end
