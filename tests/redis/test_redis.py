@@ -20,7 +20,7 @@ from servers import RedisServer, shared_redis
 
 from barnabas import App, Reject, RetryAfter, backends, until_executed, until_expired
 from barnabas.backends import redis_life, redis_outbox
-from barnabas.backends.redis import Where
+from barnabas.backends.redis import Where, explain
 from barnabas.backends.redis_source import RedisQueues
 from barnabas.clock import FakeClock
 from barnabas.dead import deal, letters
@@ -296,6 +296,12 @@ def test_a_report_that_finds_redis_away_is_an_error_of_ours_and_a_count_that_is_
             app.jobs.report({"quiet": True})
         server.start()
     server.end()
+
+
+@pytest.mark.parametrize("lead", ["", "Command # 1 (HSET NOAUTH x) of pipeline caused error: "])
+@pytest.mark.parametrize(("said", "told"), [("OOM not allowed", "no memory left"), ("NOPERM this user", "may not do this")])
+def test_why_a_command_was_refused_is_told_also_of_one_among_many(lead, said, told):
+    assert told in str(explain("redis", redis.ResponseError(lead + said)))
 
 
 @pytest.mark.parametrize("path", ["/abc", "/0/1", "/-1"])

@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import hiredis  # without it redis-py takes ten times as long, and says nothing
 import redis
+from redis import exceptions as kinds
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError
 from redis.retry import Retry
@@ -287,28 +288,25 @@ class RedisBackend(RedisAdmin):
         self.where.pool.disconnect()
 
 
+_HINTS: tuple[tuple[Any, tuple[str, ...], str], ...] = (  # by an error's kind, or how what the server says begins
+    ((kinds.AuthenticationError, kinds.AuthorizationError), ("NOAUTH", "WRONGPASS"),
+     "it refuses user or password; see the URL in the setting jobs"),
+    (kinds.NoPermissionError, ("NOPERM",), "its user may not do this: Barnabas needs scripts, CLIENT, all keys of its prefix"),
+    (ReadOnlyError, ("READONLY",), "it is a replica just now, as after a failover; the next try looks for the master again"),
+    ((), ("WRONGTYPE",), "one of its keys holds something of somebody else's (barnabas queues names it)"),
+    (BusyLoadingError, (), "it is loading its data after a start; that passes"),
+    (kinds.OutOfMemoryError, ("OOM",), "it has no memory left (maxmemory)"),
+    (TimeoutError | kinds.TimeoutError, (), "it did not answer in time; is it overloaded, or the network cut?"),
+    (OSError | kinds.ConnectionError, (), "it is out of reach; is it running, and are host and port right?"),
+)  # fmt: skip
+
+
 def explain(where: str, error: BaseException) -> BackendError:
     """A driver's error in our words."""
-    text, kinds = str(error), redis.exceptions
-    if isinstance(error, kinds.AuthenticationError | kinds.AuthorizationError) or text.startswith(("NOAUTH", "WRONGPASS")):
-        hint = "it refuses user or password; see the URL in the setting jobs"
-    elif isinstance(error, kinds.NoPermissionError) or text.startswith("NOPERM"):
-        hint = "its user may not do that; Barnabas needs scripts, CLIENT, and all keys under its prefix"
-    elif isinstance(error, ReadOnlyError) or text.startswith("READONLY"):
-        hint = "it is a replica just now, as after a failover; the next try looks for the master again"
-    elif "WRONGTYPE" in text:
-        hint = "one of its keys holds something of somebody else's (barnabas queues names it)"
-    elif isinstance(error, BusyLoadingError):
-        hint = "it is loading its data after a start; that passes"
-    elif text.startswith("OOM") or isinstance(error, kinds.OutOfMemoryError):
-        hint = "it has no memory left (maxmemory)"
-    elif isinstance(error, redis.TimeoutError | TimeoutError):
-        hint = "it did not answer in time; is it overloaded, or the network cut?"
-    elif isinstance(error, redis.ConnectionError | OSError):
-        hint = "it is out of reach; is it running, and are host and port right?"
-    else:
-        hint = "it refused a command"
-    return BackendError(f"{where}: {hint} ({text})")
+    text = str(error)
+    said = text.rpartition(" of pipeline caused error: ")[2]
+    hints = (hint for kind, heads, hint in _HINTS if isinstance(error, kind) or said.startswith(heads))
+    return BackendError(f"{where}: {next(hints, 'it refused a command')} ({text})")
 
 
 open_backend = RedisBackend
