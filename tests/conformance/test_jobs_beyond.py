@@ -207,7 +207,7 @@ def test_nonsense_that_others_stored_is_dead_with_the_reason_and_stops_nobody(pl
     place.drain(app)
     assert seen == [2] and [entry.job.state for entry in jobs(app)] == ["dead"]
     (failure,) = failures(app)
-    assert "not a Sidekiq job" in failure.reason and "$.barnabas" in failure.reason
+    assert "not a Sidekiq job" in failure.reason
 
 
 def test_a_priority_that_others_stored_is_one_where_queues_know_them(place, app):

@@ -245,7 +245,7 @@ def test_a_hook_that_refuses_or_fails_stops_no_other_schedule(place, caplog):
         ("* * * * *", {"overlap": "yes"}, "give True"),
         (b"* * * * *", {}, "no cron line"),
         ("* * * * *", {"tz": ""}, "a time zone"),
-        ("* * * * *", {"name": ""}, "give the schedule a name"),
+        ("* * * * *", {"name": ""}, "printable"),
         ("* * * * *", {"name": "a\nb"}, "printable"),
         ("* * * * *", {"name": "\ud800"}, "printable"),
         ("* * * * *", {"name": "x" * 201}, "printable"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from barnabas.errors import BackendError, DeclarationError
+from barnabas.errors import BackendError, DeclarationError, must
 from barnabas.jobs.beyond import KEPT
 from barnabas.jobs.payload import derived_jid
 from barnabas.message import OutgoingJob
@@ -50,30 +50,28 @@ class Schedule:
         self.note = f"cron:{job.app.name}:{self.name}"
         self.zone: tzinfo = UTC
         self._line, self._every = line, 0
-        if not isinstance(self.name, str) or not self.name.isprintable() or not 0 < len(self.name) <= 200:
-            way_out = "give the schedule a name of up to 200 printable characters, or leave it out for that of the job"
-            self._refuse("name", name, way_out)
-        if on_missed not in POLICIES:
-            self._refuse("on_missed", on_missed, f"give one of {', '.join(POLICIES)}")
+        fits = isinstance(self.name, str) and self.name.isprintable() and 0 < len(self.name) <= 200
+        self._must(fits, "name", name, "give up to 200 printable characters, or leave it out for the name of the job")
+        self._must(on_missed in POLICIES, "on_missed", on_missed, f"give one of {', '.join(POLICIES)}")
         if job.queued:
-            self._refuse("unique", job.lock.kind, "overlap=False keeps the runs of a schedule apart; or declare while_executing")
-        if not isinstance(overlap, bool):
-            self._refuse("overlap", overlap, "give True if a run may begin before the last one has ended, else False")
-        if (line is None) == (every is None):
-            self._refuse("every", every, "give either a cron line or every=timedelta(...)")
-        if job._least > 1:
-            self._refuse("job", job.name, "its function gets no argument, or one, the time of the tick (at: datetime)")
+            way_out = "overlap=False keeps the runs of a schedule apart; or declare while_executing"
+            self._must(False, "unique", job.lock.kind, way_out)
+        way_out = "give True if a run may begin before the last one has ended, else False"
+        self._must(isinstance(overlap, bool), "overlap", overlap, way_out)
+        self._must((line is None) != (every is None), "every", every, "give either a cron line or every=timedelta(...)")
+        way_out = "its function gets no argument, or one, the time of the tick (at: datetime)"
+        self._must(job._least <= 1, "job", job.name, way_out)
         if every is not None:
             fits = isinstance(every, timedelta) and timedelta(seconds=1) <= every <= YEARS and not every.microseconds
-            if not fits or tz is not None:
-                self._refuse("every", every, "give a timedelta of whole seconds, 1 or more, up to 50 years, and no tz")
+            way_out = "give a timedelta of whole seconds, 1 or more, up to 50 years, and no tz"
+            self._must(fits and tz is None, "every", every, way_out)
             self._every = every // timedelta(seconds=1)
             self.text = f"every {every}"
         else:
             self._read("UTC" if tz is None else tz)
 
-    def _refuse(self, option: str, value: Any, way_out: str) -> None:
-        raise DeclarationError(f"cron {self.name!r}: {option}={value!r}: {way_out}")
+    def _must(self, fits: bool, option: str, value: Any, way_out: str) -> None:
+        must(fits, f"cron {self.name!r}", option, value, way_out)
 
     def _read(self, tz: Any) -> None:
         from zoneinfo import ZoneInfo
@@ -85,14 +83,14 @@ class Schedule:
         try:
             self.zone = ZoneInfo(tz)
         except (LookupError, ValueError, TypeError, OSError):
-            self._refuse("tz", tz, 'give a time zone of the IANA database, such as "Europe/Athens"')
+            self._must(False, "tz", tz, 'give a time zone of the IANA database, such as "Europe/Athens"')
         self._sim, self.text = CronSim, f"{self._line} ({tz})"
         try:
             next(self.after(self.job.app.clock.now()))
         except (CronSimError, AttributeError, TypeError) as error:
-            self._refuse("line", self._line, f'it is no cron line ({error}); "*/5 * * * *" is every five minutes')
+            self._must(False, "line", self._line, f'it is no cron line ({error}); "*/5 * * * *" is every five minutes')
         except (StopIteration, OverflowError):
-            self._refuse("line", self._line, "no such time comes within 50 years")
+            self._must(False, "line", self._line, "no such time comes within 50 years")
 
     def after(self, at: float) -> Iterator[float]:
         """The ticks after a time (epoch seconds), without end."""
@@ -122,10 +120,8 @@ class Schedule:
         while True:
             stored = home.note(self.note)
             state = State(self.text, now) if stored is None else _state(stored)
-            state.paused = paused
-            if paused:
-                until = PAUSED
-            else:
+            state.paused, until = paused, PAUSED
+            if not paused:
                 state.last, until = now, self._until(now)
             if home.swap(self.note, stored, msgspec.json.encode(state), until, ()):
                 return

@@ -213,13 +213,6 @@ class More(msgspec.Struct, frozen=True, gc=False):
     batch: str | None = None
     priority: Annotated[int, msgspec.Meta(ge=-10, le=10)] = 0
 
-    def __post_init__(self) -> None:
-        try:
-            for link in self.then:  # anybody can have stored them
-                _link(link)
-        except msgspec.DecodeError as error:
-            raise ValueError(f"what follows it in its chain is no job: {error}") from None
-
 
 class _Link(msgspec.Struct, gc=False):
     """What has to be right of a link of a chain, so that it can become a job."""
@@ -298,6 +291,8 @@ def parse(data: bytes) -> Payload:
     """Read a job's JSON. Raises PayloadError, with the reason, for bytes that are not a job."""
     try:
         payload = _payload(data)
+        for link in payload.more.then if payload.more is not None else ():
+            _link(link)
     except _BROKEN as error:
         raise PayloadError(f"not a Sidekiq job: {error}") from error
     if memoryview(payload.args)[0] != 91:  # "["
