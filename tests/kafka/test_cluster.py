@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from confluent_kafka import TopicPartition
 from servers import need
 
 from barnabas import App
-from barnabas.errors import SendError
+from barnabas.backends.kafka_admin import Change
+from barnabas.errors import BackendError, SendError
 from barnabas.worker import Worker
 
 DEV = [sys.executable, str(Path(__file__).parents[2] / "dev" / "kafka")]
@@ -193,3 +196,27 @@ def test_when_all_brokers_are_away_senders_wait_or_fail_clearly(cluster: Cluster
         load.whole()
         load.check()
     impatient.close()
+
+
+@pytest.mark.slow
+def test_what_a_frozen_broker_keeps_is_not_left_out_in_silence_and_what_was_raised_is_known(cluster: Cluster) -> None:
+    url = f"kafka://{cluster.servers}?prefix={secrets.token_hex(4)}-"
+    app = App("shop", events=url, jobs="memory:", create_topics=True)
+    app.topic("orders", int, partitions=1).send(1).result(30)
+    for n in range(8):  # groups of all three
+        app.events.asker(f"g{n}").commit(offsets=[TopicPartition(f"{app.events.prefix}orders", 0, 1)], asynchronous=False)
+    assert len(app.events.positions()) == 8
+    stale = 0
+    for count in range(2, 32):
+        app.events.apply([Change("raise", "orders", count, count - 1)])
+        stale += app.events.metadata()["orders"] != count
+    cluster.signal(3, signal.SIGSTOP)
+    try:
+        found, deadline = [], time.monotonic() + 40
+        while not found and time.monotonic() < deadline:
+            with suppress(BackendError):
+                found = app.events.positions()
+    finally:
+        cluster.signal(3, signal.SIGCONT)
+        app.close()
+    assert len(found) == 8 and stale < 8  # (another broker may be asked, which has not heard of it)

@@ -6,12 +6,15 @@ import sys
 import threading
 import time
 
+import confluent_kafka as driver
 import pytest
 from test_broker import drain, running, wait_for
 
-from barnabas import inspect, lag, processes
+from barnabas import Delivery, Retry, inspect, lag, processes
 from barnabas.backends import kafka_doors
 from barnabas.backends.kafka_admin import Change
+from barnabas.cli.loading import Wrong
+from barnabas.cli.processes import _pause
 from barnabas.errors import Refused
 from barnabas.processes import Pause
 
@@ -152,3 +155,58 @@ def test_why_a_group_cannot_be_joined_is_one_line(make, caplog) -> None:
         assert "INVALID_SESSION_TIMEOUT" in worker.report()["trouble"]
         assert "works again" not in caplog.text
     assert caplog.text.count("INVALID_SESSION_TIMEOUT") == 1
+
+
+def test_a_group_of_another_client_is_seen_and_not_said_to_be_paused(make) -> None:
+    app = make()
+    topic = app.topic("orders", int, partitions=1)
+    app.consumer(topic, name="read")([].append)
+    topic.send(1).result(10)
+    options = {"bootstrap.servers": app.events.servers, "group.id": f"{app.events.prefix}java", "client.id": "theirs"}
+    theirs = driver.Consumer(options | {"enable.auto.commit": False, "auto.offset.reset": "earliest"})
+    theirs.subscribe([f"{app.events.prefix}orders"])
+    try:
+        message = theirs.poll(20)
+        theirs.commit(message, asynchronous=False)
+        [group] = [each for each in lag.groups(app) if each.group == "java"]
+        assert (group.consumer, group.state, group.processes, group.open) == (None, "ok", ["theirs"], 0)
+        with pytest.raises(Wrong, match=r"no consumer of app 'shop' has the group 'java'.*none would heed"):
+            _pause(app, "java", None)
+        with pytest.raises(Refused, match=r"'java' has members: theirs"):
+            lag.place(app, lag.plan(app, "java", "earliest"))
+    finally:
+        theirs.close()
+    lag.place(app, lag.plan(app, "java", "earliest"))
+    assert [(each.group, each.state, each.open) for each in lag.groups(app)] == [
+        ("java", "stopped", 1), ("shop-read", "never ran", 1),
+    ]  # fmt: skip
+    assert _pause(app, "read", None) == _pause(app, "shop-read", None) == Pause("group", "shop-read")
+
+
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_partitions_that_are_raised_under_a_worker_are_read_from_their_beginning(make, protocol) -> None:
+    app, seen = make(kafka={"group.protocol": protocol, "topic.metadata.refresh.interval.ms": 1000}), []
+    topic = app.topic("orders", int, partitions=1)
+
+    @app.consumer(topic, name="read", retry=Retry(2, backoff=lambda n: 0.05, ordered=False))
+    def read(n: int, delivery: Delivery) -> None:
+        seen.append((n, delivery.attempt))
+        if delivery.attempt == 1:
+            raise ValueError
+
+    more = make(create_topics=False)
+    wider = more.topic("orders", int, partitions=4)
+    more.consumer(wider, name="read", retry=Retry(2, ordered=False))(lambda n: None)
+    with running(app) as worker:
+        topic.send(0).result(10)
+        wait_for(worker.drained, "drained")
+        plan = more.events.plan(more.all_topics())
+        assert {(change.kind, change.topic) for change in plan} == {
+            ("raise", name) for name in ("orders", "orders.dead", "orders.retry.shop-read")
+        }
+        more.events.apply(plan)
+        for n in range(1, 41):  # before the worker has heard of them
+            wider.send(n, partition=n % 4).result(10)
+        wait_for(lambda: {n for n, _ in seen} == {*range(41)}, "read")
+        wait_for(worker.drained, "drained")
+    assert sorted(seen) == [(n, attempt) for n in range(41) for attempt in (1, 2)]

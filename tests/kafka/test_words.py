@@ -1,5 +1,7 @@
 """What is kept beside a committed offset, options, errors: without a broker."""
 
+import asyncio
+import gc
 import random
 import threading
 import time
@@ -249,3 +251,28 @@ def test_who_finds_no_room_for_bytes_is_told_in_time(size: int) -> None:
             app.events.store("shop.control", "k", bytes(size)).result(1)
     app.close()
     assert all(isinstance(future.exception(1), SendError) for future in futures)
+
+
+def test_an_event_loop_waits_no_longer_than_an_instant_for_a_cluster_that_is_away() -> None:
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", send_timeout=0.1)
+
+    async def send() -> float:
+        began = time.monotonic()
+        futures.append(app.topic("orders", int).send(1))
+        return time.monotonic() - began
+
+    futures: list[Any] = []
+    assert asyncio.run(send()) < 1.0
+    app.close()
+    assert isinstance(futures[0].exception(1), SendError)
+
+
+def test_what_could_not_leave_before_the_end_is_counted_in_one_line(caplog) -> None:
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", send_timeout=0.1)
+    topic = app.topic("orders", int)
+    for n in range(3):
+        topic.send(n)
+    topic.send(3)
+    app.close()
+    gc.collect()
+    assert "4 messages could not be stored before the end" in caplog.text and "nobody looked" not in caplog.text

@@ -133,6 +133,11 @@ class _Chunk:
         self.report(error, message)
 
 
+def _purged(error: Any) -> bool:
+    """Whether it was waiting still when its app was closed: one log line says how many were."""
+    return isinstance(error, KafkaError) and error.code() in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)
+
+
 def _row(out: Outgoing, message: Any) -> tuple[Any, ...]:
     topic, _, key, value, headers, timestamp, _ = out
     if type(key) is bytes:
@@ -265,11 +270,11 @@ class KafkaBackend(KafkaDoors):
                 key = as_key(key)
             future.resolve((topic, message.partition(), message.offset(), key, value, headers, round(timestamp * 1000) / 1000))
         else:
-            out[6].fail(self.refusal(error, message.topic()))
+            out[6].fail(self.refusal(error, message.topic()), _purged(error))
 
     def _unseen(self, error: Any, message: Any) -> None:
         """The delivery report of a message without a future."""
-        if error is not None:
+        if error is not None and not _purged(error):
             log.error("a message could not be stored: %s", self.refusal(error, message.topic()))
 
     def refusal(self, error: Any, name: str) -> Exception:

@@ -1,5 +1,6 @@
 """Kafka's topics and stored messages, as the admin client and a reader of its own see them."""
 
+import asyncio
 import functools
 import math
 import re
@@ -164,7 +165,7 @@ class KafkaAdmin:
         topics = list(topics)
         self.declared.update({topic.name: topic for topic in topics})
         if self.create:
-            self.make(topics)
+            self.require(topics)
 
     def missing(self, topics: Iterable[Any], wait: float = PATIENCE) -> tuple[list[tuple[Any, int]], list[tuple[Any, int, int]]]:
         """Those that do not exist, with the partitions they are to have; those whose number differs: (topic, is, declared)."""
@@ -187,13 +188,15 @@ class KafkaAdmin:
         """Refuse to go on without these topics, or with another number of partitions than declared."""
         absent, differ = self.missing(topics, timeout)
         if absent and self.create:
-            self.make([topic for topic, _ in absent])
+            self.create_topics([(topic.name, count, *topic_config(topic)) for topic, count in absent])
         elif absent:
             names = ", ".join(repr(topic.name) for topic, _ in absent)
             self._see([self.prefix + topic.name for topic, _ in absent])
             how = "create what is declared with `barnabas topics apply`, or, in development, run with --create-topics"
             raise UnknownTopic(f"{self.servers} has no topic {names}; {how}")
-        self._refuse_other(differ)
+        for topic, stored, declared in differ:
+            how = "leave partitions out, or change it on purpose: barnabas topics apply"
+            raise DeclarationError(f"topic {topic.name!r}: partitions={declared}, but {self.servers} has it with {stored}; {how}")
 
     def _see(self, names: list[str]) -> None:
         """Raise NotAuthorised if these topics may exist, but are not for this user's eyes."""
@@ -204,18 +207,6 @@ class KafkaAdmin:
                 if error.args[0].code() not in SOON:
                     raise explain(error.args[0], f"topic {name!r}", self) from error
 
-    def _refuse_other(self, differ: list[tuple[Any, int, int]]) -> None:
-        for topic, stored, declared in differ:
-            how = "leave partitions out, or change it on purpose: barnabas topics apply"
-            raise DeclarationError(f"topic {topic.name!r}: partitions={declared}, but {self.servers} has it with {stored}; {how}")
-
-    def make(self, topics: Sequence[Any]) -> None:
-        """Create what is missing of these."""
-        absent, differ = self.missing(topics)
-        self._refuse_other(differ)
-        if absent:
-            self.create_topics([(topic.name, count, *topic_config(topic)) for topic, count in absent])
-
     def create_topics(self, topics: Sequence[tuple[str, int, int, dict[str, str]]]) -> None:
         """Create these (name, partitions, replication or -1, configuration), and wait until they are known."""
         new = [NewTopic(self.prefix + name, count, copies, config=config) for name, count, copies, config in topics]
@@ -225,11 +216,17 @@ class KafkaAdmin:
             except KafkaException as error:
                 if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another process was faster
                     raise explain(error.args[0], f"creating topic {name!r}", self) from error
+        self._until_known({name: 1 for name, _, _, _ in topics})
+        self.names.update({name: self.prefix + name for name, _, _, _ in topics})
+
+    def _until_known(self, counts: Mapping[str, int]) -> None:
+        """Wait until these topics are known, with so many partitions at least: whoever asks next may ask another broker."""
         deadline = time.monotonic() + PATIENCE
-        names = {name for name, _, _, _ in topics}
-        while names - self.metadata().keys() and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            stored = self.metadata()
+            if all(stored.get(name, 0) >= count for name, count in counts.items()):
+                return
             time.sleep(0.01)
-        self.names.update({name: self.prefix + name for name in names})
 
     def plan(self, topics: Iterable[Any]) -> list[Change]:
         """What is to be done so that these are stored as they are declared. Nothing is ever deleted."""
@@ -260,6 +257,7 @@ class KafkaAdmin:
         more = [NewPartitions(self.prefix + c.topic, c.what) for c in changes if c.kind == "raise"]
         if more:
             self.ask("raising partitions", lambda: self.admin.create_partitions(more))
+            self._until_known({c.topic: c.what for c in changes if c.kind == "raise"})
         for change in changes:
             if change.kind == "set":
                 entry = ConfigEntry(change.what, change.more[1], incremental_operation=AlterConfigOpType.SET)
@@ -270,15 +268,14 @@ class KafkaAdmin:
         """A topic's name in Kafka. Raises UnknownTopic if it does not exist; if nobody can say, it may (and is not asked for
         again at once: who sends is not to wait each time)."""
         try:
-            if time.monotonic() > self._blind:
-                self.require([topic], 2.0)
+            if time.monotonic() > self._blind:  # (an event loop is not to wait)
+                self.require([topic], 2.0 if asyncio._get_running_loop() is None else 0.2)
         except BackendError as error:
             if isinstance(error, (NotAuthorised, NotAuthenticated)):
                 raise
             self._blind = time.monotonic() + LOOK
             log.debug("%s", error)
-        name: str = self.prefix + topic.name
-        return name
+        return f"{self.prefix}{topic.name}"
 
     # What is stored.
 

@@ -23,7 +23,6 @@ from barnabas.message import Outgoing
 from barnabas.ports import Position, Process, QueueState, StoredJob
 
 REPORTS, SIGNS = 2.0, 5.0  # seconds between two reports that are stored: changed ones, and signs of life
-TICK = 1.0  # seconds a process waits for its report to be stored
 GONE = 30.0  # seconds of silence after which a process is taken for dead
 ASKERS = 20  # groups whose clients are kept for the next time
 _COMPACT = {"cleanup.policy": "compact", "segment.bytes": str(4 << 20), "min.cleanable.dirty.ratio": "0.1"}
@@ -59,7 +58,7 @@ class KafkaDoors(KafkaAdmin):
 
     def positions(self, groups: str = "") -> list[Position]:
         cut, stored = len(self.prefix), self.metadata()  # first: it hears at once that we are not let in
-        listed = self.ask("the list of groups", lambda: {"": self.admin.list_consumer_groups()})[""].valid
+        listed = self._until_led("the list of groups", self._groups)
         names = sorted(each.group_id for each in listed if each.group_id.startswith(self.prefix + groups))
         everywhere = [(topic, number) for topic, count in stored.items() for number in range(count)]
         answers = {}
@@ -68,7 +67,11 @@ class KafkaDoors(KafkaAdmin):
                 answers[group] = self.committed(group[cut:], everywhere)
                 if len(names) > ASKERS and group[cut:] in self._askers:  # a client has threads and connections
                     self._askers.pop(group[cut:]).close()
-        owners = self._owners(names)
+        owners = {
+            (group, tp.topic, tp.partition): member.client_id
+            for group, about in self._describe(names).items() for member in about.members if member.assignment
+            for tp in member.assignment.topic_partitions
+        }  # fmt: skip
         found = []
         where = {at for answer in answers.values() for at in answer}
         firsts, ends = self.ends(where, OffsetSpec.earliest()), self.ends(where)
@@ -81,14 +84,12 @@ class KafkaDoors(KafkaAdmin):
                 found.append(Position(group[cut:], *at, firsts[at], ends[at], offset, done, attempts, crashes, owner))
         return sorted(found, key=lambda position: position[:3])
 
-    def _owners(self, groups: Sequence[str]) -> dict[tuple[str, str, int], str]:
-        """Which process has what of these groups."""
-        found = {}
-        for group, about in self._describe(groups).items():
-            for member in about.members:
-                for tp in member.assignment.topic_partitions if member.assignment else ():
-                    found[group, tp.topic, tp.partition] = member.client_id
-        return found
+    def _groups(self) -> list[Any]:
+        found = self.admin.list_consumer_groups().result(PATIENCE)
+        if found.errors:  # of brokers that did not answer: theirs would be left out
+            raise KafkaException(found.errors[0])
+        return found.valid  # type: ignore[no-any-return]
+
 
     def _describe(self, groups: Sequence[str]) -> dict[str, Any]:
         found = {}
@@ -244,7 +245,7 @@ class KafkaDoors(KafkaAdmin):
         future = self._say(f"report:{self.name}", json.dumps({"started": self._started, "info": info}))
         future.add_done_callback(Future.exception)  # one that cannot be stored is no reason to end; the next says more
         with suppress(NotYetDurable):
-            future.exception(TICK)
+            future.exception(1.0)
 
     def control(self) -> dict[str, str]:
         return {key: value for key, (value, _) in self._look().items() if not key.startswith("report:")}

@@ -12,6 +12,7 @@ import confluent_kafka as driver
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import OffsetSpec
 
+from barnabas.backends.kafka_admin import PATIENCE
 from barnabas.backends.kafka_options import CONSUMER
 from barnabas.backends.kafka_words import FORGOTTEN, explain, pack, unpack
 from barnabas.backends.shares import close_books, open_account
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("barnabas")
 BUSY = 0.02  # seconds: the longest wait inside the driver, which nothing ends early, while something is in flight
-REQUEST = 10.0  # seconds a request to the coordinator may take
 _AGAIN = {  # a commit that a rebalance was in the way of
     KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.STALE_MEMBER_EPOCH, KafkaError.NOT_COORDINATOR,
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError._WAIT_COORD,
@@ -91,8 +91,7 @@ class KafkaMember:
         self._retries = {home.prefix + t.parent.name: home.prefix + t.name for t in topics if _is_retry(t, group)}
         self._names = [home.prefix + t.name for t in topics if not _is_retry(t, group)]
         self._policy = str(home.options.get("auto.offset.reset", "earliest"))
-        session = home.options.get("session.timeout.ms")
-        self._session = float(session) / 1000 if session is not None else home.session
+        self._session = float(home.options.get("session.timeout.ms", 1000 * home.session)) / 1000
         self._claims: dict[tuple[str, int], Claim] = {}
         self._many = max(1, len(topics[0].app.consumers))  # consumers of this process, which share out memory and wake-ups
         self._ids: dict[str, str] = {}  # of the topics whose offsets ours are
@@ -260,7 +259,7 @@ class KafkaMember:
         """Open the accounts of partitions where their last owner left off; their offsets are set."""
         kept = {}
         try:
-            known = self._consumer.committed(where, timeout=REQUEST)
+            known = self._consumer.committed(where, timeout=PATIENCE)
         except KafkaException as error:
             raise explain(error.args[0], f"the positions of {self.group!r}", self.home) from error
         for stored in known:
@@ -403,7 +402,7 @@ class KafkaMember:
         through."""
         self.home.sources.remove(self)
         consumer, monotonic = self._consumer, self.home.clock.monotonic
-        deadline = monotonic() + REQUEST
+        deadline = monotonic() + PATIENCE
         self._listener.revoked([claim.part for claim in self._claims.values()])
         for claim in self._claims.values():
             claim.behind = []

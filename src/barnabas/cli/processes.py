@@ -97,6 +97,9 @@ def _pause(app: App, name: str, key: str | None) -> Pause:
     if name in names - {*app.consumers, *groups}:
         raise Wrong(f"{name!r} is a queue: say queue:{name}", "barnabas pause --help")
     group = group_of(app, name, groups)
+    heeding = {each.group for each in app.consumers.values()}.union(*(process.groups for process in workers.processes(app)))
+    if hasattr(app.events, "plan") and group not in heeding:  # on Kafka each app has a control topic of its own
+        raise Wrong(f"no consumer of app {app.name!r} has the group {group!r}: none would heed this", "barnabas lag")
     return Pause("group" if key is None else "key", group, key)
 
 
