@@ -16,6 +16,7 @@ from barnabas.errors import DeclarationError, NotYetDurable
 T = TypeVar("T")
 _PENDING: Any = object()
 _LOCK = threading.Lock()  # guards the registration of waiters, of all futures: a rare and short act
+unseen = 0  # sends of this process that failed, and nobody looked at their futures
 
 
 class _Failure:
@@ -31,6 +32,8 @@ class _Failure:
 
     def __del__(self) -> None:
         if not self.seen:
+            global unseen
+            unseen += 1
             self.log.error("a send failed and nobody looked at its future: %s: %s", type(self.error).__name__, self.error)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from barnabas import future
 from barnabas.app import App
 from barnabas.consumer import Consumer
 from barnabas.engine.alone import Gate
@@ -98,7 +99,7 @@ class Worker:
     """The runners of one process. `inline=True` makes crews that nobody drives (tests)."""
 
     def __init__(self, app: App, *, only: Iterable[str] = (), skip: Iterable[str] = (), inline: bool = False) -> None:
-        self.app = app
+        self.app, self._unseen = app, future.unseen
         self.consumers, self.queues = chosen(app, only, skip)
         self.cron = Cron(app, [s for s in app.crons.values() if s.job.queue in self.queues])
         self.batches: Any = None  # jobs.batch.Keeper
@@ -348,13 +349,14 @@ class Worker:
 
     def counts(self) -> dict[str, int]:
         """What it has done since its start: "done", "again", "dead", ...; "overtaken": what it ran
-        when others had taken it back, since this process was cut off or frozen; "work": what it has in work now."""
+        when others had taken it back, since this process was cut off or frozen; "unseen": sends that failed and nobody looked
+        at; "work": what it has in work now."""
         found: dict[str, int] = {}
         for (_, outcome), count in self.app.observers.counts.copy().items():
             name = "again" if outcome == "retry topic" else outcome
             found[name] = found.get(name, 0) + count
-        if overtaken := sum(getattr(home, "overtaken", 0) for home in self.homes):
-            found["overtaken"] = overtaken
+        own = {"overtaken": sum(getattr(home, "overtaken", 0) for home in self.homes), "unseen": future.unseen - self._unseen}
+        found |= {name: count for name, count in own.items() if count}
         found["work"] = sum(len(run.rows) for _, _, run, _ in _running(self.runners))
         return found
 

@@ -10,8 +10,11 @@ import pytest
 
 import barnabas.testing
 from barnabas import App, Batch, Delivery, Message, Reject, Retry, RetryAfter
+from barnabas.cli.process import _line
 from barnabas.engine.observe import Settled
-from barnabas.errors import BarnabasError, DeclarationError
+from barnabas.errors import BarnabasError, DeclarationError, SendError
+from barnabas.future import Future
+from barnabas.worker import Worker
 
 
 class Order(msgspec.Struct):
@@ -595,3 +598,15 @@ def test_who_asks_by_name_is_told_what_to_give(ask):
 def test_the_clock_does_not_go_back():
     with barnabas.testing.run(App("shop")) as t, pytest.raises(DeclarationError, match="seconds=-5: time does not go back"):
         t.clock.advance(-5)
+
+
+def test_a_failed_send_that_nobody_looks_at_is_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    app = App("calls", events="memory:", jobs="memory:")
+    app.job(name="mail")(lambda: None)
+    worker = Worker(app)
+    assert "unseen" not in worker.counts()
+    future = Future[None]()
+    future.fail(SendError("no room"))
+    del future
+    assert "a send failed and nobody looked at its future: SendError: no room" in caplog.text
+    assert worker.counts()["unseen"] == 1 and "1 failed sends" in _line(worker.counts(), 0.0, 0.0)

@@ -199,6 +199,6 @@ def _line(found: dict[str, int], rate: float, seconds: float) -> str:
     parts = [f"{found.get('done', 0):,.0f} done ({rate:,.0f}/s)"]
     if found.get("work"):
         parts.append(f"{found['work']:,.0f} in work")
-    names = (("again", "retries"), ("dead", "dead"), ("skipped", "skipped"), ("dropped", "dropped"), ("overtaken", "overtaken"))
-    parts += [f"{found[name]:,.0f} {word}" for name, word in names if found.get(name)]
+    names = {"again": "retries", "unseen": "failed sends"} | {name: name for name in ("dead", "skipped", "dropped", "overtaken")}
+    parts += [f"{found[name]:,.0f} {word}" for name, word in names.items() if found.get(name)]
     return " · ".join([*parts, f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"])
