@@ -115,10 +115,11 @@ class Load:
 
         self.wait_for(lambda: copies() == {3}, "copies are missing")
 
-    def check(self, twice: int = 0) -> None:
+    def check(self, unsure: int = 0) -> None:
         """What was promised is stored, once, and all of it was handled. (A broker may lose count of a producer's messages, in
         which case the driver gives up on it: those that it had fail, and may be stored nevertheless. Where all were killed at
-        once, the last ones may be there `twice`: so many.)"""
+        once, the last ones may be there twice, or not at all, though a broker said that it had them, without a place: so many
+        are `unsure`.)"""
         self.end.set()
         self.sender.join()
         errors = {n: error for n, future in enumerate(self.futures) if (error := future.exception(60)) is not None}
@@ -131,8 +132,10 @@ class Load:
             stored |= {(number, row[0]): int(row[2]) for row in rows}
         assert not [at for at, value in promised.items() if stored.get(at) != value]
         values = set(stored.values())
-        assert len(stored) - len(values) <= twice
-        assert {m.value for m in kept} <= values <= {m.value for m in kept} | errors.keys()
+        assert len(stored) - len(values) <= unsure
+        assert values <= {m.value for m in kept} | errors.keys()
+        lost = [m for m in kept if m.value not in values]
+        assert len(lost) <= unsure and not [m for m in lost if m.offset >= 0], lost
         self.wait_for(lambda: len(set(self.seen)) == len(values) and self.worker.drained(), "not all is handled")
 
 
@@ -194,7 +197,7 @@ def test_when_all_brokers_are_away_senders_wait_or_fail_clearly(cluster: Cluster
         print(f"\nhandled again {load.flows():.1f} s after the brokers were started")
         assert mark.result(30).value >= 0 and topic.send(3).result(30).value == 3
         load.whole()
-        load.check()
+        load.check(unsure=30)
     impatient.close()
 
 
@@ -212,11 +215,12 @@ def test_what_a_frozen_broker_keeps_is_not_left_out_in_silence_and_what_was_rais
         stale += app.events.metadata()["orders"] != count
     cluster.signal(3, signal.SIGSTOP)
     try:
-        found, deadline = [], time.monotonic() + 40
+        found, deadline = [], time.monotonic() + 120
         while not found and time.monotonic() < deadline:
             with suppress(BackendError):
                 found = app.events.positions()
     finally:
         cluster.signal(3, signal.SIGCONT)
         app.close()
+    print(f"\nall groups are told of {time.monotonic() - deadline + 120:.1f} s after a broker froze")
     assert len(found) == 8 and stale < 8  # (another broker may be asked, which has not heard of it)
