@@ -217,8 +217,10 @@ def test_what_a_frozen_broker_keeps_is_not_left_out_in_silence_and_what_was_rais
     try:
         found, deadline = [], time.monotonic() + 120
         while not found and time.monotonic() < deadline:
+            look = App("look", events=url, jobs="memory:")  # as each command does
             with suppress(BackendError):
-                found = app.events.positions()
+                found = look.events.positions()
+            look.close()
     finally:
         cluster.signal(3, signal.SIGCONT)
         app.close()
