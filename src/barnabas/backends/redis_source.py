@@ -422,12 +422,12 @@ class RedisQueues:
                 done += [f"{number}{tail}" for number in numbers]
                 over += [number for number in numbers if number in self._locked] if self._locked else ()
                 continue
-            if stay := [row for row in result.rows if _target(result, row[0]) in self.home.strange]:
+            ways, strange = {row[0]: _target(result, row[0]) for row in result.rows}, self.home.strange
+            if stay := [row for row in result.rows if ways[row[0]] in strange]:
                 left.append(result._replace(rows=stay))
-            for row in result.rows:
-                if row in stay:
+            for number, target in ways.items():
+                if target in strange:
                     continue
-                number, target = row[0], _target(result, row[0])
                 verdict: Any = others.get(number)
                 finished.append(number)
                 if number in self._locked and not (isinstance(verdict, Again) and verdict.payload is None):
