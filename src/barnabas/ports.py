@@ -61,6 +61,8 @@ class Result(NamedTuple):
 class Listener(Protocol):
     """Who is told that partitions come and go: called inside `fetch`, on the fetch thread."""
 
+    size: int  # deliveries that may be in work at once
+
     def assigned(self, parts: list[Part]) -> None:
         """These partitions are ours from now on."""
 

@@ -144,6 +144,8 @@ def test_no_run_begins_while_the_last_one_has_not_ended(place, caplog):
 
 
 class Nobody:
+    size = 10
+
     def assigned(self, parts): ...
 
     def revoked(self, parts): ...

@@ -88,6 +88,8 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
 class Idle:
     """A listener that takes note."""
 
+    size = 10
+
     def __init__(self) -> None:
         self.gone: list[Part] = []
 
@@ -562,6 +564,22 @@ def test_a_process_that_was_silent_too_long_settles_nothing_of_what_others_took(
     assert client.get("stat:processed") is None
     frozen.close(), watch.close()
     assert client.llen("queue:default") == 4
+
+
+def test_no_more_jobs_that_had_a_crash_are_claimed_than_can_begin(client, apps):
+    app = apps()
+    jobs = [b'{"class":"work","args":[%d],"jid":"j%d","retry":true}' % (n, n) for n in range(30)]
+    client.lpush("queue:default", *jobs)
+    client.hset("barnabas:crashes", mapping={sha1(job).hexdigest(): 1 for job in jobs[2:]})
+    one = source(app)
+    ((part, first),) = one.fetch(100, 0.0)
+    assert [row[2] for row in first] == jobs[:12]  # ten, and those that had none
+    assert client.lrange("queue:default", 0, -1) == jobs[:11:-1]
+    assert one.fetch(100, 0.0) == [] and len(one.work) == 12
+    one.settle([Result(part, first[:5], [], {}, {})])
+    assert len(rows(one.fetch(100, 0.0))) == 3
+    one.close()
+    assert client.lrange("queue:default", 0, -1) == jobs[:4:-1]
 
 
 def test_what_is_given_back_unbegun_keeps_its_crashes(client, apps, hasty):

@@ -169,7 +169,7 @@ if innocent > 0 then redis.call('DEL', key('barnabas:alone:' .. id)) end
 if processed + failed > 0 then count('processed', day, processed + failed) end
 if failed > 0 then count('failed', day, failed) end
 
-local room, sequence, landed = number(), number(), number()
+local room, sequence, landed, few = number(), number(), number(), number() -- few: of those that had crashes
 local settled = processed + failed
 if redis.call('HEXISTS', key('barnabas:workers'), id) == 0 then return {0, settled, {}, {}, {}, ripe} end
 local shut, paused, found, crashed = fits(key('paused'), 'set') and redis.call('SMEMBERS', key('paused')), {}, {}, {}
@@ -193,20 +193,22 @@ for i = 1, number() do
       for _, job in ipairs(got) do jobs[#jobs + 1] = job end
     end
   end
-  room = room - #jobs
   local entries = {}
-  for _, job in ipairs(jobs) do
+  for i, job in ipairs(jobs) do
+    local crashes = counted and redis.call('HGET', key('barnabas:crashes'), redis.sha1hex(job))
+    if crashes then
+      if #crashed == 2 * few and fits(queue, 'list') then -- more could not begin now, and would be in hand at the next crash
+        for _ = i, #jobs do redis.call('RPUSH', queue, table.remove(jobs)) end
+        break
+      end
+      crashed[#crashed + 1] = sequence + 1
+      crashed[#crashed + 1] = tonumber(crashes)
+    end
     sequence = sequence + 1
     entries[#entries + 1] = string.format('%d:', sequence) .. name
     entries[#entries + 1] = job
-    if counted then
-      local crashes = redis.call('HGET', key('barnabas:crashes'), redis.sha1hex(job))
-      if crashes then
-        crashed[#crashed + 1] = sequence
-        crashed[#crashed + 1] = tonumber(crashes)
-      end
-    end
   end
+  room = room - #jobs
   packed('HSET', work, entries)
   found[i] = jobs
 end

@@ -217,7 +217,7 @@ class RedisQueues:
         return found or self._next_suspect()
 
     def _room(self) -> int:
-        if self._closing or self._suspects or self._alone is not None:
+        if self._closing or self._suspects or self._alone is not None or len(self._crashes) >= self._listener.size:
             return 0
         left = sum(len(result.rows) for result in self._left)
         return min(MOST, max(0, self._limit + left - len(self.work))) if left < MOST else 0
@@ -231,13 +231,13 @@ class RedisQueues:
     def _claim(self, room: int, landed: bool, settled: Any = NOTHING, finished: Any = (), back: int = 0) -> Found | None:
         """Settle, and take up to `room` jobs (of those that landed first): one step of the server. None, and nothing is done,
         where a key that settled jobs go to is somebody else's."""
-        home, names = self.home, self._order.next()
-        now = home.clock.now()
+        home, names, now = self.home, self._order.next(), self.home.clock.now()
         today, first = time.strftime("%Y-%m-%d", time.gmtime(now)), home.reserve(room)
         free = {name: 0 if name in self._shut else max(0, min(room, self.parts[name].room)) for name in names}
+        few = max(0, self._listener.size - len(self._crashes))
         sure, self._sure = self._sure, False
         alive, count, shut, jobs, crashes, ripe = home.script(
-            "turn", self.name, now, today, *settled, room, first, int(landed), len(names), *chain(*free.items())
+            "turn", self.name, now, today, *settled, room, first, int(landed), few, len(names), *chain(*free.items())
         )
         self._sure = sure
         if alive < 0:

@@ -46,7 +46,7 @@ class Runner:
     ) -> None:
         self.name, self.clock, self.observers, self.limit, self.grace = name, clock, observers, limit, grace
         self._interval, self._sinks, self._ahead, self._route, self._on_parts = interval, sinks, ahead, route, on_parts
-        self.crews = list(crews)
+        self.crews, self.size = list(crews), sum(crew.size for crew in crews)
         self.error: BaseException | None = None
         self.stopping = self.quiet = False
         self.finished, self.overrun = threading.Event(), threading.Event()
@@ -55,8 +55,7 @@ class Runner:
         self._held: dict[Part, list[Row]] = {}  # fetched, but of paused keys
         self.begins: Callable[[], Any] | None = None
         self.ends: Callable[[], Any] | None = None
-        self._widths = widths or {}
-        self._alone = Alone(self, gate)
+        self._widths, self._alone = widths or {}, Alone(self, gate)
         self._unsettled: list[Result] = []
         self._count, self._settled_at = 0, 0.0
         self.away = ""  # what the backend cannot do, if it cannot
