@@ -18,7 +18,7 @@ import pytest
 import redis
 from servers import RedisServer, shared_redis
 
-from barnabas import App, Reject, RetryAfter, backends, until_executed, until_expired
+from barnabas import App, Rate, Reject, RetryAfter, backends, until_executed, until_expired
 from barnabas.backends import redis_life, redis_outbox
 from barnabas.backends.redis import Where, explain
 from barnabas.backends.redis_source import RedisQueues
@@ -580,6 +580,26 @@ def test_no_more_jobs_that_had_a_crash_are_claimed_than_can_begin(client, apps):
     assert len(rows(one.fetch(100, 0.0))) == 3
     one.close()
     assert client.lrange("queue:default", 0, -1) == jobs[:4:-1]
+
+
+def test_many_that_wait_for_a_rate_and_are_late_do_not_all_come_again_at_once(client, apps):
+    app, ran = apps(), []
+
+    @app.job(limit=Rate(4, per=1.0))
+    def call(n: int):
+        ran.append(n)
+
+    call.enqueue_many((n,) for n in range(60)).result(5)
+    with running(app):
+        until(lambda: client.zcard("schedule") >= 50)
+    waiting, (parked,) = client.zrange("schedule", 0, -1), client.keys("barnabas:parked:*")
+    for jid, said in client.hgetall(parked).items():  # all of them are late, and come in no order
+        client.hset(parked, jid, b" ".join([b"%f" % (time.time() - 5)] * 2 + said.split(b" ", 2)[2:]))
+    client.delete("schedule"), client.lpush("queue:default", *reversed(waiting))
+    with running(app):
+        until(lambda: client.zcard("schedule") >= len(waiting) - 8)
+        dues = [due - time.time() for _, due in client.zrange("schedule", 0, -1, withscores=True)]
+    assert sum(due < 3.0 for due in dues) < 16 and max(dues) > 10.0, dues
 
 
 def test_what_is_given_back_unbegun_keeps_its_crashes(client, apps, hasty):

@@ -125,13 +125,14 @@ local function occupy(needs, now, who, lead)
   end
 end
 
--- When somebody may look again who finds no slot.
-local function turn_of(need, now, before)
+-- When somebody may look again who finds no slot. `before`: when the last of those ahead is due, who may be late: so their number
+-- counts as well, or many who are late would all come again at once, and be late for it.
+local function turn_of(need, now, before, ahead)
   local base, apart = now + 60, 0.01
   if need.span > 0 then
     local oldest = nth(key(need.name .. ':STARTS'), need.most)
     base, apart = oldest and oldest + need.span or now + 0.1, need.span / need.most
-    base = math.max(base, now + 0.01)
+    base = math.max(base, now + 0.01) + math.floor((ahead or 0) / need.most) * need.span
   else
     local hand = tonumber(redis.call('ZRANGEBYSCORE', key(need.name .. ':HANDS'), now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2])
     if hand then base = math.min(base, hand + 0.1) end -- its process may die
@@ -173,8 +174,8 @@ end
 local work, mine, now, answers, soonest = key('barnabas:work:' .. id), key('barnabas:running:' .. id), clock(), {}, ''
 local held, known, calm = fetched(work, fields), fetched(mine, numbers), present(crowds) == 0
 
--- Whether there is no slot, and if so behind whom it waits; how much too early it comes, by its own time. Mostly nobody waits,
--- has a turn, or asks by hand.
+-- Whether there is no slot, and if so behind whom it waits, how much too early it comes, by its own time, and behind how many.
+-- Mostly nobody waits, has a turn, or asks by hand.
 local function crowded(need, jid, created)
   local locked = key(need.name .. ':LOCKED')
   if calm or present(need.crowd) == 0 then
@@ -206,7 +207,7 @@ local function crowded(need, jid, created)
   local left = need.most - ahead - promised(need, now, jid)
   if left > 0 then left = left - wants(need, now) end
   local twin = need.span == 0 and redis.call('HEXISTS', locked, jid) == 1
-  return twin or not vacant(need, left, now), before, early
+  return twin or not vacant(need, left, now), before, early, ahead
 end
 
 for i, job in ipairs(jobs) do
@@ -215,10 +216,10 @@ for i, job in ipairs(jobs) do
   if not payload then
     answer = 0
   elseif #needs > 0 and not known[i] then
-    local full, before, early, of
+    local full, before, early, ahead, of
     for _, need in ipairs(needs) do
-      local is, behind, soon = crowded(need, jid, created)
-      if is and not full then full, before, early, of = true, behind, soon, need end
+      local is, behind, soon, count = crowded(need, jid, created)
+      if is and not full then full, before, early, ahead, of = true, behind, soon, count, need end
     end
     if created == 'inf' then -- it is not to run
       of = nil
@@ -232,7 +233,7 @@ for i, job in ipairs(jobs) do
       end
       occupy(needs, now, sequence, id .. '/')
     elseif of.waits then
-      local due = turn_of(of, now, before)
+      local due = turn_of(of, now, before, ahead)
       local waiting, parked = of.crowd[1], key('barnabas:parked:' .. of.name)
       local at = string.format('%.6f', due + early) -- whose clock moved it too early moves it in time then
       redis.call('ZADD', key('schedule'), at, payload)
