@@ -18,7 +18,7 @@ import pytest
 import redis
 from servers import RedisServer, shared_redis
 
-from barnabas import App, Rate, Reject, RetryAfter, backends, until_executed, until_expired
+from barnabas import App, Concurrent, Rate, Reject, RetryAfter, backends, until_executed, until_expired
 from barnabas.backends import redis_life, redis_outbox
 from barnabas.backends.redis import Where, explain
 from barnabas.backends.redis_source import RedisQueues
@@ -580,6 +580,20 @@ def test_no_more_jobs_that_had_a_crash_are_claimed_than_can_begin(client, apps):
     assert len(rows(one.fetch(100, 0.0))) == 3
     one.close()
     assert client.lrange("queue:default", 0, -1) == jobs[:4:-1]
+
+
+def test_jobs_that_had_a_crash_and_wait_for_a_slot_are_in_nobodys_hand(client, apps):
+    app, ran = apps(threads=2), []
+
+    @app.job(limit=Concurrent(1))
+    def call(n: int):
+        ran.append(n)
+        time.sleep(0.3 if n == 0 else 0.0)
+
+    call.enqueue_many((n,) for n in range(20)).result(5)
+    client.hset("barnabas:crashes", mapping={sha1(job).hexdigest(): 1 for job in client.lrange("queue:default", 0, -2)})
+    with running(app):
+        until(lambda: len(ran) == 20)
 
 
 def test_many_that_wait_for_a_rate_and_are_late_do_not_all_come_again_at_once(client, apps):

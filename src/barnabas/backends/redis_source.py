@@ -269,8 +269,7 @@ class RedisQueues:
 
     def _take(self, queue: str, jobs: Iterable[tuple[int, bytes]], now: float, since: float = 0.0) -> Found:
         part, rows, crashed, before = self.parts[queue], [], self._crashes, len(self.work)
-        marks: dict[int, Any] = {}
-        asks: dict[int, Any] = {}
+        marks, asks = dict[int, Any](), dict[int, Any]()
         if self._guard is not None:
             jobs, asks, marks = self._admit(queue, list(jobs), since or time.monotonic())
         for number, payload in jobs:
@@ -295,8 +294,7 @@ class RedisQueues:
     def _admit(self, queue: str, jobs: list[tuple[int, bytes]], since: float) -> tuple[Any, dict[int, Any], dict[int, Any]]:
         """Take the slots that claimed jobs need, in one step: those jobs that may go on, what they have, and what their rows
         are to say. since: when that was (monotonic seconds), or may have been."""
-        asks: dict[int, Any] = {}
-        marks: dict[int, Any] = {}
+        asks, marks = dict[int, Any](), dict[int, Any]()
 
         def page(some: list[tuple[int, bytes]]) -> list[Any]:
             args: list[Any] = [self.name, queue, 0]
@@ -323,6 +321,7 @@ class RedisQueues:
         for (number, ask), answer in zip(asks.items(), answers, strict=True):
             if answer == 0:
                 gone.add(number)
+                self._crashes.pop(number, None)
             elif answer != 1:
                 marks[number] = marked(ask, text(answer))
             elif ask.created == VAIN:
