@@ -98,7 +98,9 @@ def make_key(owner: str, type_: Any, key: str | Callable[[Any], Any] | None) -> 
     names = field_names(type_)
     if names is not None and key not in names:
         raise DeclarationError(f"{owner}: key={key!r} is not a field of {type_.__name__}; its fields are {', '.join(names)}")
-    get: Callable[[Any], Any] = itemgetter(key) if _is_mapping(type_) else attrgetter(key)
+    origin = typing.get_origin(type_) or type_
+    mapping = origin is None or typing.is_typeddict(type_) or (isinstance(origin, type) and issubclass(origin, dict))
+    get: Callable[[Any], Any] = itemgetter(key) if mapping else attrgetter(key)
     if names is not None and typing.get_type_hints(type_).get(key) is str:
         return get
     return lambda value: as_key(get(value))
@@ -124,8 +126,3 @@ def field_names(type_: Any) -> list[str] | None:
     if issubclass(type_, msgspec.Struct) or hasattr(type_, "__dataclass_fields__") or typing.is_typeddict(type_):
         return list(typing.get_type_hints(type_))
     return None
-
-
-def _is_mapping(type_: Any) -> bool:
-    origin = typing.get_origin(type_) or type_
-    return origin is None or typing.is_typeddict(type_) or (isinstance(origin, type) and issubclass(origin, dict))

@@ -69,13 +69,8 @@ def letters(
     jids = [each for each in addresses if address(each) is None]
     if topic is group is key is None and (jids or not addresses):
         for entry in jobs(app, jids, state="dead", queue=queue, name=name, error=error, since=since):
-            yield of_job(entry)
-
-
-def of_job(entry: Entry) -> Letter:
-    """A dead job."""
-    kind = entry.error.partition(":")[0]
-    return Letter(entry.job.jid, entry.job.queue, entry.name, None, entry.time, entry.runs, entry.error, kind, entry)
+            of, kind = entry.job, entry.error.partition(":")[0]
+            yield Letter(of.jid, of.queue, entry.name, None, entry.time, entry.runs, entry.error, kind, entry)
 
 
 def of_message(names: Mapping[str, str], message: Stored) -> Letter | None:

@@ -60,8 +60,7 @@ class JobInfo(msgspec.Struct, frozen=True):
 def consumer_info(consumer: Consumer) -> ConsumerInfo:
     """A consumer in words."""
     route = consumer.routes(consumer.target)[0]
-    kind = "async" if consumer.awaited else "sync"
-    kind += " batch" if route.params.batch else ""
+    kind = ("async" if consumer.awaited else "sync") + (" batch" if route.params.batch else "")
     topics = [topic.name for topic in consumer.topics]
     return ConsumerInfo(consumer.name, topics, consumer.group, consumer.concurrency, consumer.order, kind)
 
@@ -95,9 +94,8 @@ def check(app: App) -> tuple[list[str], list[str]]:
     warnings = list(app.settings.warnings)
     if not problems and hasattr(app.events, "plan") and app.events.plan(app.all_topics()):
         warnings.append("the topics are not stored as they are declared: barnabas topics plan")
-    for name in app.settings.topics:
-        if name not in app.topics:
-            warnings.append(f"[topics.{name}] in the settings has no effect: {meant(name, app.topics, 'topics')}")
+    strange = [name for name in app.settings.topics if name not in app.topics]
+    warnings += [f"[topics.{name}] in the settings has no effect: {meant(name, app.topics, 'topics')}" for name in strange]
     queues = app.settings.queues
     for job in app.job_handlers.values():
         for queue in dict.fromkeys((job.queue, job.retry_queue or job.queue) if queues is not None else ()):
@@ -117,8 +115,7 @@ def check(app: App) -> tuple[list[str], list[str]]:
             app.events.cell(name, "")
     except BarnabasError as error:  # what a worker refuses as it starts; or out of reach, which was said before
         problems[str(error)] = None
-    idle = [name for name in app.tables if name not in used]
-    warnings += [f"no consumer names table {name!r}: add it to a consumer's tables=[...]" for name in idle]
+    warnings += [f"no consumer names table {name!r}: add it to its tables=[...]" for name in app.tables if name not in used]
     if not app.consumers and not app.job_handlers:
         warnings.append("there is nothing to run: the app has no consumer and no job")
     return list(problems), warnings

@@ -115,7 +115,8 @@ def groups(app: App) -> list[GroupLag]:
         for at in own:
             count, following = unfinished(at, consumer.start if consumer is not None else "earliest")
             stands = state_of(at, following, reads, kinds, owners) if members else "stopped" if begun else "never ran"
-            seconds = _age(app, at, following) if count else 0.0
+            rows = app.events.read(at.topic, at.partition, following, 1) if count else ()  # none where retention was quicker
+            seconds = max(0.0, app.clock.now() - rows[0][4]) if rows and rows[0][4] is not None else 0.0
             parts.append(PartitionLag(group, at.topic, at.partition, at.end, at.offset, count, seconds, at.owner, stands))
         counted = [part for part in parts if part.open or part.state != "not read"] or parts
         found.append(GroupLag(
@@ -124,11 +125,6 @@ def groups(app: App) -> list[GroupLag]:
             max((part.state for part in counted), key=STATES.index), parts,
         ))  # fmt: skip
     return found
-
-
-def _age(app: App, at: Position, offset: int) -> float:
-    rows = app.events.read(at.topic, at.partition, offset, 1)  # none where retention was quicker
-    return max(0.0, app.clock.now() - rows[0][4]) if rows and rows[0][4] is not None else 0.0
 
 
 def members_of(group: str, own: Iterable[Position], running: Iterable[ProcessInfo]) -> list[str]:

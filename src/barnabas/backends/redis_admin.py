@@ -144,20 +144,20 @@ class RedisAdmin:
             for field, payload in sorted([*held.items(), *fresh], key=lambda item: int(item[0].partition(b":")[0])):
                 at = text(field).partition(":")[2]
                 if queue in (None, at):
-                    yield _stored(("work", at, payload), at, None, name, payload)
+                    yield _stored(("work", at, payload), at, name, payload)
         for name in sorted(map(text, self.client.smembers(self.key("processes")) - workers.keys())):  # Ruby's, as it says itself
             pipe = self.client.pipeline(transaction=False).hgetall(self.key(f"{name}:work")).hgetall(self.key(f"{name}:workers"))
             new, old = pipe.execute()
             for at, payload, _ in _running(new or old):
                 if queue in (None, at):
-                    yield _stored(("work", at, payload), at, None, name, payload)
+                    yield _stored(("work", at, payload), at, name, payload)
 
     def _find_ready(self, name: str) -> Iterator[StoredJob]:
         """From the end, where the next one stands; neither what is taken meanwhile nor what comes shifts the rest."""
         start, newest, page = self.script("page", name, "", "", PAGE)
         while page:
             for at, payload in zip(count(start + len(page) - 1, -1), reversed(page), strict=False):
-                yield _stored(("ready", name, payload, at), name, None, None, payload)
+                yield _stored(("ready", name, payload, at), name, None, payload)
             start, newest, page = self.script("page", name, newest, start, PAGE)
 
     def _find_set(self, kind: str, key: str, queue: str | None) -> Iterator[StoredJob]:
@@ -167,9 +167,9 @@ class RedisAdmin:
                 last, same = members[-1][1], []
             same += [payload for payload, at in members if at == last]
             for payload, at in members:
-                name = _queue(payload)
+                name, jid = _names(payload)
                 if queue in (None, name):
-                    yield _stored((kind, name, payload), name, at, None, payload)
+                    yield StoredJob((kind, name, payload), jid, name, kind, at, 0, None, payload)
             start = self._after(self.key(key), last, same)
 
     def _after(self, key: str, last: float, same: list[bytes]) -> int:
@@ -318,16 +318,14 @@ def _running(works: Mapping[bytes, bytes]) -> Iterator[tuple[str, bytes, float]]
             yield str(job["queue"]), (data if isinstance(data, str) else json.dumps(data)).encode(), float(job["run_at"])
 
 
-def _queue(payload: bytes) -> str:
+def _names(payload: bytes) -> tuple[str, str]:
+    """The queue that a job names, and its id."""
     try:
-        return parse(payload).queue
+        said = parse(payload)
     except PayloadError:
-        return ""
+        return "", ""
+    return said.queue, said.jid
 
 
-def _stored(ref: Any, queue: str, at: float | None, owner: str | None, payload: bytes) -> StoredJob:
-    try:
-        jid = parse(payload).jid
-    except PayloadError:
-        jid = ""
-    return StoredJob(ref, jid, queue, ref[0], at, 0, owner, payload)
+def _stored(ref: Any, queue: str, owner: str | None, payload: bytes) -> StoredJob:
+    return StoredJob(ref, _names(payload)[1], queue, ref[0], None, 0, owner, payload)

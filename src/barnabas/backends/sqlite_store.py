@@ -196,16 +196,13 @@ class SqliteStore(SqliteReader):
     def _create(self, db: apsw.Connection, topic: Any) -> list[int]:
         """Create a topic's partitions where they are missing. Keeps what another process created meanwhile."""
         found = [r[0] for r in db.execute("SELECT gid FROM heads WHERE topic = ? AND partition >= 0 ORDER BY gid", (topic.name,))]
-        for partition in range(0 if found else topic.partitions or self._partitions_of(topic)):
+        parent = topic.parent  # of a dead-letter or retry topic: that has as many partitions
+        most = len(self.parts[parent.name]) if parent is not None and parent.name in self.parts else DEFAULT_PARTITIONS
+        for partition in range(0 if found else topic.partitions or most):
             db.execute("INSERT INTO heads (topic, partition) VALUES (?, ?)", (topic.name, partition))
             found.append(db.last_insert_rowid())
         self.parts = {**self.parts, topic.name: found}
         return found
-
-    def _partitions_of(self, topic: Any) -> int:
-        """A dead-letter or retry topic has as many partitions as its source."""
-        parent = topic.parent
-        return len(self.parts[parent.name]) if parent is not None and parent.name in self.parts else DEFAULT_PARTITIONS
 
     def _create_queue(self, db: apsw.Connection, queue: str) -> int:
         row = one(db, "SELECT gid FROM heads WHERE topic = ? AND partition = -1", (queue,))

@@ -150,6 +150,4 @@ def _type(of: Any) -> str:
 
 
 def _value(row: Row) -> str:
-    if row.value is None or row.value == {}:
-        return "-"
-    return f"{draw.text(row.value)} {row.unit}".strip()
+    return "-" if row.value is None or row.value == {} else f"{draw.text(row.value)} {row.unit}".strip()

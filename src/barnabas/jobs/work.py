@@ -134,7 +134,8 @@ class JobHandler:
         if self.timed:
             run.limit = entry.job.timeout
         if entry.hooked:
-            args = (self._delivery(run, row, payload, args), *args)
+            at = payload.created_at or row[4]
+            args = (Delivery(run.part.topic, -1, row[0], payload.jid, args, [], at, payload.attempt, payload.name), *args)
         target = (entry.function, *args)
         guarded = self._guarded and entry.job.guarded
         if payload.more is not None:
@@ -152,10 +153,6 @@ class JobHandler:
         if guarded and entry.job.slots:
             return (_then_async if self.awaited else _then, self.hurry, *target)
         return target
-
-    def _delivery(self, run: Run, row: Row, payload: Payload, args: tuple[Any, ...]) -> Delivery[Any]:
-        at = payload.created_at or row[4]
-        return Delivery(run.part.topic, -1, row[0], payload.jid, args, [], at, payload.attempt, payload.name)
 
     def failed(self, run: Run, row: Row, error: BaseException, now: float, whole: bool) -> None:
         """Write the failure into the job and decide as Sidekiq does: to the retry set, to the dead set, or dropped."""
