@@ -26,6 +26,8 @@ from barnabas.clock import FakeClock
 from barnabas.dead import deal, letters
 from barnabas.engine.observe import Failed
 from barnabas.errors import BackendError, BufferFull, SendError, SettingError
+from barnabas.future import Future
+from barnabas.message import OutgoingJob, note
 from barnabas.ports import Part, Result
 from barnabas.processes import processes
 from barnabas.queues import jobs
@@ -421,6 +423,19 @@ def test_a_refused_write_is_the_futures_error_and_the_next_one_works(client, app
         mail.enqueue_many((n,) for n in range(2500)).result(5)
     mail.options(queue="other").enqueue(1).result(5)
     assert client.llen("queue:other") == 1 and app.jobs.flush(1) == 0
+
+
+def test_a_job_of_which_no_command_can_be_made_fails_alone_and_ends_no_thread(client, apps):
+    home = apps().jobs
+    for _ in range(2):
+        wrong, right = Future[str](), Future[str]()
+        job = OutgoingJob("mail", b"{}", None, "1", None)
+        home.send([job, note("\ud800", b"it is no key", NOW, wrong), OutgoingJob("mail", b"{}", None, "2", right)])
+        until(right.done, 5)  # nobody waits for it, so the thread stores them
+        assert right.result() == "2"
+        with pytest.raises(SendError, match=r"the job was not stored: UnicodeEncodeError: .* surrogates not allowed"):
+            wrong.result()
+    assert client.llen("queue:mail") == 4 and home.flush(1) == 0
 
 
 class Cut(Exception):

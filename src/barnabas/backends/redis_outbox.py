@@ -20,7 +20,7 @@ from redis.exceptions import ConnectionError, ResponseError
 
 from barnabas.backends.redis_admin import SETS
 from barnabas.backends.shares import Room
-from barnabas.errors import SendError
+from barnabas.errors import SendError, told
 from barnabas.jobs.payload import PayloadError, enqueued
 from barnabas.jobs.unique import answer
 from barnabas.message import LockedJob, Member, OutgoingJob
@@ -72,10 +72,6 @@ class Wire:
                 for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                     self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(within), int(within % 1 * 1e6)))
                 self._sock.settimeout(None)
-        self.write(data)
-
-    def write(self, data: bytes) -> None:
-        """Send packed commands on the connection there is."""
         try:
             self._sock.sendall(data)
         except BlockingIOError:
@@ -219,7 +215,7 @@ class Outbox:
                 if not self._pending:
                     return None
                 jobs, deadline, size = self._take()
-            count, commands = len(jobs), self._commands(jobs)
+            count, commands = len(jobs), self._made(jobs)
             self._batch = (commands, deadline, count, size)
         error: Any
         wire = self._wire
@@ -235,7 +231,7 @@ class Outbox:
             raise
         if commands:
             self._again(commands, deadline, error)
-        elif self._failed is not None:
+        elif error is None and self._failed is not None:
             self._failed = None
             log.warning("%s: jobs are stored again", self._home.where.name)
         if not commands:
@@ -278,6 +274,16 @@ class Outbox:
                 gone = 0
         self._gone = gone
         return taken, deadline, size
+
+    def _made(self, jobs: Sequence[OutgoingJob]) -> list[Command]:
+        """The commands that store these; a job of which none can be made is lost by that, and no other."""
+        try:
+            return self._commands(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                self._lose(jobs[0], SendError(f"the job was not stored: {told(error)}"))
+                return []
+        return [command for job in jobs for command in self._made([job])]
 
     def _commands(self, jobs: Sequence[OutgoingJob]) -> list[Command]:
         """The commands that store these."""
