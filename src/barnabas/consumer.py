@@ -9,7 +9,7 @@ from barnabas.engine.handler import Handler, Params, Route, make_route
 from barnabas.engine.hooks import check_hooks, check_takes, refuse_async
 from barnabas.engine.observe import Observers
 from barnabas.engine.respond import RespondTo, respond_to
-from barnabas.errors import DeclarationError, must, refuse_unknown, whole
+from barnabas.errors import DeclarationError, check_seconds, is_text, must, refuse_unknown, whole
 from barnabas.retry import Retry
 from barnabas.settings import QUEUE_NAME
 from barnabas.state.table import Table
@@ -41,11 +41,9 @@ def check_name(owner: str, option: str, name: Any, slashes: bool = False) -> Non
 
 def check_call(owner: str, tags: Any, **seconds: Any) -> None:
     """Refuse tags that are no texts, and what is no number of seconds."""
-    if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) and tag for tag in tags):
-        raise DeclarationError(f"{owner}: tags={tags!r}: give a list of texts")
-    for name, value in seconds.items():
-        fits = value is None or (not isinstance(value, bool) and isinstance(value, int | float) and 0 < value <= 10**9)
-        must(fits, owner, name, value, "give seconds, above 0 and up to 1,000,000,000, or None")
+    fits = isinstance(tags, list | tuple) and all(is_text(tag) and tag for tag in tags)
+    must(fits, owner, "tags", tags, "give a list of texts")
+    check_seconds(owner, **seconds)
 
 
 def check_priority(owner: str, priority: Any) -> None:

@@ -145,6 +145,18 @@ def refuse_unknown(what: str, options: Mapping[str, Any], known: Iterable[str]) 
             raise DeclarationError(f"{what}: unknown option {option}={value!r}; {hint}")
 
 
+def check_seconds(owner: str, **seconds: Any) -> None:
+    """Refuse what is no number of seconds."""
+    for name, value in seconds.items():
+        fits = value is None or (not isinstance(value, bool) and isinstance(value, int | float) and 0 < value <= 10**9)
+        must(fits, owner, name, value, "give seconds, above 0 and up to 1,000,000,000, or None")
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a text that can be stored: half a surrogate pair cannot."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def whole(value: Any) -> bool:
     """Whether it is a whole number; yes and no are none."""
     return isinstance(value, int) and not isinstance(value, bool)

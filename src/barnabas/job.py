@@ -14,7 +14,7 @@ from barnabas.consumer import check_call, check_name, check_priority, check_queu
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.handler import hints_of, refuse_generator
 from barnabas.engine.hooks import check_hooks, check_takes, refuse_async
-from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError, must, refuse_unknown, whole
+from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError, is_text, must, refuse_unknown, whole
 from barnabas.future import Future, gathered, resolved
 from barnabas.jobs.beyond import KEPT, read_outcome
 from barnabas.jobs.limit import Concurrent, limits
@@ -391,7 +391,7 @@ class Job(Calls):
         that follow each other more quickly, the last one runs. The others end as "superseded"."""
         if self.app.job_handlers.get(self.name) is not self:
             raise SendError(f"{self.owner} cannot be debounced: it is run by another program, which would run every call")
-        if not isinstance(key, str) or not key:
+        if not is_text(key) or not key:
             raise SendError(f"{self.owner}: enqueue_debounced({key!r}): give a text that names what is to be done once")
         if self.queued:
             raise SendError(f"{self.owner} cannot be debounced: the first call takes its lock; on_conflict=\"replace\" does it")

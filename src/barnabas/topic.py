@@ -5,6 +5,7 @@ from typing import Any, Generic, Never, TypeVar
 
 from barnabas.codec import as_key, make_codec, make_key
 from barnabas.engine.hand import CURRENT, id_of
+from barnabas.engine.hooks import check_takes
 from barnabas.errors import BarnabasError, DeclarationError, SendError, UnknownTopic, ValueTooLarge, must, refuse_unknown, told
 from barnabas.future import Future, gathered
 from barnabas.message import Headers, Key, Message, Outgoing
@@ -46,8 +47,10 @@ class Topic(Generic[T]):
         self.rekeyed, self.parent = rekeyed, parent
         self.adjust(partitions, retention, limit, keyed)
         self.encode, self.decode = make_codec(owner, type_, codec)
-        if codec == "raw" and isinstance(key, str):
-            raise DeclarationError(f'{owner}: key={key!r}: codec="raw" carries bytes, without fields; give a function of them')
+        way_out = 'codec="raw" carries bytes, without fields; give a function of them'
+        must(codec != "raw" or not isinstance(key, str), owner, "key", key, way_out)
+        if callable(key):
+            check_takes(f"{owner}: key", key, "value")
         self._key = make_key(owner, type_, key)
 
     def __repr__(self) -> str:
@@ -111,7 +114,9 @@ class Topic(Generic[T]):
         except Exception as error:
             raise SendError(f"a value for topic {self.name!r} cannot be encoded: {type(error).__name__}: {error}") from error
         if data is not None and len(data) > self.limit:
-            raise self._too_large(len(data))
+            how = f"send a reference to the data instead, or raise the limit: app.topic({self.name!r}, ..., limit=BYTES)"
+            what = f"a value for topic {self.name!r} has {len(data)} bytes, its limit is {self.limit}"
+            raise ValueTooLarge(f"{what}; {how} or the setting value_limit")
         if headers:
             headers = _checked_headers(headers)
         if partition is not None:
@@ -131,11 +136,6 @@ class Topic(Generic[T]):
             self._count = len(states[0].partitions) if states else partition + 1  # to be created: the sink decides
             if not 0 <= partition < self._count:
                 raise UnknownTopic(f"topic {self.name!r} has no partition {partition}; it has {self._count}, from 0")
-
-    def _too_large(self, size: int) -> ValueTooLarge:
-        how = f"raise the limit: app.topic({self.name!r}, ..., limit=BYTES) or the setting value_limit"
-        what = f"a value for topic {self.name!r} has {size} bytes, its limit is {self.limit}"
-        return ValueTooLarge(f"{what}; send a reference to the data instead, or {how}")
 
     def send(
         self, value: T | None, *, key: Key = None, headers: Headers | None = None, timestamp: float | None = None,

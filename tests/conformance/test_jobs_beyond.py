@@ -277,7 +277,7 @@ def test_tags_are_sidekiqs_and_can_be_searched_for(place, app):
     assert payloads(app, tag="ur") == []
 
 
-@pytest.mark.parametrize("tags", ["mail", [1], [""], 7])
+@pytest.mark.parametrize("tags", ["mail", [1], [""], 7, ["\ud800"]])
 def test_tags_are_texts(app, tags):
     with pytest.raises(DeclarationError, match="give a list of texts"):
         app.job(name="tagged", tags=tags)(lambda n: None)
@@ -342,8 +342,9 @@ def test_calls_that_cannot_be_debounced_are_refused(app):
 
     with pytest.raises(SendError, match="another program"):
         app.foreign_job("HardWorker").enqueue_debounced("k", 1, wait=5)
-    with pytest.raises(SendError, match="give a text"):
-        index.enqueue_debounced("", 1, wait=5)
+    for key in ("", "\ud800"):
+        with pytest.raises(SendError, match="give a text"):
+            index.enqueue_debounced(key, 1, wait=5)
     with pytest.raises(SendError, match=r"enqueue_debounced\(wait='5'\): give seconds"):
         index.enqueue_debounced("k", 1, wait="5")
     with pytest.raises(SendError, match="cannot be enqueued"):
@@ -551,7 +552,7 @@ def test_progress_is_seen_while_the_job_runs(place, app, kind):
     progress(1, 2)  # outside of a job it says nothing
 
 
-NOT_SHOWN = [(float("nan"),), (float("inf"), 2), (True,), ("1", 2), (1, "2"), (None,), (1, 2, 7)]
+NOT_SHOWN = [(float("nan"),), (float("inf"), 2), (True,), ("1", 2), (1, "2"), (None,), (1, 2, 7), (1, 2, "\ud800")]
 
 
 @pytest.mark.parametrize("said", NOT_SHOWN, ids=repr_of)

@@ -281,11 +281,14 @@ def test_wrong_use_is_refused(place, shop):
     for callback in (print, "work", place.app("other").job(lambda: None, name="x"), two, unique, shop.work.then(shop.work)):
         with pytest.raises(DeclarationError, match="on_complete"):
             shop.batch(on_complete=callback)
-    with pytest.raises(DeclarationError, match="description"):
-        shop.batch(description=7)
+    for description in (7, "\ud800"):
+        with pytest.raises(DeclarationError, match="description"):
+            shop.batch(description=description)
     for ask in (shop.batch_status, shop.cancel_batch):
         with pytest.raises(UnknownBatch, match="there is no batch 'b-no'"):
             ask("b-no")
+        with pytest.raises(UnknownBatch, match="there is no batch"):
+            ask("\ud800")
     with pytest.raises(DeclarationError, match=r"batch=7: give what app.batch\(\)"):
         shop.work.options(batch=7)
     assert batch.status().total == 1

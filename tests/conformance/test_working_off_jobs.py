@@ -587,15 +587,18 @@ def test_a_job_enqueued_in_a_handler_leaves_with_it(place, app):
     assert waiting(app)["scheduled"] == 20
 
 
-def test_what_before_enqueue_leaves_must_be_a_job(place):
+SPOILT = {
+    "args": ("x", "`args` must be a list"), "tags": (["\ud800"], "half a surrogate pair"), "jid": (object(), "no JSON form"),
+    "queue": ("", "the queue '', which is no name of one"), "class": (None, "not a Sidekiq job"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", SPOILT)
+def test_what_before_enqueue_leaves_must_be_a_job(place, field):
     app = place.app()
-
-    @app.before_enqueue
-    def spoil(job):
-        job["args"] = "x"
-
-    with pytest.raises(SendError, match=r"'work' cannot be enqueued: .*`args` must be a list"):
-        app.job(lambda n: None, name="work").enqueue(1)
+    app.before_enqueue(lambda job: job.update({field: SPOILT[field][0]}))
+    with pytest.raises(SendError, match=f"'work' cannot be enqueued: .*{SPOILT[field][1]}"):
+        app.job(lambda n: None, name="work").enqueue_in(1, 1)
 
 
 def test_before_enqueue_may_change_or_refuse(place):

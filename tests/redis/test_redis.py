@@ -302,6 +302,11 @@ def test_a_report_that_finds_redis_away_is_an_error_of_ours_and_a_count_that_is_
     server.end()
 
 
+def test_a_name_that_is_no_text_is_an_error_of_ours(client, apps):
+    with pytest.raises(BackendError, match="half a surrogate pair is no text"):
+        apps().job(lambda: None, name="mail", result_ttl=1).outcome("\ud800", 1)
+
+
 @pytest.mark.parametrize("lead", ["", "Command # 1 (HSET NOAUTH x) of pipeline caused error: "])
 @pytest.mark.parametrize(("said", "told"), [("OOM not allowed", "no memory left"), ("NOPERM this user", "may not do this")])
 def test_why_a_command_was_refused_is_told_also_of_one_among_many(lead, said, told):

@@ -131,6 +131,7 @@ REFUSED = {
     "age": (call(Retention, age=0), "age", "0", "seconds above 0"),
     "age of another kind": (call(Retention, age="7d"), "age", "'7d'", "seconds above 0"),
     "age nan": (call(Retention, age=float("nan")), "age", "nan", "seconds above 0"),
+    "key of two": (topic(key=two), "key", "two", "is called with (value), and cannot be"),
     "key of bytes": (topic(codec="raw", key="id"), "key", "'id'", "give a function"),
     "size": (call(Retention, size=-1), "size", "-1", "bytes above 0"),
     "force": (call(Retention, force=1), "force", "1", "True"),

@@ -24,17 +24,19 @@ async def later(n): ...
     ("unique", "why"),
     [
         ("until_executed", r"give while_executing\(\.\.\.\)"),
-        (until_executed("nothing"), r"by='nothing'\): there is no such parameter; it takes \(n: int"),
+        (until_executed("nothing"), r"unique=until_executed: by='nothing': there is no such parameter; it takes \(n: int"),
         (while_executing(by=("n", "nothing")), "by='nothing'"),
         (while_executing(by=()), "name a parameter"),
         (while_executing(by=later), "not an `async def`"),
+        (while_executing(by=lambda n: n), "unique=while_executing: by: <function .*, and cannot be: too many"),
         (until_executed(on_conflict="wait"), "nobody can wait as he enqueues"),
         (until_executing(on_conflict="reschedule"), "holds the lock, too"),
         (until_and_while_executing(on_conflict="nothing"), "give one of raise, reject, replace, log"),
         (while_executing(on_conflict="replace"), "may be done, or at work"),
         (until_expired(on_conflict="replace", ttl=1), "give one of raise, reject, log"),
         (until_expired(ttl=0), "ttl=0"),
-        (until_expired(ttl="1"), "give the seconds"),
+        (until_expired(ttl="1"), "give seconds"),
+        (until_expired(ttl=float("inf")), "up to 1,000,000,000"),
     ],
 )
 def test_what_cannot_be_is_refused(unique, why):

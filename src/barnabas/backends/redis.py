@@ -112,7 +112,7 @@ class RedisBackend(RedisAdmin):
         """The driver's errors become ours. What fails because one of these keys is somebody else's, of another type, is left."""
         try:
             yield
-        except (RedisError, BackendError) as error:
+        except (RedisError, BackendError, UnicodeEncodeError) as error:
             if keys and "WRONGTYPE" in str(error):
                 self.look(*keys)
                 return
@@ -293,6 +293,7 @@ _HINTS: tuple[tuple[Any, tuple[str, ...], str], ...] = (  # by an error's kind, 
      "it refuses user or password; see the URL in the setting jobs"),
     (kinds.NoPermissionError, ("NOPERM",), "its user may not do this: Barnabas needs scripts, CLIENT, all keys of its prefix"),
     (ReadOnlyError, ("READONLY",), "it is a replica just now, as after a failover; the next try looks for the master again"),
+    (UnicodeEncodeError, (), "half a surrogate pair is no text, so no name has one"),
     ((), ("WRONGTYPE",), "one of its keys holds something of somebody else's (barnabas queues names it)"),
     (BusyLoadingError, (), "it is loading its data after a start; that passes"),
     (kinds.OutOfMemoryError, ("OOM",), "it has no memory left (maxmemory)"),

@@ -19,7 +19,7 @@ from typing import Any, Optional
 import msgspec
 
 from barnabas.engine.hand import CURRENT, Hand
-from barnabas.errors import BackendError, DeclarationError, EndedBatch, SendError, UnknownBatch
+from barnabas.errors import BackendError, DeclarationError, EndedBatch, SendError, UnknownBatch, is_text, must
 from barnabas.future import Future
 from barnabas.jobs.beyond import ALL, KEPT, End, in_hand, linked
 from barnabas.jobs.payload import PayloadError, derived_jid, new_jid, parse
@@ -77,7 +77,7 @@ _FILLING: ContextVar[Optional["JobBatch"]] = ContextVar("barnabas_batch", defaul
 
 
 def _find(app: Any, id: str) -> tuple[bytes, Record] | None:
-    stored = app.jobs.note(f"batch:{id}")
+    stored = app.jobs.note(f"batch:{id}") if is_text(id) else None
     return None if stored is None else (stored, _record(stored))
 
 
@@ -331,8 +331,7 @@ class JobBatch:
 
 def new(app: Any, description: str, **callbacks: Any) -> JobBatch:
     """A batch with these callbacks (None: none). Raises DeclarationError for what is no job of this app."""
-    if not isinstance(description, str):
-        raise DeclarationError(f"batch: description={description!r}: give a text")
+    must(is_text(description), "batch", "description", description, "give a text")
     links = {option: _link(app, option, target) for option, target in callbacks.items() if target is not None}
     return JobBatch(app, Record(0.0, description=description, callbacks=links))
 

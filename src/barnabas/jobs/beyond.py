@@ -9,7 +9,7 @@ from typing import Any, Optional
 import msgspec
 
 from barnabas.engine.hand import CURRENT
-from barnabas.errors import BarnabasError
+from barnabas.errors import BarnabasError, is_text
 from barnabas.jobs.payload import More, Payload, PayloadError, build, derived_jid, dumps, hooked, with_more
 from barnabas.message import OutgoingJob, member, note, ranked
 from barnabas.verdict import Again, Done
@@ -89,7 +89,7 @@ def progress(done: float, total: float | None = None, note: str = "") -> None:
     second. Anywhere else it does nothing, so that the function can be called as it is."""
     end = _IN_HAND.get()
     if end is not None and end.tells:
-        if type(note) is not str or not all(type(n) in (int, float) and isfinite(n) for n in (done, total or 0)):
+        if not is_text(note) or not all(type(n) in (int, float) and isfinite(n) for n in (done, total or 0)):
             raise ValueError(f"progress({done!r}, {total!r}, {note!r}): give one or two numbers, and a text")
         end.say(Progress(done, total, note))
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from barnabas.errors import DeclarationError, NoSlot
+from barnabas.engine.hooks import check_takes
+from barnabas.errors import DeclarationError, NoSlot, is_text, must
 
 By = str | Sequence[str] | Callable[..., Any] | None
 WAIT = 60.0  # seconds until a job that waits looks for itself; before that, whoever ends wakes it
@@ -70,12 +71,8 @@ class _Limit(msgspec.Struct, frozen=True, kw_only=True):
         kind = type(self).__name__
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1_000_000:
             raise DeclarationError(f"{kind}({count!r}): give a whole number, 1 to 1,000,000")
-        if self.name is not None and (not isinstance(self.name, str) or not self.name):
+        if self.name is not None and not (is_text(self.name) and self.name):
             raise DeclarationError(f"{kind}(name={self.name!r}): give the name that those have in common who share the limit")
-
-    def need(self, scope: Sequence[Any], name: str) -> Need:
-        """The slot of this limit: of this kind, of the job of this name where the limit has none of its own."""
-        raise NotImplementedError
 
 
 class Rate(_Limit, frozen=True):
@@ -94,6 +91,7 @@ class Rate(_Limit, frozen=True):
             raise DeclarationError(f"Rate(per={self.per!r}): give seconds, above 0 and up to 10,000,000")
 
     def need(self, scope: Sequence[Any], name: str) -> Need:
+        """The slot of this limit: of this kind, of the job of this name where the limit has none of its own."""
         key = digest("barnabas:limit", ["rate", self.per, self.name or ["job", name], scope])
         return slot(key, self.count, self.per + slack(self.per * 1.1))
 
@@ -110,6 +108,7 @@ class Concurrent(_Limit, frozen=True):
         self._check(self.count)
 
     def need(self, scope: Sequence[Any], name: str) -> Need:
+        """As of Rate."""
         key = digest("barnabas:limit", ["at once", self.name or ["job", name], scope])
         return slot(key, self.count, 0.0)
 
@@ -125,18 +124,17 @@ def digest(prefix: str, of: Any) -> str:
 
 
 class Kind:
-    """What `by=` makes of a job's arguments: which kind it is of. refuse(option, way_out) raises what it is declared with."""
+    """What `by=` makes of a job's arguments: which kind it is of. Raises DeclarationError for what does not fit them."""
 
-    def __init__(self, by: By, signature: inspect.Signature, refuse: Callable[[str, str], None]) -> None:
+    def __init__(self, owner: str, by: By, signature: inspect.Signature) -> None:
         self.by, self._signature = by, signature
         names: list[Any] = [by] if isinstance(by, str) else [*by] if isinstance(by, list | tuple) else []
-        if callable(by) and inspect.iscoroutinefunction(by):
-            refuse(f"by={by!r}", "give a plain function, not an `async def`")
-        if by is not None and not callable(by) and not names:
-            refuse(f"by={by!r}", "name a parameter, or leave it out")
+        must(not inspect.iscoroutinefunction(by), owner, "by", by, "give a plain function, not an `async def`")
+        must(by is None or callable(by) or names, owner, "by", by, "name a parameter, or leave it out")
         for name in names:
-            if name not in signature.parameters:
-                refuse(f"by={name!r}", f"there is no such parameter; it takes {signature}")
+            must(name in signature.parameters, owner, "by", name, f"there is no such parameter; it takes {signature}")
+        if callable(by) and all(p.kind is not p.VAR_POSITIONAL for p in signature.parameters.values()):
+            check_takes(f"{owner}: by", by, *signature.parameters)
         plain = [inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD]
         order = {p.name: (at, p.default) for at, p in enumerate(signature.parameters.values()) if p.kind in plain}
         self._places = [order[name] for name in names] if all(name in order for name in names) else None
@@ -161,17 +159,13 @@ class Kind:
 class Limit:
     """A job's declared limit, checked against its parameters."""
 
-    def __init__(self, owner: str, name: str, signature: inspect.Signature, limit: Any, twins: int) -> None:
-        if not isinstance(limit, Rate | Concurrent):
-            raise DeclarationError(f"{owner}: limit={limit!r}: give Rate(count, per=SECONDS), Concurrent(count), or a list")
-
-        def refuse(option: str, way_out: str) -> None:
-            raise DeclarationError(f"{owner}: limit={type(limit).__name__}({option}): {way_out}")
-
+    def __init__(self, owner: str, name: str, signature: inspect.Signature, limit: "Rate | Concurrent", twins: int) -> None:
+        way_out = "give Rate(count, per=SECONDS), Concurrent(count), or a list"
+        must(isinstance(limit, Rate | Concurrent), owner, "limit", limit, way_out)
         self.limit, self.shown = limit, limit.name or name
         self._name = f"{name} {twins}" if twins else name  # customer 7 is not account 7
         self._known = lru_cache(1 << 14, typed=True)(lambda *scope: limit.need(scope, self._name))
-        self._kind = Kind(limit.by, signature, refuse)
+        self._kind = Kind(f"{owner}: limit={type(limit).__name__}", limit.by, signature)
 
     def key(self, args: Sequence[Any]) -> str:
         """Which kind a job with these arguments is of, for people."""
@@ -205,7 +199,7 @@ class Limiter:
         self._owner = f"limiter {name!r}"
         if not isinstance(limit, Rate | Concurrent):
             raise DeclarationError(f"{self._owner}: {limit!r}: give Rate(count, per=SECONDS) or Concurrent(count)")
-        if not isinstance(name, str) or not name or limit.by is not None or limit.name not in (None, name):
+        if not is_text(name) or not name or limit.by is not None or limit.name not in (None, name):
             way_out = "its name, a text, makes it; put the kind into that: app.limiter(f'mail:{customer}', Rate(...))"
             raise DeclarationError(f"{self._owner}: {limit!r}: {way_out}")
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0):

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 
 from barnabas.errors import BarnabasError, own_part, text
+from barnabas.settings import QUEUE_NAME
 
 MAX_DEPTH = 100  # Ruby's parser refuses deeper nesting; the job's own braces and the list of arguments are two of them
 MAX_BYTES = 8 << 20  # of a job: each process that handles it, and each that lists it, holds it whole
@@ -154,9 +155,12 @@ def hooked(hooks: Sequence[Callable[[dict[str, Any]], Any]], payload: bytes, que
     for hook in hooks:
         if hook(fields) is False:
             return None
-    data = msgspec.json.encode(fields)
+    data = dumps(fields)
     parse(data)  # or it would be dead on arrival
-    return data, fields.get("queue", queue)
+    queue = fields.get("queue", queue)
+    if not QUEUE_NAME.fullmatch(queue):
+        raise PayloadError(f"a before_enqueue hook has put it into the queue {queue!r}, which is no name of one")
+    return data, queue
 
 
 def _check(name: str, args: Sequence[Any]) -> None:
@@ -227,10 +231,7 @@ _link = msgspec.json.Decoder(_Link).decode
 
 
 class Payload(
-    msgspec.Struct,
-    frozen=True,
-    gc=False,
-    kw_only=True,
+    msgspec.Struct, frozen=True, gc=False, kw_only=True,
     rename={"name": "class", "raw_created_at": "created_at", "raw_failed_at": "failed_at", "more": "barnabas"},
 ):
     """What a worker needs to know of a job. Unknown keys are skipped here and kept by `failed` and `enqueued`.

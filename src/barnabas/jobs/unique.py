@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from barnabas.errors import BarnabasError, Conflict, DeclarationError, must, told
+from barnabas.errors import BarnabasError, Conflict, check_seconds, must, told
 from barnabas.jobs.limit import By, Kind, Need, digest, slack, slot
 from barnabas.jobs.payload import Failed, PayloadError, failed, parse
 from barnabas.message import LockedJob
@@ -121,6 +121,7 @@ class Lock:
         must(isinstance(unique, Unique), owner, "unique", unique, "give while_executing(...), until_executed(...) or the like")
         self.owner, self._name, self._queue, self._signature = owner, name, queue, signature
         self.kind, self.by, self.on_conflict, self.ttl = unique
+        option = f"{owner}: unique={self.kind}"
         self.queued = self.kind != "while_executing"  # it takes a lock as it is enqueued
         self.runs = self.kind in ("while_executing", "until_and_while_executing")
         self.starts = self.kind in ("until_executing", "until_and_while_executing")
@@ -129,13 +130,9 @@ class Lock:
             why = {"wait": "; nobody can wait as he enqueues", "reschedule": "; one that is scheduled holds the lock, too"}
             why["replace"] = "; the first may be done, or at work"
             hint = why.get(self.on_conflict, "") if isinstance(self.on_conflict, str) else ""
-            self._refuse(f"on_conflict={self.on_conflict!r}", f"give one of {', '.join(possible)}{hint}")
-        if self.ttl is not None and (isinstance(self.ttl, bool) or not isinstance(self.ttl, int | float) or not self.ttl > 0):
-            self._refuse(f"ttl={self.ttl!r}", "give the seconds that the lock lasts")
-        self._kind = Kind(self.by, signature, self._refuse)
-
-    def _refuse(self, option: str, way_out: str) -> None:
-        raise DeclarationError(f"{self.owner}: unique={self.kind}({option}): {way_out}")
+            must(False, option, "on_conflict", self.on_conflict, f"give one of {', '.join(possible)}{hint}")
+        check_seconds(option, ttl=self.ttl)
+        self._kind = Kind(option, self.by, signature)
 
     def key(self, args: Sequence[Any]) -> str | None:
         """The lock for these arguments; None if they are not unique. Raises what `by` raises."""
