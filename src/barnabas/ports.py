@@ -62,6 +62,7 @@ class Listener(Protocol):
     """Who is told that partitions come and go: called inside `fetch`, on the fetch thread."""
 
     size: int  # deliveries that may be in work at once
+    dump: Callable[[], None]  # shows an operator what is in work; from any thread
 
     def assigned(self, parts: list[Part]) -> None:
         """These partitions are ours from now on."""

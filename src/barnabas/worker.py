@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import os
 import sys
@@ -92,7 +93,7 @@ def _running(runners: Iterable[Runner]) -> Iterator[tuple[Crew, int, Any, int]]:
 def _place(run: Any, offset: int) -> str:
     """Where what is in work stands: a message's address, a job's name and id."""
     row = next((row for row in run.rows if row[0] == offset), None) if run.part.partition < 0 else None
-    return f"job {name_of(row)} {row[1]}" if row else f"{run.part.topic}[{run.part.partition}]@{offset}"
+    return repr(f"job {name_of(row)} {row[1]}")[1:-1] if row else f"{run.part.topic}[{run.part.partition}]@{offset}"
 
 
 class Worker:
@@ -202,6 +203,7 @@ class Worker:
         ahead, guard = None if self.inline else 0.05, crews[0].handler.guard or None
         limit = 1000 + sum(crew.size for crew in crews)  # what is done and not settled is to keep no coroutine waiting
         runner = self._runner("jobs", crews, route=route, limit=limit, ahead=ahead, widths=app.settings.concurrency)
+        runner.dump = self.dump
         runner.attach(jobs.queues(self.queues, runner, guard), app.settings.events != app.settings.jobs)
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
@@ -449,6 +451,13 @@ class Worker:
             held.append(f"{runner.name}, at {_place(run, offset)}:\n{self._where(crew, slot)}")
             crew.cancel(slot, run, "release")
         return held
+
+    def dump(self) -> None:
+        """Print to stderr where all threads are, and all coroutines that are in work."""
+        faulthandler.dump_traceback(file=sys.stderr)
+        for crew, slot, run, offset in _running(self.runners):
+            if isinstance(crew, LoopCrew):
+                print(f"\nCoroutine of {_place(run, offset)}:\n{self._where(crew, slot)}", end="", file=sys.stderr, flush=True)
 
     def _where(self, crew: Crew, slot: int) -> str:
         """The stack of a worker from the handler on, innermost last."""

@@ -580,7 +580,7 @@ def test_a_process_that_was_silent_too_long_settles_nothing_of_what_others_took(
     assert "2 jobs were no longer ours when they had ended" in caplog.text and app.jobs.overtaken == 2
     assert client.llen("queue:default") == 4
     again = frozen.fetch(10, 0)
-    assert frozen._listener.gone == parts and [row[2] for row in rows(again)] == [row[2] for row in rows(found)]
+    assert frozen.listener.gone == parts and [row[2] for row in rows(again)] == [row[2] for row in rows(found)]
     assert client.get("stat:processed") is None
     frozen.close(), watch.close()
     assert client.llen("queue:default") == 4
@@ -733,8 +733,9 @@ def test_a_process_that_says_rubbish_of_itself_hides_no_other(client, apps):
 
 def test_a_process_that_is_asked_from_afar_shows_where_it_is(client, url, tmp_path):
     (tmp_path / "shop.py").write_text(
-        "import time\nfrom barnabas import App\napp = App('shop', events='memory:')\n\n"
-        "@app.job\ndef doze_here(n):\n    time.sleep(n)\n"
+        "import asyncio, time\nfrom barnabas import App\napp = App('shop', events='memory:')\n\n"
+        "@app.job\ndef doze_here(n):\n    time.sleep(n)\n\n"
+        "@app.job\nasync def doze_there(n):\n    await doze(n)\n\nasync def doze(n):\n    await asyncio.sleep(n)\n"
     )
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-m", "barnabas", "run", "shop:app", "--jobs", url]
@@ -742,10 +743,13 @@ def test_a_process_that_is_asked_from_afar_shows_where_it_is(client, url, tmp_pa
     app = App("sender", events="memory:", jobs=url)
     try:
         app.foreign_job("doze_here").enqueue(3).result(10)
-        until(lambda: [name for name in client.smembers("processes") if client.hget(name, "busy") == b"1"])
+        jid = app.foreign_job("doze_there").enqueue(3).result(10)
+        until(lambda: [name for name in client.smembers("processes") if client.hget(name, "busy") == b"2"])
         (name,) = client.smembers("processes")
         client.lpush(name + b"-signals", "TTIN")
         until(lambda: 'shop.py", line 7 in doze_here' in (tmp_path / "log").read_text())
+        until(lambda: 'shop.py", line 14, in doze\n' in (tmp_path / "log").read_text())
+        assert f"Coroutine of job doze_there {jid}:\n" in (tmp_path / "log").read_text()
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(20) == 0
     finally:
@@ -772,7 +776,7 @@ def test_hostile_names_do_no_harm(client, url, apps):
 def test_what_is_stored_does_nothing_to_the_terminal_of_who_looks_at_it(client, url, tmp_path):
     code = "from barnabas import App\napp = App('shop', events='memory:')\n@app.job\ndef mail(n): ...\n"
     (tmp_path / "shop.py").write_text(code)
-    hostile = "\x1b]0;x\x07\x1b[2J\x9b31m\r"
+    hostile = "\x1b]0;x\x07\x1b[2J\x9b31m\r\n2026-01-01 00:00:00.000 ERROR   forged"
     client.sadd("queues", "default", f"q{hostile}"), client.lpush("queue:default", rubbish(jid=hostile, **{"class": hostile}))
     client.zadd("dead", {rubbish(jid="d", error_message=hostile, error_class="E", tags=[hostile]): 1.0, hostile: 2.0})
     options = ["--app", "shop:app", "--jobs", url]

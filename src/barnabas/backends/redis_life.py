@@ -5,7 +5,7 @@ import faulthandler
 import json
 import logging
 import os
-import sys
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -160,7 +160,7 @@ class Life:
             self.asked = SIGNALS[signal]
             log.info("%s: asked to %s", self.source.name, self.asked)
         elif signal == b"TTIN":
-            faulthandler.dump_traceback(file=sys.stderr)
+            self.source.listener.dump()
 
     def _sweep(self) -> None:
         """Free the locks of unique jobs that others have deleted, on Sidekiq's web page or by a command: of such as three
@@ -179,7 +179,7 @@ class Life:
                     missed = {each: before.get(each, 0) + 1 for each in locks.items() if each not in stored}
                     waits = (each for each, job in stored.items() if job.state != "work" and STARTS not in job.payload)
                     bare = {each for each in waits if each[0] not in locks}
-                    waiting = home.client.scan_iter(home.key("barnabas:waiting:*"), 1000)
+                    waiting = home.client.scan_iter(re.sub(r"([*?[\]\\])", r"\\\1", home.prefix) + "barnabas:waiting:*", 1000)
                     while names := [text(key).partition("barnabas:waiting:")[2] for key in islice(waiting, 100)]:
                         home.script("rouse", len(names), *names)
                 for lock, jid in [each for each, times in missed.items() if times >= MISSES]:
@@ -201,12 +201,11 @@ class Life:
         """Be seen on Sidekiq's web page: the process, and what it runs."""
         source, key, now = self.source, self.home.key, time.time()
         self._seen = {number: self._seen.get(number, int(now)) for number in self._working()}
-        work = {}
-        for number, since in self._seen.items():
-            queue, payload = source.work.get(number, ("", b""))
-            if queue:
-                job = {"queue": queue, "payload": payload.decode(errors="replace"), "run_at": since}
-                work[f"{number:x}"] = json.dumps(job)
+        running = [(number, since, *source.work.get(number, ("", b""))) for number, since in self._seen.items()]
+        work = {
+            f"{number:x}": json.dumps({"queue": queue, "payload": payload.decode(errors="replace"), "run_at": since})
+            for number, since, queue, payload in running if queue
+        }  # fmt: skip
         size = sum(len(box) // 3 for box in self.home.boxes)
         host, pid, _ = source.name.rsplit(":", 2)
         info = {

@@ -151,7 +151,7 @@ class RedisQueues:
         self.landing = Landing(home, self.name)
         self.parts: dict[str, Part] = {}
         self.life = Life(home, self)
-        self.wake, self._listener = self.landing.wake, listener
+        self.wake, self.listener = self.landing.wake, listener
         self._order = QueueOrder(queues)
         self._claimed: Found = []
         self._ripe: list[str] = []  # batches that are worth a look
@@ -177,7 +177,7 @@ class RedisQueues:
     def _assign(self) -> None:
         self.parts = {queue: Part(queue, -1, at) for at, queue in enumerate(self._order.names)}
         self.life.extend()
-        self._listener.assigned(list(self.parts.values()))
+        self.listener.assigned(list(self.parts.values()))
 
     # Fetching.
 
@@ -386,7 +386,7 @@ class RedisQueues:
         log.warning("%s: this process was silent for too long; what it has not finished goes back to its queues", self.name)
         self._closing = True
         try:
-            self._listener.revoked(list(self.parts.values()))
+            self.listener.revoked(list(self.parts.values()))
             if self.runs & self.home.in_work():  # others are to have its lock only when it has ended
                 log.critical("%s: the locks of unique jobs could not be renewed while they ran; this process ends", self.name)
                 os._exit(1)

@@ -55,6 +55,7 @@ class Runner:
         self._held: dict[Part, list[Row]] = {}  # fetched, but of paused keys
         self.begins: Callable[[], Any] | None = None
         self.ends: Callable[[], Any] | None = None
+        self.dump: Callable[[], None] = lambda: None
         self._widths, self._alone = widths or {}, Alone(self, gate)
         self._unsettled: list[Result] = []
         self._count, self._settled_at = 0, 0.0
