@@ -785,6 +785,7 @@ def test_what_is_stored_does_nothing_to_the_terminal_of_who_looks_at_it(client, 
         said = subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=30)
         text = (said.stdout + said.stderr).decode()
         assert said.returncode == 0 and "\\x1b[2J" in text, text
+        assert not command.startswith("run") or ("forged" in text and "\n2026-01-01" not in text), text
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text), repr(text)
 
 

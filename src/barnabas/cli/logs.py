@@ -14,6 +14,7 @@ from barnabas.errors import own_part
 from barnabas.jobs.work import name_of
 from barnabas.message import offset_of
 
+_ONE_LINE = CONTROLS | {10: "\\n"}  # what others have named is not to look like a line of the log
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "context", "taskName"}
 
 
@@ -62,11 +63,11 @@ class Text(_Own):
         of: dict[str, Any] = {} if record.name == "barnabas" else getattr(record, "context", {})
         record.where = ""
         if record.name == "barnabas":
-            record.message = record.message.translate(CONTROLS)
+            record.message = record.message.translate(CONTROLS if "\n" in str(record.msg) else _ONE_LINE)
         if "topic" in of:
             record.where = f" ({of['consumer']} {of['topic']}[{of['partition']}]@{of['offset']})"
         elif "job" in of:
-            record.where = f" (job {of['job']} {of['jid']})"
+            record.where = f" (job {of['job']} {of['jid']})".translate(_ONE_LINE)
         return super().formatMessage(record)
 
 
