@@ -636,6 +636,16 @@ def test_a_signal_stops_it(shell, number):
     assert f"{number.name}: finishing what is in work, within 2 s" in run.text
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_signal_stops_it_also_while_the_app_is_imported(shell, processes):
+    with (shell.folder / "shop.py").open("a") as code:
+        code.write("import time\nprint('so far', flush=True)\ntime.sleep(1.0)\n")
+    run = shell.start("run", "--processes", processes)
+    run.until("so far")
+    assert run.signal(signal.SIGTERM).end() == 0
+    assert processes == "2" or "SIGTERM: finishing what is in work" in run.text
+
+
 def test_a_stop_that_overruns_says_what_held_it_and_gives_it_back(shell):
     shell.order(1, do="once")
     run = shell.start("run", "--only", "bill")

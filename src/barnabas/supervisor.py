@@ -17,7 +17,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from barnabas.worker import RECYCLE
@@ -96,13 +96,14 @@ class Supervisor:
         self._restart = self._quiet = False
         self._signalled: list[int] = []
 
-    def run(self) -> int:
-        """Supervise until all children have ended for good."""
+    def run(self, came: Iterable[int] = ()) -> int:
+        """Supervise until all children have ended for good. came: signals that others have heard before."""
         before = {number: signal.getsignal(number) for number in FORWARDED}
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:  # nohup
                 # A handler may interrupt anything, also the start of a child: what it means waits for the next step.
                 signal.signal(number, lambda number, frame: self._signalled.append(number))
+        self._signalled[:0] = came
         try:
             while self.alive():
                 self.step()

@@ -35,25 +35,24 @@ class Stopper:
 
     def __init__(self) -> None:
         self.event = threading.Event()
-        self.quiet, self.name = False, ""
+        self.quiet, self.name, self.came = False, "", list[int]()
 
     def asked(self, number: int, frame: FrameType | None = None) -> None:
         """A signal came."""
-        if not self.event.is_set():
+        self.came.append(number)
+        if number == signal.SIGTSTP:
+            self.quiet = True
+        elif not self.event.is_set():
             self.name = signal.Signals(number).name
             self.event.set()
         elif number == signal.SIGINT:
             os._exit(128 + number)
 
-    def hush(self, number: int, frame: FrameType | None = None) -> None:
-        """SIGTSTP came."""
-        self.quiet = True
-
     def install(self) -> None:
         """Listen from now on; a signal that is ignored (nohup) stays so."""
         for number in (*STOPS, signal.SIGTSTP):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self.hush if number == signal.SIGTSTP else self.asked)
+                signal.signal(number, self.asked)
 
 
 def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: Lifeline | None) -> int:

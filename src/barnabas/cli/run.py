@@ -47,8 +47,7 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
     # Before anything else: the supervisor may go while the app is being imported.
     lifeline = None if fd is None else Lifeline(fd, lambda: os.kill(os.getpid(), signal.SIGTERM))
     stopper = Stopper()
-    if child is not None:
-        stopper.install()
+    stopper.install()
     flags = {"create_topics": options.pop("create_topics") or None, "processes": processes}
     app = override(load(target or spec), events=options["events"], jobs=options["jobs"], **flags)
     if child is not None and "group.instance.id" in app.settings.kafka:  # two processes of one name would fence each other
@@ -60,8 +59,7 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
         _announce(app, options["only"], options["skip"])
         if app.settings.processes > 1 or options["reloads"]:
             app.close()  # each process has its own
-            return supervise(app, target or spec, **options)
-    stopper.install()
+            return supervise(app, target or spec, stopper, **options)
     try:
         return alone(app, stopper, lifeline, options["only"], options["skip"], options["drain"])
     finally:
@@ -80,7 +78,7 @@ def alone(app: App, stopper: Stopper, lifeline: Lifeline | None, only: Any, skip
     return code
 
 
-def supervise(app: App, target: str | None, drain: bool, reloads: bool, **given: Any) -> int:
+def supervise(app: App, target: str | None, stopper: Stopper, drain: bool, reloads: bool, **given: Any) -> int:
     """Run workers in processes of their own; `given`: what else the command line said, for each of them."""
     settings = app.settings
     queues = list(chosen(app, given["only"], given["skip"])[1])
@@ -99,7 +97,7 @@ def supervise(app: App, target: str | None, drain: bool, reloads: bool, **given:
     supervisor = Supervisor(spawner(command), settings.processes, reload=reloads, patience=patience, tell=status)
     if reloads:
         _watch(supervisor.restart)
-    code = supervisor.run()
+    code = supervisor.run(stopper.came)
     status(supervisor.counts())
     try:
         _conclude(app, status, queues if drain and code == 0 else [])
