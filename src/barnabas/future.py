@@ -137,7 +137,7 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
         for waiter in waiters or ():
             try:
                 waiter()
-            except Exception:  # what has its outcome is settled, whatever somebody's callback makes of that
+            except (Exception, SystemExit):  # what has its outcome is settled, whatever somebody's callback makes of that
                 import logging
 
                 logging.getLogger("barnabas.send").exception("a callback of a future failed")

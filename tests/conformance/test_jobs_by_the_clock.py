@@ -211,7 +211,8 @@ def test_paused_ticks_pass_without_a_job(place):
         assert len(ticks(app)) == expected
 
 
-def test_a_hook_that_refuses_or_fails_stops_no_other_schedule(place, caplog):
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_a_hook_that_refuses_or_fails_stops_no_other_schedule(place, caplog, error):
     def declare(app):
         for name in ("good", "bad", "refused"):
             app.cron(every=MINUTE)(app.job(lambda at: None, name=name))
@@ -219,7 +220,7 @@ def test_a_hook_that_refuses_or_fails_stops_no_other_schedule(place, caplog):
         @app.before_enqueue
         def look(job):
             if job["class"] == "bad":
-                raise RuntimeError("the hook broke")
+                raise error("the hook broke")
             return job["class"] != "refused"
 
     clock, (app,) = processes(place, 1, declare)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import sys
 import threading
 import time
 import uuid
@@ -11,7 +12,7 @@ import msgspec
 import pytest
 from watching import failures, settled, wait_for, waiting
 
-from barnabas import Reject, RetryAfter
+from barnabas import Concurrent, Reject, RetryAfter
 from barnabas.backends.shares import QueueOrder
 from barnabas.errors import DeclarationError, SendError
 from barnabas.jobs.payload import backtrace, parse
@@ -882,3 +883,25 @@ def test_a_backtrace_is_stored_as_much_as_is_asked_for(place, app, wanted):
     if wanted:
         assert [line.rpartition(":in ")[2] for line in lines] == ["`inner'", "`mail'"][: 2 if wanted is True else 1]
         assert __file__ in lines[0]  # and of what called them, ours, nothing
+
+
+def test_what_runs_between_jobs_ends_nothing_by_its_exit(place, app):
+    seen = []
+
+    def leave(*_):
+        sys.exit("not of the worker")
+
+    app.observe(leave)
+    app.before_enqueue(lambda job: leave() if job["class"] == "refused" else None)
+    good, refused = app.job(name="good")(seen.append), app.job(name="refused")(lambda id: None)
+    kinds = app.job(name="kinds", retry=0, limit=Concurrent(1, by=leave))(seen.append)
+    fails = app.job(name="fails", retry_delay=leave)(lambda n: 1 / 0)
+    with app.batch(on_success=refused) as first:
+        first.enqueue(good, 1)
+    kinds.enqueue(2), fails.enqueue(3)
+    with place.running(app) as worker:
+        wait_for(lambda: first.status().done == 1 and waiting(app)["retry"] == waiting(app)["dead"] == 1, "all have run", worker)
+        with app.batch(on_success=good) as second:
+            second.enqueue(good, 4)
+        wait_for(lambda: second.id in seen, "callbacks still run", worker)
+    assert seen == [1, 4, second.id]

@@ -435,6 +435,7 @@ def test_a_job_of_which_no_command_can_be_made_fails_alone_and_ends_no_thread(cl
     for _ in range(2):
         wrong, right = Future[str](), Future[str]()
         job = OutgoingJob("mail", b"{}", None, "1", None)
+        wrong.add_done_callback(lambda _: sys.exit("of a callback"))
         home.send([job, note("\ud800", b"it is no key", NOW, wrong), OutgoingJob("mail", b"{}", None, "2", right)])
         until(right.done, 5)  # nobody waits for it, so the thread stores them
         assert right.result() == "2"

@@ -65,7 +65,7 @@ class Observers:
         for watcher in self.watchers:
             try:
                 watcher(record)
-            except Exception:
+            except (Exception, SystemExit):  # it may end nothing
                 if id(watcher) not in self._blamed:
                     self._blamed.add(id(watcher))
                     import logging

@@ -422,7 +422,7 @@ class Keeper:
                     look(self._app, self._ripe[0])
                     self._ripe.popleft()
                     moved = True
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # of a hook
                 log.error("batches: trying again: %s", error, exc_info=not isinstance(error, BackendError))
                 self._ripe.rotate(-1)  # others first
         return moved
@@ -436,7 +436,7 @@ class Keeper:
             pause = max(LOOK, (4 if self._missed else 20) * (thread_time() - began))
             if self._led:
                 self._leads(pause + LOOK)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.error("batches: trying again: %s", error, exc_info=not isinstance(error, BackendError))
         self._next = clock.monotonic() + pause
 

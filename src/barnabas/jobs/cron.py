@@ -154,7 +154,7 @@ class Cron:
             try:
                 self._next[schedule] = self._tick(schedule, now)
                 self._troubles.pop(schedule, None)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # of a hook, too
                 self._next[schedule] = now + 1.0
                 if self._troubles.get(schedule) != repr(error):
                     self._troubles[schedule] = repr(error)

@@ -200,7 +200,7 @@ class Guard:
             needs += [need for limit in job.limits if (need := limit.need(args)) is not None]
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None  # nor does that
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # what a handler's may end, the fetch thread's may not
             return Ask((), "", f"in the by= of its {option}=: {told(error)}", payload.jid, 0.0)
         free, since, more = held(data) if lock is not None and lock.starts else "", payload.created_at or 0.0, payload.more
         if more is not None and payload.jid not in job.begun:

@@ -63,7 +63,7 @@ class Entry:
             if wait is None or wait in ("discard", "kill") or type(wait) in (int, float):
                 return wait
             raise TypeError(f"it returned {wait!r}: give seconds, None, 'discard' or 'kill'")
-        except Exception:
+        except BaseException:
             log.exception("%s: retry_delay failed; Sidekiq's own delay is taken", self.job.owner)
             return None
 
