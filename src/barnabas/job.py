@@ -435,7 +435,7 @@ class Enqueued(Future[str], eq=False, gc=False):
         """What the job returned (of a chain: the last one), as Job.outcome."""
         jid = self.result(timeout)
         if jid is None:
-            raise JobFailed(f"{self._last.owner}: a before_enqueue hook refused it")
+            raise JobFailed(f"{self._last.owner}: not enqueued: a hook refused it, or another has its lock (on_conflict=log)")
         for _ in range(self._links):
             jid = derived_jid(jid, 0)
         return self._last.outcome(jid, timeout)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from watching import failures, wait_for, waiting
 
-from barnabas import Reject, progress
+from barnabas import Reject, progress, until_executed
 from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError
 from barnabas.jobs.beyond import how_far
 from barnabas.message import OutgoingJob
@@ -484,6 +484,10 @@ def test_who_waits_is_told_that_a_job_was_dropped_or_refused(place, app):
     place.drain(app)
     with pytest.raises(JobFailed, match="hook refused"):
         refused.outcome(5)
+    one = app.job(result_ttl=60, unique=until_executed(on_conflict="log"), name="one")(first.function)
+    _, second = one.enqueue(1), one.enqueue(1)
+    with pytest.raises(JobFailed, match=r"not enqueued: .* another has its lock \(on_conflict=log\)"):
+        second.outcome(5)
     move(app, list(jobs(app, state="dead")), "ready")
     place.drain(app)
     assert buried.outcome(5) == 2
