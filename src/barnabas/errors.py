@@ -154,7 +154,7 @@ def check_seconds(owner: str, **seconds: Any) -> None:
 
 def is_text(value: Any) -> bool:
     """Whether it is a text that can be stored: half a surrogate pair cannot."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value))
 
 
 def whole(value: Any) -> bool:
