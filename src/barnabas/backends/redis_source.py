@@ -217,7 +217,7 @@ class RedisQueues:
         return found or self._next_suspect()
 
     def _room(self) -> int:
-        if self._closing or self._suspects or self._alone is not None or len(self._crashes) >= self._listener.size:
+        if self._closing or self._suspects or self._alone is not None or len(self._crashes) >= self.listener.size:
             return 0
         left = sum(len(result.rows) for result in self._left)
         return min(MOST, max(0, self._limit + left - len(self.work))) if left < MOST else 0
@@ -234,7 +234,7 @@ class RedisQueues:
         home, names, now = self.home, self._order.next(), self.home.clock.now()
         today, first = time.strftime("%Y-%m-%d", time.gmtime(now)), home.reserve(room)
         free = {name: 0 if name in self._shut else max(0, min(room, self.parts[name].room)) for name in names}
-        few = max(0, self._listener.size - len(self._crashes))
+        few = max(0, self.listener.size - len(self._crashes))
         sure, self._sure = self._sure, False
         alive, count, shut, jobs, crashes, ripe = home.script(
             "turn", self.name, now, today, *settled, room, first, int(landed), few, len(names), *chain(*free.items())
