@@ -66,6 +66,14 @@ def test_the_timestamp_is_now_unless_given(orders):
     assert before - 0.001 <= message.timestamp <= orders.app.clock.now() + 0.001  # Kafka keeps milliseconds
 
 
+def test_the_beginning_of_time_is_no_now(place, orders):
+    sent = [orders.send(Order(n), timestamp=time).result(5) for n, time in enumerate([0.0, 0, 0.0004, -0.0004])]
+    orders.send_many([Message(value=Order(4), timestamp=0.0), Message(value=Order(5), timestamp=0)]).result(5)
+    stored = {m.value.id: m for m in place.stored(orders)}
+    assert [stored[m.value.id] for m in sent] == sent
+    assert [round(stored[n].timestamp, 2) for n in range(6)] == [0.0] * 6
+
+
 def test_send_many_gives_the_count(place, orders):
     assert orders.send_many(Order(i, str(i % 50)) for i in range(5000)).result(10) == 5000
     assert orders.send_many([]).result(5) == 0

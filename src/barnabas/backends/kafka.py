@@ -138,11 +138,16 @@ def _purged(error: Any) -> bool:
     return isinstance(error, KafkaError) and error.code() in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)
 
 
+def _millis(timestamp: float) -> int:
+    """As Kafka keeps it. The driver's 0 is now: 1970 begins a millisecond later."""
+    return round(timestamp * 1000) or 1
+
+
 def _row(out: Outgoing, message: Any) -> tuple[Any, ...]:
     topic, _, key, value, headers, timestamp, _ = out
     if type(key) is bytes:
         key = as_key(key)
-    return (topic, message.partition(), message.offset(), key, value, headers, round(timestamp * 1000) / 1000)
+    return (topic, message.partition(), message.offset(), key, value, headers, _millis(timestamp) / 1000)
 
 
 class KafkaBackend(KafkaDoors):
@@ -230,7 +235,7 @@ class KafkaBackend(KafkaDoors):
             try:
                 topic, partition, key, value, headers, timestamp, _ = out
                 done, where = functools.partial(stored, out), -1 if partition is None else partition
-                produce(names[topic.name], value, key, where, done, done, round(timestamp * 1000), headers or None)
+                produce(names[topic.name], value, key, where, done, done, _millis(timestamp), headers or None)
                 return
             except (KeyError, ValueError, BufferError, KafkaException):  # not as usual: see below
                 pass
@@ -250,8 +255,8 @@ class KafkaBackend(KafkaDoors):
                 name, since = names.get(topic.name) or self.find(topic), 0.0
                 while True:
                     try:
-                        produce(name, value, key, -1 if partition is None else partition, done, done, round(timestamp * 1000),
-                                headers or None)  # fmt: skip
+                        where = -1 if partition is None else partition
+                        produce(name, value, key, where, done, done, _millis(timestamp), headers or None)
                         break
                     except BufferError:
                         since = since or time.monotonic()
@@ -265,10 +270,7 @@ class KafkaBackend(KafkaDoors):
     def _stored(self, out: Outgoing, error: Any, message: Any) -> None:
         """The delivery report of a message with a future."""
         if error is None:
-            topic, _, key, value, headers, timestamp, future = out
-            if type(key) is bytes:
-                key = as_key(key)
-            future.resolve((topic, message.partition(), message.offset(), key, value, headers, round(timestamp * 1000) / 1000))
+            out[6].resolve(_row(out, message))
         else:
             out[6].fail(self.refusal(error, message.topic()), _purged(error))
 
