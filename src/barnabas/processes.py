@@ -58,7 +58,7 @@ def homes(app: App) -> list[Backend]:
 
 
 def processes(app: App) -> list[ProcessInfo]:
-    """All worker processes on the app's backends, also those of other apps; one that is on both is there once."""
+    """All worker processes on the app's backends, also those of other apps (but on Kafka); one that is on both is there once."""
     found: dict[Any, ProcessInfo] = {}
     for home in homes(app):
         asked = home.control()

@@ -18,7 +18,7 @@ LEAVE = 5.0  # seconds that a process needs to stop, beyond its handlers
 
 @command()
 def processes(app: App, as_json: bool) -> None:
-    """List the worker processes, also those of other apps that use the same backends."""
+    """List the worker processes, on SQLite and Redis also those of other apps that use the same."""
     columns = ("process", "app", "state", "up#", "memory#", "done#", "in work#", "groups", "queues")
     draw.listing(as_json, workers.processes(app), columns, lambda p: _row(app, p), "no worker process runs: barnabas run")
 
