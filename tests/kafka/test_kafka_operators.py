@@ -65,6 +65,15 @@ def test_more_dealt_with_than_can_be_kept_is_refused_and_nothing_is_forgotten(ma
     assert [(at.offset, at.done) for at in app.events.positions("shop-dead")] == [(4000, [])]
 
 
+def test_a_consumer_does_not_wait_with_an_operator(make) -> None:
+    app, seen = make(), []
+    topic = app.topic("orders", int, partitions=1)
+    app.consumer(topic, name="read")(seen.append)
+    with app.events._asking, running(app):  # as `positions` and `read` have it while a broker does not answer
+        topic.send(1).result(10)
+        wait_for(lambda: seen == [1], "read")
+
+
 def test_an_idle_process_is_not_silent(make) -> None:
     app, silent = make(session_timeout=3.0), []
     app.consumer(app.topic("orders", int, partitions=1), name="read")(lambda n: None)

@@ -23,6 +23,7 @@ T = TypeVar("T")
 DEFAULT_PARTITIONS = 6
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 PATIENCE = 10.0  # seconds an administrative request may take
+ASKERS = 20  # groups whose clients are kept for the next time: a client has threads and connections
 LOOK = 10.0  # seconds between two looks at the ids of topics
 READER = {"enable.partition.eof": True, "auto.offset.reset": "earliest", "fetch.wait.max.ms": 10}  # a fetch tells the end
 ROOM = 64 * 1024  # bytes that a stored message may have beyond its topic's limit: key, headers, framing
@@ -56,7 +57,10 @@ class KafkaAdmin:
         self._admin: Any = None
         self._reader: Any = None
         self._askers: dict[str, Any] = {}
+        self._doubted = False  # a request was in vain: it is asked anew who answers for a group
+        self._alive = servers
         self._admin_lock = threading.RLock()
+        self._asking = threading.RLock()  # of clients that only operators wait for: consumers are not to wait with them
         self._ids: dict[str, str] = {}  # of topics, as they are called in Kafka
         self.deleted: set[str] = set()
         self._asked_for: dict[str, Any] = {}
@@ -64,10 +68,9 @@ class KafkaAdmin:
 
     def let_go(self) -> None:
         """Close them."""
-        with self._admin_lock:
-            for client in (self._reader, *self._askers.values()):
-                if client is not None:
-                    client.close()
+        with self._admin_lock, self._asking:
+            for client in filter(None, (self._reader, *self._askers.values())):
+                client.close()
             self._admin = self._reader = None
             self._askers = {}
 
@@ -114,11 +117,11 @@ class KafkaAdmin:
                 found = request()
                 self.works()
                 return found
-            except TimeoutError:  # the admin client's future, which goes on waiting longer than we do
-                raise explain(KafkaError(KafkaError._TIMED_OUT), what, self) from None
-            except KafkaException as error:
-                if error.args[0].code() not in SOON or time.monotonic() > deadline:
-                    raise explain(error.args[0], what, self) from error
+            except (KafkaException, TimeoutError) as error:  # (the admin client's future goes on waiting longer than we do)
+                why = error.args[0] if isinstance(error, KafkaException) else KafkaError(KafkaError._TIMED_OUT)
+                if why.code() not in SOON or time.monotonic() > deadline:
+                    self._doubted = True
+                    raise explain(why, what, self) from error
                 time.sleep(0.05)
 
     def metadata(self, timeout: float = PATIENCE) -> dict[str, int]:
@@ -126,16 +129,16 @@ class KafkaAdmin:
         seconds = min(0.5, timeout)
         while True:
             try:
-                found = self.admin.list_topics(timeout=seconds).topics
+                found = self.admin.list_topics(timeout=seconds)
                 break
             except KafkaException as error:
                 self.admin.poll(0)  # it may have heard that it is not let in
                 if self.denied or seconds >= timeout:
                     raise explain(error.args[0], "the list of topics", self) from error
-                seconds, timeout = min(2 * seconds, timeout - seconds), timeout - seconds
-        self.denied = ""
+                seconds, timeout, self._doubted = min(2 * seconds, timeout - seconds), timeout - seconds, True
+        self.denied, self._alive = "", ",".join(f"{broker.host}:{broker.port}" for broker in found.brokers.values())
         cut = len(self.prefix)
-        return {name[cut:]: len(topic.partitions) for name, topic in found.items() if name.startswith(self.prefix)}
+        return {name[cut:]: len(topic.partitions) for name, topic in found.topics.items() if name.startswith(self.prefix)}
 
     def ids(self, names: Iterable[str], wait: bool = False) -> Mapping[str, str]:
         """The ids of topics, those known: a topic that was deleted and made anew has another. Asked for anew every few seconds,
@@ -303,7 +306,7 @@ class KafkaAdmin:
         return [TopicState(name, parts) for name, parts in sorted(found.items())]
 
     def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
-        with self._admin_lock:
+        with self._asking:
             if self._reader is None:
                 self._reader = self.outsider("barnabas-read", **READER)
             reader = self._reader
@@ -334,10 +337,14 @@ class KafkaAdmin:
 
     def asker(self, group: str) -> Any:
         """A consumer of this group that is no member of it, for its positions. (librdkafka 2.16's admin client ends the whole
-        process when a group's coordinator is just moving or loading.)"""
-        with self._admin_lock:
+        process when a group's coordinator is just moving or loading.) Each finds out for itself, in seconds, that a coordinator
+        does not answer: so where one did not, all begin anew, with the brokers that are there."""
+        with self._asking:
+            while self._askers and (self._doubted or (group not in self._askers and len(self._askers) >= ASKERS)):
+                self._askers.popitem()[1].close()
+            self._doubted = False
             if group not in self._askers:
-                self._askers[group] = self.outsider(self.prefix + group)
+                self._askers[group] = self.outsider(self.prefix + group, **{"bootstrap.servers": self._alive})
             return self._askers[group]
 
     def committed(self, group: str, where: Iterable[tuple[str, int]]) -> dict[tuple[str, int], tuple[int, str]]:
@@ -345,7 +352,7 @@ class KafkaAdmin:
         asked = [TopicPartition(self.prefix + topic, number) for topic, number in where]
         if not asked:
             return {}
-        with self._admin_lock:
+        with self._asking:
             found = self._until_led(f"the positions of {group!r}", lambda: self.asker(group).committed(asked, timeout=PATIENCE))
         cut, found = len(self.prefix), [tp for tp in found if tp.offset >= 0 and tp.metadata != FORGOTTEN]
         return {(tp.topic[cut:], tp.partition): (tp.offset, tp.metadata or "") for tp in found}

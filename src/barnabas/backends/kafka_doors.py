@@ -12,9 +12,10 @@ from contextlib import suppress
 from typing import Any
 
 from confluent_kafka import KafkaException, TopicPartition
-from confluent_kafka.admin import OffsetSpec
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from barnabas.backends.kafka_admin import PATIENCE, KafkaAdmin
+from barnabas.backends.kafka_options import COMMON
 from barnabas.backends.kafka_words import FORGOTTEN, MARK, explain, pack, unpack
 from barnabas.backends.shares import HOST, by_partition, check_offset, finished
 from barnabas.errors import NotYetDurable, Refused, UnknownTopic
@@ -24,7 +25,6 @@ from barnabas.ports import Position, Process, QueueState, StoredJob
 
 REPORTS, SIGNS = 2.0, 5.0  # seconds between two reports that are stored: changed ones, and signs of life
 GONE = 30.0  # seconds of silence after which a process is taken for dead
-ASKERS = 20  # groups whose clients are kept for the next time
 _COMPACT = {"cleanup.policy": "compact", "segment.bytes": str(4 << 20), "min.cleanable.dirty.ratio": "0.1"}
 
 
@@ -61,12 +61,7 @@ class KafkaDoors(KafkaAdmin):
         listed = self._until_led("the list of groups", self._groups)
         names = sorted(each.group_id for each in listed if each.group_id.startswith(self.prefix + groups))
         everywhere = [(topic, number) for topic, count in stored.items() for number in range(count)]
-        answers = {}
-        for group in names:
-            with self._admin_lock:
-                answers[group] = self.committed(group[cut:], everywhere)
-                if len(names) > ASKERS and group[cut:] in self._askers:  # a client has threads and connections
-                    self._askers.pop(group[cut:]).close()
+        answers = {group: self.committed(group[cut:], everywhere) for group in names}
         owners = {
             (group, tp.topic, tp.partition): member.client_id
             for group, about in self._describe(names).items() for member in about.members if member.assignment
@@ -90,14 +85,12 @@ class KafkaDoors(KafkaAdmin):
             raise KafkaException(found.errors[0])
         return found.valid  # type: ignore[no-any-return]
 
-
     def _describe(self, groups: Sequence[str]) -> dict[str, Any]:
-        found = {}
-        for group, future in self.admin.describe_consumer_groups(list(groups)).items() if groups else ():
-            try:
+        """(A client that has asked a coordinator before ends the process where that one froze: librdkafka's issue 4605.)"""
+        found, admin = {}, self.client(AdminClient, COMMON, **{"bootstrap.servers": self._alive})
+        for group, future in admin.describe_consumer_groups(list(groups)).items() if groups else ():
+            with suppress(KafkaException):  # it has never been, or is gone since it was listed
                 found[group] = future.result(PATIENCE)
-            except KafkaException:  # it has never been, or is gone since it was listed
-                continue
         return found
 
     def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
@@ -121,7 +114,7 @@ class KafkaDoors(KafkaAdmin):
 
     def _alter(self, group: str, where: list[TopicPartition]) -> None:
         what = f"setting the positions of {group!r}"
-        with self._admin_lock:
+        with self._asking:
             answers = self._until_led(what, lambda: self.asker(group).commit(offsets=where, asynchronous=False))
         for tp in answers:
             if tp.error is not None:
