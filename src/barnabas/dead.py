@@ -160,17 +160,17 @@ class Dealt(msgspec.Struct):
 def original(app: App, letter: Stored) -> Row | str:
     """The message that a dead letter tells of, as a row with its own headers; or why there is none.
 
-    A letter whose value was left out, as too large, gets it from its source topic, if it is still stored there.
+    A letter whose value or headers were left out, as too large, gets them from its source topic, if they are still stored there.
     """
     said = told(letter)
     offset, value = int(said["offset"]), letter.value
-    if "value-left-out" in said:
+    if said.keys() & {"value-left-out", "headers-left-out"}:
         source = (said["topic"], int(said["partition"]), offset)
         stored = find(app.events, *source)
         if stored is None:
-            where = "{}[{}]@{}".format(*source)
-            return f"its value of {said['value-left-out']} bytes was too large to be kept, and {where} is stored no more"
-        value = stored.value
+            what = f"value of {said['value-left-out']} bytes was" if "value-left-out" in said else "headers were"
+            return "its {} too large to be kept, and {}[{}]@{} is stored no more".format(what, *source)
+        value, letter = stored.value, stored
     headers = [(name, data) for name, data in letter.headers if not name.startswith(MARK) or name == ID]
     return offset, letter.key, value, headers, float(said.get("timestamp", letter.timestamp or 0.0))
 

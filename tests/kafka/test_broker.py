@@ -18,7 +18,7 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.admin import NewTopic
 from servers import murmur2
 
-from barnabas import App, Delivery, Message
+from barnabas import App, Delivery, Message, dead
 from barnabas.backends import kafka_admin, kafka_log
 from barnabas.backends.kafka_admin import Change
 from barnabas.backends.kafka_group import KafkaMember
@@ -147,6 +147,31 @@ def test_a_dead_letter_that_the_broker_refuses_as_too_large_goes_without_its_val
     letters.sort(key=lambda letter: letter[1]["barnabas-offset"])
     assert [value for value, _ in letters] == [None, b"y" * 10] and seen == [5000, 10]
     assert letters[0][1]["barnabas-value-left-out"] == b"5000" and letters[0][1]["barnabas-reason"] == b"rejected: bad"
+
+
+def test_a_dead_letter_whose_headers_are_too_large_goes_without_the_long_ones_and_is_retried_with_them(make) -> None:
+    app, seen = make(), []
+    topic = app.topic("orders", int, partitions=1)
+    headers = [("trace", b"abc"), ("note", b"n" * 5000), ("note", b"m" * 70), ("list", b"l" * 1500)]
+
+    @app.consumer(topic, name="read", retry=Retry(0))
+    def read(value: int | None, delivery: Delivery) -> None:
+        seen.append((value, delivery.headers))
+        if len(seen) <= 2:
+            raise ValueError
+
+    app.events.apply([Change("set", "orders.dead", "max.message.bytes", ("", "1500"))])  # as somebody else made it
+    topic.send(7, headers=headers).result(10)
+    topic.send(None, key="k", headers=headers).result(10)
+    drain(app)
+    letters = [(value, dict(headers)) for _, _, value, headers, _ in app.events.read("orders.dead", 0, 0, 10)]
+    assert [(value, said["trace"], said["note"]) for value, said in letters] == [(None, b"abc", b"m" * 70)] * 2
+    assert not any("list" in said for _, said in letters) and letters[0][1]["barnabas-value-left-out"] == b"1"
+    assert 70 < int(letters[0][1]["barnabas-headers-left-out"]) < 1500
+    came = dead.deal(app, list(dead.letters(app)), retry=True)
+    assert (came.done, came.refused) == (2, [])
+    drain(app)
+    assert len(seen) == 4 and sorted(seen[2:], key=repr) == sorted(seen[:2], key=repr) == [(7, headers), (None, headers)]
 
 
 @pytest.mark.parametrize("order", ["partition", "key"])

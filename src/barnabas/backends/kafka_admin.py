@@ -298,12 +298,10 @@ class KafkaAdmin:
         return found if found >= 0 else self.ends([at])[at]
 
     def topics(self) -> list[TopicState]:
-        where = [(name, n) for name, count in self.metadata().items() if not name.startswith("__") for n in range(count)]
+        ats = {name: [(name, n) for n in range(count)] for name, count in self.metadata().items() if not name.startswith("__")}
+        where = [at for own in ats.values() for at in own]
         firsts, ends = self.ends(where, OffsetSpec.earliest()), self.ends(where)
-        found: dict[str, list[tuple[int, int, int]]] = {}
-        for at in sorted(where):
-            found.setdefault(at[0], []).append((firsts[at], ends[at], 0))
-        return [TopicState(name, parts) for name, parts in sorted(found.items())]
+        return [TopicState(name, [(firsts[at], ends[at], 0) for at in own]) for name, own in sorted(ats.items())]
 
     def read(self, topic: str, partition: int, offset: int, limit: int) -> list[Row]:
         with self._asking:

@@ -257,15 +257,12 @@ class KafkaMember:
 
     def _begin(self, where: list[TopicPartition], roots: dict[tuple[str, int], tuple[str, int]]) -> list[Claim]:
         """Open the accounts of partitions where their last owner left off; their offsets are set."""
-        kept = {}
         try:
-            known = self._consumer.committed(where, timeout=PATIENCE)
+            kept = {(tp.topic, tp.partition): tp for tp in self._consumer.committed(where, timeout=PATIENCE)}
+            for failed in (tp for tp in kept.values() if tp.error is not None):
+                raise KafkaException(failed.error)
         except KafkaException as error:
             raise explain(error.args[0], f"the positions of {self.group!r}", self.home) from error
-        for stored in known:
-            if stored.error is not None:
-                raise explain(stored.error, f"the positions of {self.group!r}", self.home)
-            kept[stored.topic, stored.partition] = stored
         ids = self.home.ids({tp.topic for tp in where}, wait=True)
         anew = {tp.topic for tp in where if self._ids.get(tp.topic, ids.get(tp.topic)) != ids.get(tp.topic)}
         for topic in sorted(anew):

@@ -9,6 +9,7 @@ from barnabas.message import Outgoing, OutgoingJob
 from barnabas.ports import Result, Source
 
 Bury = Callable[[Sequence[Result], list[tuple[Any, Exception]]], Sequence[Result]]
+CUT = "barnabas-headers-left-out"  # those of more bytes than it says
 FLUSH = 60.0  # seconds that outputs may take to become durable elsewhere before the checkpoint fails (and is repeated)
 
 
@@ -52,8 +53,8 @@ def checkpoint(source: Source, sinks: Callable[[Any], Any] | None, results: Sequ
 
 def flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> list[tuple[Any, Exception]]:
     """Make these durable, and leave in the list what is not. Each gets a future of its own for this try: the caller's resolves
-    with the last one. What is refused for what it is goes alone, and a dead letter then without its value: it says where that
-    is. Returns what is refused even so, and why."""
+    with the last one. What is refused for what it is goes alone, and a dead letter then without its value, and without what is
+    long of its headers: it says where they are. Returns what is refused even so, and why."""
     tries, alone, failed, refused = [], [], None, list[tuple[Any, Exception]]()
     for output in outputs:
         future: Future[Any] = Future()
@@ -73,7 +74,7 @@ def flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> list[tuple[Any, E
         outputs.append(output)
         if not isinstance(error, MessageRefused):
             failed = failed or (own, error)
-        elif less := output if len(tries) > 1 else without_value(output):
+        elif less := output if len(tries) > 1 else lessened(output):
             alone.append((output, less))  # (Kafka measures what goes in one batch together)
         else:
             refused.append((output, error))
@@ -86,9 +87,15 @@ def flush(sink: Any, outputs: list[Outgoing | OutgoingJob]) -> list[tuple[Any, E
     return refused
 
 
-def without_value(output: Any) -> Outgoing | None:
-    """A dead letter, without its value; None for whatever else."""
+def lessened(output: Any) -> Outgoing | None:
+    """A dead letter with less in it: without its value, then without those of its message's headers (and its traceback) that
+    are longer than half of the longest; None where nothing can go, and for whatever else."""
     topic, partition, key, value, headers, *rest = output
-    if value is None or topic.parent is None or topic.name != topic.parent.dead_topic.name:
+    if topic.parent is None or topic.name != topic.parent.dead_topic.name:
         return None
-    return (topic, partition, key, None, [*headers, ("barnabas-value-left-out", str(len(value)).encode())], *rest)
+    if value is not None:
+        return (topic, partition, key, None, [*headers, ("barnabas-value-left-out", str(len(value)).encode())], *rest)
+    known = [name for name, _ in headers if name.startswith("barnabas-") and name != "barnabas-traceback"]
+    most = max((len(name) + len(data) for name, data in headers if name not in known), default=0) // 2
+    kept = [(name, data) for name, data in headers if name != CUT and (name in known or len(name) + len(data) <= most)]
+    return (topic, partition, key, None, [*kept, (CUT, str(most).encode())], *rest) if most else None
