@@ -15,7 +15,8 @@ from barnabas.ports import Position, TopicState
 from barnabas.processes import ProcessInfo, pauses, processes, state
 
 # From well to worst, as the state of a group is that of its worst partition.
-STATES = ("ok", "quiet", "stopping", "keys paused", "retrying", "waiting", "not read", "paused", "silent", "stopped", "never ran")
+_LIVING = ("ok", "quiet", "stopping", "keys paused", "retrying", "waiting", "not read", "paused", "troubled")
+STATES = (*_LIVING, "silent", "stopped", "never ran")
 
 
 class PartitionLag(msgspec.Struct, frozen=True):
@@ -26,7 +27,8 @@ class PartitionLag(msgspec.Struct, frozen=True):
 
     "ok"; "quiet", "stopping" (its process takes no new messages); "keys paused"; "retrying" (the next message has failed
     before); "waiting" (for a process of the group to take it); "not read" (the consumer names the topic no more); "paused";
-    "silent" (its process gives no sign of life); "stopped" (the group has no process); "never ran".
+    "troubled" (its process says of what: `barnabas processes`); "silent" (its process gives no sign of life); "stopped" (the
+    group has no process); "never ran".
     """
 
     group: str

@@ -88,12 +88,12 @@ def _info(process: Process, asked: str | None) -> ProcessInfo:
 
 
 def state(process: ProcessInfo, session: float) -> str:
-    """ "ok", "quiet", "stopping", or "silent" (no sign of life for half a session of so many seconds)."""
+    """ "ok", "troubled", "quiet", "stopping", or "silent" (no sign of life for half a session of so many seconds)."""
     if process.silent > session / 2:
         return "silent"
     if process.asked == "stop":
         return "stopping"
-    return "quiet" if process.quiet or process.asked == "quiet" else "ok"
+    return "quiet" if process.quiet or process.asked == "quiet" else "troubled" if process.trouble else "ok"
 
 
 def ask(app: App, process: ProcessInfo, what: str) -> None:

@@ -65,6 +65,33 @@ def test_more_dealt_with_than_can_be_kept_is_refused_and_nothing_is_forgotten(ma
     assert [(at.offset, at.done) for at in app.events.positions("shop-dead")] == [(4000, [])]
 
 
+def test_a_dead_letter_that_no_broker_takes_is_seen_and_goes_when_it_can(make, monkeypatch, caplog) -> None:
+    app = make()
+    monkeypatch.setattr(kafka_doors, "REPORTS", 0.0)
+    topic = app.topic("orders", int, partitions=1)
+
+    @app.consumer(topic, name="read", retry=Retry(0))
+    def read(n: int) -> None:
+        raise ValueError
+
+    def allow(size: int) -> None:
+        app.events.apply([Change("set", "orders.dead", "max.message.bytes", ("", str(size)))])
+
+    def stands(worker) -> str:
+        app.events.report(worker.report())
+        return lag.groups(app)[0].state
+
+    allow(100)
+    with running(app) as worker:
+        topic.send(1).result(10)
+        wait_for(lambda: stands(worker) == "troubled", "seen")
+        assert "'orders.dead' is larger" in processes.processes(app)[0].trouble
+        allow(100_000)
+        wait_for(lambda: stands(worker) == "ok" and app.events.read("orders.dead", 0, 0, 10), "gone")
+    said = [record.getMessage() for record in caplog.records if "orders.dead" in record.getMessage()]
+    assert len(said) == 1 and "raise the topic's max.message.bytes" in said[0], said
+
+
 def test_a_consumer_does_not_wait_with_an_operator(make) -> None:
     app, seen = make(), []
     topic = app.topic("orders", int, partitions=1)
