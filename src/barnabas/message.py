@@ -42,8 +42,7 @@ def offset_of(row: Any) -> int:
 
 
 class Message(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
-    """One message of a topic; partition and offset are -1 until it is stored (the offset also where Kafka had it from an
-    earlier try, and cannot say it). Timestamp in epoch seconds."""
+    """One message of a topic; partition and offset are -1 until it is stored. Timestamp in epoch seconds."""
 
     topic: str = ""
     value: T

@@ -27,6 +27,12 @@ def at_work(shop: Shop, workers: int = 2, senders: int = 2) -> tuple[list, list]
     return team, sending
 
 
+def rests(path: Path) -> bool:
+    size = path.stat().st_size
+    time.sleep(1.0)
+    return path.stat().st_size == size
+
+
 def everywhere(shop: Shop, word: str, kinds: str = "worker sender") -> bool:
     return all(word in shop.log(f"{kind}{n}") for kind in kinds.split() for n in range(2))
 
@@ -70,6 +76,7 @@ def test_deleted(shop: Shop, what: str) -> None:
             path.unlink()
     until(lambda: everywhere(shop, "deleted or moved away"), "everybody to notice")
     assert not shop.path.exists() and all(process.poll() is None for process in shop.team)
+    until(lambda: rests(shop.witness), "handlers to end that had work of it")  # they say so, and their offsets are of that file
     lost = shop.ids("acked")  # with the file
     if what == "folder":
         shop.path.parent.mkdir()

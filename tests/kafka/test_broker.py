@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import confluent_kafka as driver
 import pytest
@@ -66,6 +67,29 @@ def test_a_missing_topic_fails_its_send_at_once_and_a_start_in_a_sentence(make) 
     with pytest.raises(UnknownTopic, match=r"'orders', 'orders\.dead', 'orders\.retry\.shop-read'.*--create-topics"):
         Worker(app).start()
     assert time.monotonic() - began < 5
+
+
+def test_a_message_that_the_broker_says_it_has_but_not_where_counts_as_failed(make, monkeypatch) -> None:
+    app = make()
+    topic = app.topic("orders", int)
+    topic.send(1).result(30)
+    real = app.events._producer
+
+    class Doubtful:
+        def __len__(self) -> int:
+            return len(real)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+        def produce(self, name, value, key, where, done, *rest) -> None:
+            done(None, SimpleNamespace(topic=lambda: name, partition=lambda: 0, offset=lambda: 7 if value == b"3" else -1))
+
+    monkeypatch.setattr(app.events, "_producer", Doubtful())
+    for future in (topic.send(2), topic.send_many([2, 3]), topic.send_many([3, 2])):
+        with pytest.raises(SendError, match=r"'orders': .* says that it has it already, and not where.*send it again"):
+            future.result(5)
+    assert topic.send_many([3, 3]).result(5)
 
 
 def test_topics_are_planned_and_applied(make) -> None:

@@ -115,7 +115,7 @@ class _Chunk:
 
     def report(self, error: Any, message: Any) -> None:
         """One of them has its outcome."""
-        if error is not None:
+        if error is not None or message.offset() < 0:
             self.error = self.home.refusal(error, message.topic())
         if next(self.stored) == self.count:
             if self.future is None:
@@ -269,21 +269,24 @@ class KafkaBackend(KafkaDoors):
 
     def _stored(self, out: Outgoing, error: Any, message: Any) -> None:
         """The delivery report of a message with a future."""
-        if error is None:
+        if error is None and message.offset() >= 0:
             out[6].resolve(_row(out, message))
         else:
             out[6].fail(self.refusal(error, message.topic()), _purged(error))
 
     def _unseen(self, error: Any, message: Any) -> None:
         """The delivery report of a message without a future."""
-        if error is not None and not _purged(error):
+        if (error is not None or message.offset() < 0) and not _purged(error):
             log.error("a message could not be stored: %s", self.refusal(error, message.topic()))
 
     def refusal(self, error: Any, name: str) -> Exception:
         """Why a message could not be stored."""
+        name = name.removeprefix(self.prefix)
+        if error is None:  # seen where all brokers were killed, and where one by one was restarted: it was not stored
+            said = f"{self.servers} says that it has it already, and not where, so it may be stored or not"
+            return SendError(f"a message for topic {name!r}: {said}; send it again where once more does no harm")
         if not isinstance(error, KafkaError):
             return error  # type: ignore[no-any-return]
-        name = name.removeprefix(self.prefix)
         if error.code() in (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART):
             self.names.pop(name, None)
         if error.code() == KafkaError._FATAL and self.line is not None and self.line.fatal:

@@ -72,6 +72,10 @@ class Wire:
                 for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                     self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(within), int(within % 1 * 1e6)))
                 self._sock.settimeout(None)
+        self.write(data)
+
+    def write(self, data: bytes) -> None:
+        """Send packed commands on the connection there is."""
         try:
             self._sock.sendall(data)
         except BlockingIOError:

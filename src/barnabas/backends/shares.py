@@ -175,8 +175,7 @@ def by_partition(letters: Iterable[tuple[str, int, int, Any]]) -> dict[tuple[str
 
 def by_target(outputs: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     """Messages and jobs apart."""
-    messages: list[Any] = []
-    jobs: list[Any] = []
+    messages, jobs = list[Any](), list[Any]()
     for output in outputs:
         (messages if len(output) == 7 else jobs).append(output)
     return messages, jobs

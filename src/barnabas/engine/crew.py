@@ -292,9 +292,7 @@ class Crew:
     def decode_each(self, run: Run, rows: Sequence[Row]) -> tuple[list[Any], list[Row], list[tuple[Row, BaseException]]]:
         """Decode what can be decoded; the values and their rows, and the others with their errors."""
         decode = self.handler.decoder(run.part.topic)
-        values: list[Any] = []
-        kept: list[Row] = []
-        bad: list[tuple[Row, BaseException]] = []
+        values, kept, bad = list[Any](), list[Row](), list[tuple[Row, BaseException]]()
         for row in rows:
             try:
                 values.append(decode(row[2]))
