@@ -206,8 +206,7 @@ class Topic(Generic[T]):
             at = f"stored at {self.name}[{partition}]@{offset}, and no {self.type!r}"
             raise BarnabasError(f"what was sent is {at} ({told(error)}): handlers that read it as one let it die") from error
         return Message(
-            topic=self.name, value=value, key=key, headers=headers or (), timestamp=timestamp, partition=partition,
-            offset=-1 if offset is None else offset,  # a broker that has it from an earlier try does not say where
+            topic=self.name, value=value, key=key, headers=headers or (), timestamp=timestamp, partition=partition, offset=offset,
         )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import confluent_kafka as driver
 import pytest
@@ -83,7 +82,7 @@ def test_a_message_that_the_broker_says_it_has_but_not_where_counts_as_failed(ma
             return getattr(real, name)
 
         def produce(self, name, value, key, where, done, *rest) -> None:
-            done(None, SimpleNamespace(topic=lambda: name, partition=lambda: 0, offset=lambda: 7 if value == b"3" else -1))
+            done(None, driver.Message(topic=name, partition=0, offset=7 if value == b"3" else -1))
 
     monkeypatch.setattr(app.events, "_producer", Doubtful())
     for future in (topic.send(2), topic.send_many([2, 3]), topic.send_many([3, 2])):

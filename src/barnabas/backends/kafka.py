@@ -115,7 +115,7 @@ class _Chunk:
 
     def report(self, error: Any, message: Any) -> None:
         """One of them has its outcome."""
-        if error is not None or message.offset() < 0:
+        if error is not None or message.offset() is None:
             self.error = self.home.refusal(error, message.topic())
         if next(self.stored) == self.count:
             if self.future is None:
@@ -269,14 +269,14 @@ class KafkaBackend(KafkaDoors):
 
     def _stored(self, out: Outgoing, error: Any, message: Any) -> None:
         """The delivery report of a message with a future."""
-        if error is None and message.offset() >= 0:
+        if error is None and message.offset() is not None:
             out[6].resolve(_row(out, message))
         else:
             out[6].fail(self.refusal(error, message.topic()), _purged(error))
 
     def _unseen(self, error: Any, message: Any) -> None:
         """The delivery report of a message without a future."""
-        if (error is not None or message.offset() < 0) and not _purged(error):
+        if (error is not None or message.offset() is None) and not _purged(error):
             log.error("a message could not be stored: %s", self.refusal(error, message.topic()))
 
     def refusal(self, error: Any, name: str) -> Exception:
