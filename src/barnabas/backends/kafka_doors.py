@@ -87,8 +87,8 @@ class KafkaDoors(KafkaAdmin):
 
     def _describe(self, groups: Sequence[str]) -> dict[str, Any]:
         """(A client that has asked a coordinator before ends the process where that one froze: librdkafka's issue 4605.)"""
-        found, admin = {}, self.client(AdminClient, COMMON, **{"bootstrap.servers": self._alive})
-        for group, future in admin.describe_consumer_groups(list(groups)).items() if groups else ():
+        found, admin = {}, self.client(AdminClient, COMMON, **{"bootstrap.servers": self._alive}) if groups else None
+        for group, future in admin.describe_consumer_groups(list(groups)).items() if admin is not None else ():
             with suppress(KafkaException):  # it has never been, or is gone since it was listed
                 found[group] = future.result(PATIENCE)
         return found
