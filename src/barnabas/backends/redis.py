@@ -136,14 +136,15 @@ class RedisBackend(RedisAdmin):
             return self._scripts[name](args=(self.prefix, *args))
 
     def scripts(self, name: str, pages: Iterable[Sequence[Any]]) -> Iterator[Any]:
-        """Run a script with each of these; the next is made ready while Redis is at one."""
+        """Run a script with each of these; while Redis is at one, the next is made ready, and the last one's answer is read."""
         with self.edge():
             link, begun = self.where.pool.get_connection(), False
             try:
                 for page in pages:
-                    if begun:
-                        yield link.read_response()
+                    answer = link.read_response() if begun else None
                     link.send_command(*self.eval(name, *page))
+                    if begun:
+                        yield answer
                     begun = True
                 if begun:
                     yield link.read_response()

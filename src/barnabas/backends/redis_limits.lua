@@ -1,7 +1,8 @@
 -- Slots of limits, of which a lock of runs is one. Those who have one: `:LOCKED` (a hash of job ids), `:HANDS` (a sorted set
 -- of tokens, by hand, and until when they are good), or of a rate `:STARTS` (by the time of their start). `:WANTS`: who asks by
 -- hand, and until when that counts. Who waits: `barnabas:waiting:` (job ids by age), `barnabas:parked:` (id -> its score in the
--- schedule, when it is due, queue, limit, payload); `barnabas:turns:`: whose turn it is, until when. All by the server's clock.
+-- schedule, when it is due, queue, limit, payload); `barnabas:turns:`: whose turn it is, until when. `barnabas:crowd:`:
+-- whether to look for any who wait, have a turn, or ask by hand. All by the server's clock.
 local function clock()
   local t = redis.call('TIME')
   return t[1] + t[2] / 1e6
@@ -9,7 +10,14 @@ end
 
 local function slots(text) -- "key,count,span,", and "!" if its jobs do not wait
   local name, most, span, mode = string.match(text, '^([^,]*),(%d+),([^,]*),(!?)$')
-  return {text = text, name = name, most = tonumber(most), span = tonumber(span), waits = mode == '', crowd = false}
+  return {text = text, name = name, most = tonumber(most), span = tonumber(span), waits = mode == '',
+    locked = prefix .. name .. ':LOCKED', crowd = prefix .. 'barnabas:crowd:' .. name}
+end
+
+-- Keep what is known of those who want a slot for so many seconds.
+local function lasts(need, name, seconds)
+  if redis.call('TTL', need.crowd) < seconds then redis.call('SET', need.crowd, '1', 'EX', seconds) end
+  redis.call('EXPIRE', name, seconds)
 end
 
 -- How many of these keys there are; what stands in these fields of a hash.
@@ -49,7 +57,7 @@ local function vacant(need, most, now)
     local oldest = nth(key(need.name .. ':STARTS'), most)
     return not oldest or oldest + need.span <= now
   end
-  local count = redis.call('HLEN', key(need.name .. ':LOCKED'))
+  local count = redis.call('HLEN', need.locked)
   if count < most then count = count + redis.call('ZCOUNT', key(need.name .. ':HANDS'), now, '+inf') end
   return count < most
 end
@@ -78,7 +86,7 @@ local function wake(need, now)
     there = there or (at and not score and tonumber(at) <= now) -- (it may be on its way already)
     if there and redis.call('SISMEMBER', key('paused'), name) == 0 then -- else others need not wait for it
       redis.call('ZADD', key('barnabas:turns:' .. need.name), now + 10, jid)
-      redis.call('EXPIRE', key('barnabas:turns:' .. need.name), 60)
+      lasts(need, key('barnabas:turns:' .. need.name), 60)
     end
   end
 end
@@ -92,12 +100,12 @@ local function ended(id, how, numbers)
     for text in string.gmatch(needs or '', '%S+') do
       local need = slots(text)
       if need.span == 0 then
-        redis.call('HDEL', key(need.name .. ':LOCKED'), jid)
+        redis.call('HDEL', need.locked, jid)
         if how == 'back' or how == 'front' then
           redis.call('ZADD', key('barnabas:turns:' .. need.name), now + 10, jid)
-          redis.call('EXPIRE', key('barnabas:turns:' .. need.name), 60)
+          lasts(need, key('barnabas:turns:' .. need.name), 60)
         end
-        over[#over + 1], waiting[#waiting + 1] = need, key('barnabas:waiting:' .. need.name)
+        over[#over + 1], waiting[#waiting + 1] = need, prefix .. 'barnabas:waiting:' .. need.name
       elseif how == 'back' then
         redis.call('ZREM', key(need.name .. ':STARTS'), id .. '/' .. numbers[i])
       end
@@ -158,32 +166,27 @@ end
 --- admit
 -- Of each claimed job of a queue that needs slots, or gives a lock back: 1 if it may begin; 0 if it waits, or is not in this
 -- process's hands any more; else the id of the job that is at work. And when the first of those that wait is due.
-local id, name, jobs, fields, numbers, crowds, vain = arg(), arg(), {}, {}, {}, {}, {}
+local id, name, jobs, fields, numbers, signs, vain = arg(), arg(), {}, {}, {}, {}, {}
 for i = 1, number() do
   local job = {arg(), arg(), arg(), arg(), {}}
   for n = 1, number() do
-    local need = slots(arg())
-    local of, at = need.name, #crowds
-    local crowd = {prefix .. 'barnabas:waiting:' .. of, prefix .. 'barnabas:turns:' .. of, prefix .. of .. ':WANTS',
-      prefix .. of .. ':HANDS'}
-    crowds[at + 1], crowds[at + 2], crowds[at + 3], crowds[at + 4], need.crowd = crowd[1], crowd[2], crowd[3], crowd[4], crowd
-    job[5][n] = need
+    job[5][n] = slots(arg())
+    signs[#signs + 1] = job[5][n].crowd
   end
   jobs[i], numbers[i], fields[i] = job, job[1], job[1] .. ':' .. name
 end
 local work, mine, now, answers, soonest = key('barnabas:work:' .. id), key('barnabas:running:' .. id), clock(), {}, ''
-local held, known, calm = fetched(work, fields), fetched(mine, numbers), present(crowds) == 0
+local held, known, calm = fetched(work, fields), fetched(mine, numbers), present(signs) == 0
 
 -- Whether there is no slot, and if so behind whom it waits, how much too early it comes, by its own time, and behind how many.
 -- Mostly nobody waits, has a turn, or asks by hand.
 local function crowded(need, jid, created)
-  local locked = key(need.name .. ':LOCKED')
-  if calm or present(need.crowd) == 0 then
-    local taken = need.span == 0 and redis.call('HLEN', locked)
-    if taken then return taken >= need.most or (taken > 0 and redis.call('HEXISTS', locked, jid) == 1), nil, 0 end
+  if calm or redis.call('EXISTS', need.crowd) == 0 then
+    local taken = need.span == 0 and redis.call('HLEN', need.locked)
+    if taken then return taken >= need.most or (taken > 0 and redis.call('HEXISTS', need.locked, jid) == 1), nil, 0 end
     return not vacant(need, need.most, now), nil, 0
   end
-  local waiting, parked = need.crowd[1], key('barnabas:parked:' .. need.name)
+  local waiting, parked = key('barnabas:waiting:' .. need.name), key('barnabas:parked:' .. need.name)
   local ahead, before, early = 0, nil, 0
   if redis.call('EXISTS', waiting) == 1 then
     if redis.call('ZREM', waiting, jid) == 1 then
@@ -206,7 +209,7 @@ local function crowded(need, jid, created)
   end
   local left = need.most - ahead - promised(need, now, jid)
   if left > 0 then left = left - wants(need, now) end
-  local twin = need.span == 0 and redis.call('HEXISTS', locked, jid) == 1
+  local twin = need.span == 0 and redis.call('HEXISTS', need.locked, jid) == 1
   return twin or not vacant(need, left, now), before, early, ahead
 end
 
@@ -229,29 +232,29 @@ for i, job in ipairs(jobs) do
       for _, need in ipairs(needs) do said = said .. need.text .. ' ' end
       redis.call('HSET', mine, sequence, said .. '\n' .. jid) -- first: what is taken is somebody's, whatever comes
       for _, need in ipairs(needs) do
-        if need.span == 0 then redis.call('HSET', key(need.name .. ':LOCKED'), jid, now) end
+        if need.span == 0 then redis.call('HSET', need.locked, jid, now) end
       end
       occupy(needs, now, sequence, id .. '/')
     elseif of.waits then
       local due = turn_of(of, now, before, ahead)
-      local waiting, parked = of.crowd[1], key('barnabas:parked:' .. of.name)
+      local waiting, parked = key('barnabas:waiting:' .. of.name), key('barnabas:parked:' .. of.name)
       local at = string.format('%.6f', due + early) -- whose clock moved it too early moves it in time then
       redis.call('ZADD', key('schedule'), at, payload)
       redis.call('ZADD', waiting, created, jid)
       redis.call('HSET', parked, jid, at .. string.format(' %.6f ', due) .. name .. ' ' .. of.text .. ' ' .. payload)
       redis.call('HDEL', work, fields[i])
-      local last = math.ceil(due + early - now) + 600
-      if redis.call('TTL', waiting) < last then
-        redis.call('EXPIRE', waiting, last)
-        redis.call('EXPIRE', parked, last)
+      local left = math.ceil(due + early - now) + 600
+      if redis.call('TTL', waiting) < left then
+        lasts(of, waiting, left)
+        redis.call('EXPIRE', parked, left)
       end
       answer, calm = 0, false
       if of.span > 0 and (soonest == '' or due - now < soonest) then soonest = due - now end
     else
-      answer = holder(of.name) or redis.call('ZRANGE', of.crowd[2], 0, 0)[1] or '?'
+      answer = holder(of.name) or redis.call('ZRANGE', key('barnabas:turns:' .. of.name), 0, 0)[1] or '?'
     end
     for _, need in ipairs(calm and {} or needs) do -- it needs its turns no more; those it could not use are others'
-      if redis.call('ZREM', need.crowd[2], jid) == 1 or need == of then wake(need, now) end
+      if redis.call('ZREM', key('barnabas:turns:' .. need.name), jid) == 1 or need == of then wake(need, now) end
     end
   end
   if answer == 1 and lock ~= '' then free(lock, jid) end
@@ -271,12 +274,12 @@ if vacant(need, need.most - promised(need, now), now) then
   occupy({need}, now, token, '')
   if need.span == 0 then
     redis.call('ZADD', key(need.name .. ':HANDS'), now + lease, token)
-    redis.call('EXPIRE', key(need.name .. ':HANDS'), lease + 60)
+    lasts(need, key(need.name .. ':HANDS'), lease + 60)
   end
   return '0'
 end
 redis.call('ZADD', key(need.name .. ':WANTS'), now + want, token)
-redis.call('EXPIRE', key(need.name .. ':WANTS'), 60)
+lasts(need, key(need.name .. ':WANTS'), 60)
 return string.format('%.6f', math.max(0.01, turn_of(need, now) - now))
 
 --- taken
@@ -289,7 +292,7 @@ for i = 1, number() do
     taken = redis.call('ZCOUNT', starts, string.format('(%.6f', now - need.span), '+inf')
     if taken >= need.most then free = string.format('%.6f', nth(starts, need.most) + need.span) end
   else
-    taken = redis.call('HLEN', key(need.name .. ':LOCKED')) + redis.call('ZCOUNT', key(need.name .. ':HANDS'), now, '+inf')
+    taken = redis.call('HLEN', need.locked) + redis.call('ZCOUNT', key(need.name .. ':HANDS'), now, '+inf')
   end
   found[i] = {taken, redis.call('ZCARD', key('barnabas:waiting:' .. need.name)), free}
 end
@@ -329,7 +332,7 @@ local token, need, lease, now = arg(), slots(arg()), number(), clock()
 local hands = key(need.name .. ':HANDS')
 if (tonumber(redis.call('ZSCORE', hands, token)) or 0) < now then return 0 end
 redis.call('ZADD', hands, now + lease, token)
-redis.call('EXPIRE', hands, lease + 60)
+lasts(need, hands, lease + 60)
 return 1
 
 --- drop

@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha1
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("barnabas")
 MOST = 1000  # jobs of one claim: more would delay other clients by more than 2 ms (facts: redis-jobs.md)
-PAGE = 200  # jobs that are asked for slots at once: the next are made ready meanwhile
+PAGE = 50  # jobs that are asked for slots at once: the next are made ready meanwhile
 NOTHING = (0,) * 9  # settled
 
 
@@ -269,7 +270,7 @@ class RedisQueues:
 
     def _take(self, queue: str, jobs: Iterable[tuple[int, bytes]], now: float, since: float = 0.0) -> Found:
         part, rows, crashed, before = self.parts[queue], [], self._crashes, len(self.work)
-        marks, asks = dict[int, Any](), dict[int, Any]()
+        asks = marks = dict[int, Any]()
         if self._guard is not None:
             jobs, asks, marks = self._admit(queue, list(jobs), since or time.monotonic())
         for number, payload in jobs:
@@ -294,9 +295,11 @@ class RedisQueues:
     def _admit(self, queue: str, jobs: list[tuple[int, bytes]], since: float) -> tuple[Any, dict[int, Any], dict[int, Any]]:
         """Take the slots that claimed jobs need, in one step: those jobs that may go on, what they have, and what their rows
         are to say. since: when that was (monotonic seconds), or may have been."""
-        asks, marks = dict[int, Any](), dict[int, Any]()
+        asked, marks, has = deque[list[tuple[int, Any]]](), dict[int, Any](), dict[int, Any]()
+        gone, runs, soonest = set[int](), set[int](), list[float]()
 
         def page(some: list[tuple[int, bytes]]) -> list[Any]:
+            asks: list[tuple[int, Any]] = []
             args: list[Any] = [self.name, queue, 0]
             for number, payload in some:
                 if (ask := self._guard(payload)) is None:
@@ -304,39 +307,36 @@ class RedisQueues:
                 if ask.fault:
                     marks[number] = marked(ask)
                     continue
-                asks[number] = ask
-                args[2] += 1
+                asks.append((number, ask))
                 args += (number, ask.jid, ask.free, repr(ask.created), len(ask.needs), *[need.text for need in ask.needs])
+            if asks:
+                args[2] = len(asks)
+                asked.append(asks)
             return args
 
         pages = filter(itemgetter(2), (page(jobs[first : first + PAGE]) for first in range(0, len(jobs), PAGE)))
         told = self.home.scripts("admit", pages) if len(jobs) > PAGE else [self.home.script("admit", *args) for args in pages]
-        soonest, answers = list[float](), list[Any]()
-        for soon, some in told:
+        for soon, answers in told:
             soonest += [float(soon)] if soon else ()
-            answers += some
-        if not asks:
-            return jobs, asks, marks
-        gone, has = set(), {}
-        for (number, ask), answer in zip(asks.items(), answers, strict=True):
-            if answer == 0:
-                gone.add(number)
-                self._crashes.pop(number, None)
-            elif answer != 1:
-                marks[number] = marked(ask, text(answer))
-            elif ask.created == VAIN:
-                marks[number] = marked(ask)
-            elif ask.needs:
-                has[number] = ask
-                if any(need.span for need in ask.needs):
-                    marks[number] = marked(ask, since=since)
-                if not all(need.span for need in ask.needs):
-                    self.runs.add(number)
-        if self.runs:
+            for (number, ask), answer in zip(asked.popleft(), answers, strict=True):
+                if answer == 0:
+                    gone.add(number)
+                elif answer != 1 or ask.created == VAIN:
+                    marks[number] = marked(ask, None if answer == 1 else text(answer))
+                elif ask.needs:
+                    has[number] = ask
+                    for need in ask.needs:
+                        if need.span:
+                            marks[number] = marked(ask, since=since)
+                        else:
+                            runs.add(number)
+        for number in gone if self._crashes else ():
+            self._crashes.pop(number, None)
+        if runs:
+            self.runs |= runs
             self.life.watch()
-        if soonest:
-            self.home.due(self.home.clock.now() + min(soonest))
-        return [job for job in jobs if job[0] not in gone], has, marks
+        self.home.due(self.home.clock.now() + min(soonest, default=FOREVER))
+        return [job for job in jobs if job[0] not in gone] if gone else jobs, has, marks
 
     def _unlock(self, numbers: Iterable[int]) -> None:
         """These are no longer in our hands."""

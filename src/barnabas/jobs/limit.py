@@ -146,7 +146,7 @@ class Kind:
             return []
         if self._names and self._places is not None:  # four times as fast as `bind`
             scope = [args[at] if at < len(args) else default for at, default in self._places]
-            return scope if any(value is not None for value in scope) else None
+            return scope if scope.count(None) < len(scope) else None
         bound = self._signature.bind(*args)
         bound.apply_defaults()
         if not callable(self.by):
@@ -174,7 +174,7 @@ class Limit:
     def need(self, args: Sequence[Any]) -> Need | None:
         """The slot that a job with these arguments needs."""
         scope = self._kind.scope(args)
-        if scope is None or not all(type(value) in PLAIN for value in scope):
+        if scope is None or not PLAIN.issuperset(map(type, scope)):
             return None if scope is None else self.limit.need(scope, self._name)
         return self._known(*scope)
 

@@ -191,11 +191,11 @@ class Guard:
             return None  # it does not run anyway
         if job is None:
             return None
-        lock, needs, option = job.lock, list[Need](), "unique"
+        lock, option = job.lock, "unique"
         try:
             args = job.decode_args(payload.args)
-            if lock is not None and lock.runs and (key := lock.key(args)) is not None:
-                needs.append(slot(key + RUN, 1, 0.0, lock.queued or lock.on_conflict == "wait"))
+            key = lock.key(args) if lock is not None and lock.runs else None
+            needs = [] if key is None else [slot(key + RUN, 1, 0.0, lock.queued or lock.on_conflict == "wait")]
             option = "limit"
             needs += [need for limit in job.limits if (need := limit.need(args)) is not None]
         except (msgspec.DecodeError, UnicodeDecodeError):
