@@ -32,7 +32,7 @@ MOST = 6_000  # schedules in which a planted bug is to be found
 def _few_collections() -> Iterator[None]:
     """Schedules leave many small cycles: collect them by the thousand."""
     before = gc.get_threshold()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(50_000, 20, 5)
     try:
         yield
     finally:
