@@ -19,7 +19,7 @@ import redis
 from servers import RedisServer, shared_redis
 
 from barnabas import App, Concurrent, Rate, Reject, RetryAfter, backends, until_executed, until_expired
-from barnabas.backends import redis_life, redis_outbox
+from barnabas.backends import redis_life, redis_outbox, redis_source
 from barnabas.backends.redis import Where, explain
 from barnabas.backends.redis_source import RedisQueues
 from barnabas.clock import FakeClock
@@ -357,6 +357,45 @@ def test_a_prefix_keeps_applications_apart(client, url, apps):
 
 
 # Outages.
+
+
+def test_what_was_claimed_is_handed_out_also_if_the_server_goes_away_just_then(client, apps, monkeypatch):
+    app = apps()
+    mail = app.job(name="mail")(lambda n: None)
+    here = source(app)
+    assert here.fetch(5, 0.01) == [] and here.landing.waiting  # blocking moves are under way
+    mail.enqueue_many((n,) for n in range(9)).result(5)
+    here.settle([])
+    assert len(here.work) == 5 and here.landing.waiting
+
+    def away(landing: Any) -> None:
+        raise redis.ConnectionError("cut by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(redis_source.Landing, "end", away)
+        with pytest.raises(BackendError):
+            here.fetch(5, 0.0)
+    assert len(rows(here.fetch(5, 0.0))) == 5
+    here.close()
+
+
+def test_scripts_go_by_their_digests_and_whole_again_to_a_server_that_has_lost_them(client, apps):
+    app, ran = apps(), []
+    app.job(name="once", unique=until_executed())(ran.append)
+    once, plain = app.job_handlers["once"], app.job(name="plain", limit=Concurrent(9))(ran.append)
+    sent = lambda: client.info("stats")["total_net_input_bytes"]  # noqa: E731
+    once.enqueue(-1).result(5)
+    before = sent()
+    assert len(once.enqueue_many((n,) for n in range(100)).result(5)) == 100
+    assert sent() - before < 100_000  # (the script has 14 kB)
+    plain.enqueue_many((n,) for n in range(100, 400)).result(5)
+    with running(app):
+        until(lambda: len(ran) == 401)
+        client.script_flush()
+        plain.enqueue_many((n,) for n in range(400, 700)).result(5)
+        assert once.enqueue(0).result(5)
+        until(lambda: len(ran) == 702)
+    assert sorted(ran) == sorted([*range(-1, 700), 0])
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import hiredis  # without it redis-py takes ten times as long, and says nothing
 import redis
 from redis import exceptions as kinds
 from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError
+from redis.exceptions import BusyLoadingError, NoScriptError, ReadOnlyError, RedisError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
@@ -95,6 +95,7 @@ class RedisBackend(RedisAdmin):
             name: self.client.register_script(head + more + body)
             for name, _, body in (s.partition("\n") for s in [*scripts, *others])
         }
+        self.known = set[str]()  # scripts that the server has
         self.outbox, self.hands = Outbox(self, settings), Hands(self)
         self._numbers, self._number = threading.Lock(), 0
         self.boxes: list[array[int]] = []
@@ -127,8 +128,10 @@ class RedisBackend(RedisAdmin):
         return explain(self.where.name, error) if isinstance(error, RedisError | OSError) else error
 
     def eval(self, name: str, *args: Any) -> tuple[Any, ...]:
-        """A script of redis.lua as a command that carries it whole."""
-        return ("EVAL", self._scripts[name].script, "0", self.prefix, *args)
+        """A script of redis.lua as a command, which carries it whole (14 kB or more) where the server may not have it."""
+        script = self._scripts[name]
+        head = ("EVALSHA", script.sha) if name in self.known else ("EVAL", script.script)
+        return (*head, "0", self.prefix, *args)
 
     def script(self, name: str, *args: Any) -> Any:
         """Run a script of redis.lua."""
@@ -138,16 +141,27 @@ class RedisBackend(RedisAdmin):
     def scripts(self, name: str, pages: Iterable[Sequence[Any]]) -> Iterator[Any]:
         """Run a script with each of these; while Redis is at one, the next is made ready, and the last one's answer is read."""
         with self.edge():
-            link, begun = self.where.pool.get_connection(), False
+            link = self.where.pool.get_connection()
+            sent: Sequence[Any] = ()
+
+            def answer() -> Any:
+                try:
+                    return link.read_response()
+                except NoScriptError:  # the server was started anew
+                    self.known.discard(name)
+                    link.send_command(*self.eval(name, *sent))
+                    return link.read_response()
+
             try:
                 for page in pages:
-                    answer = link.read_response() if begun else None
+                    last = sent and answer()
                     link.send_command(*self.eval(name, *page))
-                    if begun:
-                        yield answer
-                    begun = True
-                if begun:
-                    yield link.read_response()
+                    if sent:
+                        yield last
+                    sent = page
+                if sent:
+                    yield answer()
+                    self.known.add(name)
             except BaseException:
                 link.disconnect()
                 raise

@@ -38,7 +38,7 @@ AWAKE = 0.05  # seconds without a send after which the thread has to be woken
 _pack: Callable[[tuple[str | bytes, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
 _queue_at = itemgetter(0, 2)
 # Refusals that pass: the same command is good a little later, or on another connection.
-PASSING = ("READONLY", "LOADING", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED", "TRYAGAIN", "BUSY")
+PASSING = ("READONLY", "LOADING", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED", "TRYAGAIN", "BUSY", "NOSCRIPT")
 
 
 class Command(msgspec.Struct, gc=False):
@@ -358,7 +358,10 @@ class Outbox:
         ends = "" if claim.until is None else str(int(1000 * claim.until))
         args: tuple[Any, ...] = (claim.key, job.jid, repr(now), ends, claim.on_conflict, job.queue)
         args = (*args, "" if due is None else repr(float(due)), payload, claim.buried)
-        return Command(_pack(self._home.eval("store", *args, "", "", "", "", "")), 1, [job], due, args)
+        return Command(self._storing(args), 1, [job], due, args)
+
+    def _storing(self, args: tuple[Any, ...]) -> bytes:
+        return _pack(self._home.eval("store", *args, "", "", "", "", ""))
 
     def _replace(self, command: Command, holder: bytes) -> bytes:
         """Store a job in the place of the one that holds its lock, wherever that waits; the id of one that could not be replaced.
@@ -384,11 +387,16 @@ class Outbox:
             error = wire.refused(command.answers)
             if error is not None and str(error).startswith(PASSING):
                 last = error
+                if command.args:  # the server may have lost the script
+                    self._home.known.discard("store")
+                    command.data = self._storing(command.args)
                 at += 1
                 continue
             said = wire.said
-            if error is None and said and command.args and command.args[4] == "replace":
-                said = self._replace(command, said)
+            if error is None and command.args:
+                self._home.known.add("store")
+                if said and command.args[4] == "replace":
+                    said = self._replace(command, said)
             del commands[at]
             for job in command.jobs:
                 if error is not None:

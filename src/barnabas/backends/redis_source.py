@@ -199,15 +199,15 @@ class RedisQueues:
             self._look_up()
         if any(_target(r, row[0]) not in self.home.strange for r in self._left for row in r.rows):
             self.settle([])
-        found, self._claimed = self._claimed, []
-        found += self._next_suspect()
+        self._claimed += self._next_suspect()
         room, landing = self._room(), self.landing
         if not room and landing.waiting:  # what comes now is for others
             landing.end()
             self._claim(0, True)
-        if found or not room:
-            if not found:
+        if self._claimed or not room:
+            if not self._claimed:
                 landing.wait(timeout)
+            found, self._claimed = self._claimed, []  # only now: the server may go away at each of the lines above
             return found
         if not landing.waiting:
             found = self._claim(room, True) or []
@@ -363,9 +363,10 @@ class RedisQueues:
         """A job that was in hand at three crashes, once nothing else is; Redis is told that it runs alone."""
         if not self._suspects or self._alone is not None or len(self.work) > len(self._suspects):
             return []
-        part, row = self._suspects.pop(0)
+        part, row = self._suspects[0]
         self.home.client.set(self.home.key(f"barnabas:alone:{self.name}"), row[0])
         self._alone = row[0]
+        del self._suspects[0]
         return [(part, [row])]
 
     def _look_up(self) -> None:
