@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from watching import failures, wait_for, waiting
@@ -16,7 +17,7 @@ from barnabas import (
     until_expired,
     while_executing,
 )
-from barnabas.errors import Conflict, SendError
+from barnabas.errors import Conflict, JobFailed, NoOutcome, SendError
 from barnabas.jobs.payload import parse
 from barnabas.queues import jobs, locks
 from barnabas.worker import Worker
@@ -149,6 +150,37 @@ def test_the_second_one_may_replace_the_first_unless_that_runs(place, app):
             mail.enqueue(1, "d").result(5)
         gate.may_end.set()
     assert gate.ran == ["c"]
+
+
+@pytest.mark.parametrize("waits", ["ready", "scheduled", "chain"])
+def test_who_waits_for_a_job_that_another_replaces_is_told(app, waits):
+    @app.job(unique=until_executed(by="n", on_conflict="replace"), result_ttl=60)
+    def mail(n: int, text: str) -> int: ...
+
+    @app.job(result_ttl=60)
+    def sent(n: int) -> int: ...
+
+    first = (mail.then(sent) if waits == "chain" else mail).enqueue_in(60 * (waits == "scheduled"), 1, "a")
+    first.result(5)
+    with ThreadPoolExecutor() as pool:
+        told = pool.submit(pytest.raises, JobFailed, first.outcome, 20)
+        second = mail.enqueue(1, "b").result(5)
+        began = time.monotonic()
+        assert told.result(20).match(f"job {second} has replaced it")
+    assert time.monotonic() - began < 3.0
+    with pytest.raises(NoOutcome):
+        mail.outcome(second, 0)
+
+
+def test_who_waits_for_a_job_that_is_rejected_is_told(app):
+    @app.job(unique=until_executed(by="n", on_conflict="reject"), result_ttl=60)
+    def mail(n: int, text: str) -> int: ...
+
+    first = mail.enqueue(1, "a").result(5)
+    with pytest.raises(JobFailed, match="'mail' is unique: another job holds its lock"):
+        mail.enqueue(1, "b").outcome(3)
+    with pytest.raises(NoOutcome):
+        mail.outcome(first, 0)
 
 
 def test_until_executing_ends_as_the_run_begins(place, app):

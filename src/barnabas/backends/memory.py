@@ -13,7 +13,7 @@ from zlib import crc32
 from barnabas.backends.memory_admin import MemoryAdmin, Partition
 from barnabas.backends.shares import NOTES, Notes, QueueOrder, close_books, members_ended, noted, open_account, over, spread, tell
 from barnabas.errors import DeclarationError, UnknownTopic
-from barnabas.jobs.unique import answer
+from barnabas.jobs.unique import answer, ousted
 from barnabas.message import LockedJob, Member, Outgoing, OutgoingJob, Row, note
 from barnabas.ports import Listener, Part, Result, TopicState
 from barnabas.verdict import Again, Dead
@@ -87,12 +87,14 @@ class MemoryBackend(Notes, MemoryAdmin):
         """Take its lock; False: another job has it, and what becomes of this one is done."""
         claim, holder = job.lock, self.holder(job.lock.key)
         if holder is not None and holder != job.jid and claim.on_conflict == "replace":
-            first = [n for n, key in self.held.items() if key == claim.key]
-            if self.move_jobs([(n, kind) for n in first for kind in ("ready", "scheduled", "retry")], None):
+            held = [job for job in self.find_jobs() if self.held.get(job.ref[0]) == claim.key]
+            if self.move_jobs([job.ref for job in held], None):
+                self.store(ousted(job, self.clock.now(), held[0].payload))
                 holder = None
         if holder is not None:
             if holder != job.jid and claim.on_conflict == "reject":
                 self.buried[self._number] = job._replace(payload=claim.buried, at=self.clock.now(), future=None)
+                self.store(ousted(job, self.clock.now()))
             if job.future is not None:
                 job.future.settle(job.jid if holder == job.jid else answer(job, holder))
             return False

@@ -216,11 +216,15 @@ class RedisBackend(RedisAdmin):
     def flush(self, timeout: float) -> int:
         return self.outbox.flush(timeout)
 
+    def left(self, until: float) -> int:
+        """Milliseconds that a note is kept until then (epoch seconds)."""
+        return max(1, min(int((until - self.clock.now()) * 1000), 1 << 50))
+
     def noting(self, name: str, value: bytes, until: float) -> bytes:
         """The commands that store a note, and tell who waits for it."""
         pack: Any = hiredis.pack_command
-        key, left = self.key(f"barnabas:note:{name}"), max(1, min(int((until - self.clock.now()) * 1000), 1 << 50))
-        return pack(("SET", key, value, "PX", left) if value else ("DEL", key)) + pack(("PUBLISH", key, ""))  # type: ignore[no-any-return]
+        key = self.key(f"barnabas:note:{name}")
+        return pack(("SET", key, value, "PX", self.left(until)) if value else ("DEL", key)) + pack(("PUBLISH", key, ""))  # type: ignore[no-any-return]
 
     def note(self, name: str, timeout: float = 0.0) -> bytes | None:
         key, deadline = self.key(f"barnabas:note:{name}"), time.monotonic() + timeout
@@ -237,9 +241,8 @@ class RedisBackend(RedisAdmin):
         return None
 
     def swap(self, name: str, old: bytes | None, new: bytes, until: float, jobs: Sequence[OutgoingJob]) -> bool:
-        left = max(1, min(int((until - self.clock.now()) * 1000), 1 << 50))
         pairs = [part for job in jobs for part in (job.queue, job.payload)]
-        return bool(self.script("swap", f"barnabas:note:{name}", old or b"", new, left, len(jobs), *pairs))
+        return bool(self.script("swap", f"barnabas:note:{name}", old or b"", new, self.left(until), len(jobs), *pairs))
 
     def hold(self, token: str, need: Need) -> float:
         return self.hands.hold(token, need)

@@ -344,6 +344,68 @@ redis.call('ZREMRANGEBYSCORE', key(need.name .. ':HANDS'), '-inf', now)
 if not begun then redis.call('ZREM', key(need.name .. ':STARTS'), token) end
 if need.span == 0 then wake(need, now) end
 
+--- store
+-- Store a job that takes a lock. Returns the id of the job that has it: then it is not stored, but buried if it asked for
+-- that. A lock of its own is an earlier try's, whose answer was lost. With the id of the one that has it, where that waits (a set,
+-- or else a queue), as what, and at which place: instead of that, if it is still there. Last come the notes that tell who waits
+-- for what is buried or replaced.
+local lock, jid, now, ends, how = arg(), arg(), arg(), arg(), arg()
+local name, due, payload, buried = arg(), arg(), arg(), arg()
+local first, set, queue, waits, at = arg(), arg(), key('queue:' .. arg()), arg(), number()
+
+local function tell()
+  for _ = 1, number() do
+    local name, said, left = key('barnabas:note:' .. arg()), arg(), arg()
+    redis.call('SET', name, said, 'PX', left)
+    redis.call('PUBLISH', name, '')
+  end
+end
+
+-- LREM looks at all that stands before it: 7 ms for 100,000 jobs. Who is farther from either end gives way to the newest.
+local function taken_out()
+  for i, job in ipairs(redis.call('LRANGE', queue, at, at + 1999)) do -- others have come
+    local here, last = at + i - 1, redis.call('LLEN', queue) - 1
+    if job == waits and math.min(here, last - here) < 100000 then
+      return redis.call('LREM', queue, here < last - here and 1 or -1, waits)
+    elseif job == waits then
+      redis.call('LSET', queue, here, redis.call('LINDEX', queue, 0))
+      redis.call('LPOP', queue)
+      return 1
+    end
+  end
+end
+
+local place, other = key(due ~= '' and 'schedule' or 'queue:' .. name), holder(lock)
+if other == jid then return '' end
+if not (fits(place, due ~= '' and 'zset' or 'list') and fits(key('queues'), 'set') and fits(key('barnabas:locks'), 'hash')) then
+  return redis.error_reply('WRONGTYPE ' .. place .. ', queues or barnabas:locks is none') -- no lock without its job
+end
+if other == first and (set ~= '' and redis.call('ZREM', key(set), waits) or set == '' and taken_out()) == 1 then
+  free(lock, other)
+  tell()
+  other = false
+end
+if other then
+  if how == 'reject' then
+    redis.call('ZADD', key('dead'), now, buried)
+    trim(now)
+    tell()
+  end
+  return other
+end
+take(lock, jid, now, ends)
+if due ~= '' then
+  redis.call('ZADD', place, due, payload)
+else
+  redis.call('SADD', key('queues'), name)
+  redis.call('LPUSH', place, payload)
+end
+return ''
+
+--- free
+-- A lock whose job is stored nowhere.
+free(arg(), arg())
+
 --- retake
 -- A lock whose job others have called back from the dead, as they do without it.
 local lock = arg()

@@ -22,7 +22,7 @@ from barnabas.backends.redis_admin import SETS
 from barnabas.backends.shares import Room
 from barnabas.errors import SendError, told
 from barnabas.jobs.payload import PayloadError, enqueued
-from barnabas.jobs.unique import answer
+from barnabas.jobs.unique import answer, ousted
 from barnabas.message import LockedJob, Member, OutgoingJob
 
 if TYPE_CHECKING:
@@ -358,10 +358,15 @@ class Outbox:
         ends = "" if claim.until is None else str(int(1000 * claim.until))
         args: tuple[Any, ...] = (claim.key, job.jid, repr(now), ends, claim.on_conflict, job.queue)
         args = (*args, "" if due is None else repr(float(due)), payload, claim.buried)
-        return Command(self._storing(args), 1, [job], due, args)
+        return Command(self._storing(job, args), 1, [job], due, args)
 
-    def _storing(self, args: tuple[Any, ...]) -> bytes:
-        return _pack(self._home.eval("store", *args, "", "", "", "", ""))
+    def _storing(self, job: Any, args: tuple[Any, ...]) -> bytes:
+        told = self._told(ousted(job, self._home.clock.now()) if job.lock.buried else ())
+        return _pack(self._home.eval("store", *args, "", "", "", "", "", *told))
+
+    def _told(self, notes: Sequence[OutgoingJob]) -> list[Any]:
+        """Notes as the script takes them."""
+        return [len(notes), *(part for name in notes for part in (name.jid, name.payload, self._home.left(name.at or 0.0)))]
 
     def _replace(self, command: Command, holder: bytes) -> bytes:
         """Store a job in the place of the one that holds its lock, wherever that waits; the id of one that could not be replaced.
@@ -372,7 +377,9 @@ class Outbox:
                 break
             if found is not None:
                 kind, queue, payload, *at = found.ref
-                holder = self._home.script("store", *command.args, holder, SETS.get(kind, ""), queue, payload, *at)
+                told = self._told(ousted(command.jobs[0], self._home.clock.now(), found.payload))  # type: ignore[arg-type]
+                where = (SETS.get(kind, ""), queue, payload, (*at, "")[0])
+                holder = self._home.script("store", *command.args, holder, *where, *told)
                 if not holder:
                     break
         return holder
@@ -389,7 +396,7 @@ class Outbox:
                 last = error
                 if command.args:  # the server may have lost the script
                     self._home.known.discard("store")
-                    command.data = self._storing(command.args)
+                    command.data = self._storing(command.jobs[0], command.args)
                 at += 1
                 continue
             said = wire.said

@@ -11,7 +11,7 @@ from barnabas.backends.shares import by_target, noted
 from barnabas.backends.sqlite_read import SHIFT, SqliteReader, one
 from barnabas.errors import UnknownTopic
 from barnabas.jobs.beyond import BATCHES
-from barnabas.jobs.unique import answer
+from barnabas.jobs.unique import answer, ousted
 from barnabas.message import LockedJob, Member, Outgoing, OutgoingJob
 
 DEFAULT_PARTITIONS = 6
@@ -182,7 +182,9 @@ class SqliteStore(SqliteReader):
         claim = job.lock
         db.execute("DELETE FROM locks WHERE until <= ?", (now,))
         if claim.on_conflict == "replace":
-            db.execute("DELETE FROM jobs WHERE lock = ? AND state <> 1 AND jid <> ?", (claim.key, job.jid))
+            sql = "DELETE FROM jobs WHERE lock = ? AND state <> 1 AND jid <> ? RETURNING CAST(payload AS BLOB)"
+            replaced: list[Any] = db.execute(sql, (claim.key, job.jid)).fetchall()
+            self._store_jobs(db, [note for (first,) in replaced for note in ousted(job, now, first)], stored)
         sql = "SELECT jid FROM jobs WHERE lock = :key UNION ALL SELECT jid FROM locks WHERE key = :key"
         found: Any = db.execute(sql, {"key": claim.key}).fetchone()
         if found is None:
@@ -190,6 +192,7 @@ class SqliteStore(SqliteReader):
         if found[0] != job.jid and claim.on_conflict == "reject":
             sql = "INSERT INTO jobs (queue, state, died, note, jid, payload) VALUES (?, 4, ?, 'not unique', ?, ?)"
             db.execute(sql, (qid, now, job.jid, claim.buried))
+            self._store_jobs(db, ousted(job, now), stored)
         stored.append((job.future, job.jid if found[0] == job.jid else answer(job, found[0])))
         return True
 

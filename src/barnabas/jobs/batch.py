@@ -21,8 +21,8 @@ import msgspec
 from barnabas.engine.hand import CURRENT, Hand
 from barnabas.errors import BackendError, DeclarationError, EndedBatch, SendError, UnknownBatch, is_text, must
 from barnabas.future import Future
-from barnabas.jobs.beyond import ALL, KEPT, End, in_hand, linked
-from barnabas.jobs.payload import PayloadError, derived_jid, new_jid, parse
+from barnabas.jobs.beyond import ALL, KEPT, end_without, in_hand, linked
+from barnabas.jobs.payload import derived_jid, new_jid
 from barnabas.message import Member, OutgoingJob, member, note
 
 log = logging.getLogger("barnabas")
@@ -154,16 +154,12 @@ def bury(app: Any, payloads: Iterable[bytes]) -> None:
     for their outcome is told."""
     batches: dict[str, list[str]] = {}
     for data in payloads:
-        try:
-            payload = parse(data) if b'"barnabas"' in data else None
-        except PayloadError:
+        if (end := end_without(data)) is None:
             continue
-        if payload is None or payload.more is None:
-            continue
-        if told := [*End(None, payload).lost(app.clock.now(), "an operator dropped it")]:
+        if told := [*end.lost(app.clock.now(), "an operator dropped it")]:
             app.jobs.send(told)
-        if payload.more.batch:
-            batches.setdefault(payload.more.batch, []).append(payload.jid)
+        if end.batch:
+            batches.setdefault(end.batch, []).append(end.jid)
     for id, jids in batches.items():
         app.jobs.end(id, jids, "dead")
         look(app, id)

@@ -2,6 +2,7 @@
 clock. A job without that field meets none of this."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from math import isfinite
 from typing import Any, Optional
@@ -10,7 +11,7 @@ import msgspec
 
 from barnabas.engine.hand import CURRENT
 from barnabas.errors import BarnabasError, is_text
-from barnabas.jobs.payload import More, Payload, PayloadError, build, derived_jid, dumps, hooked, with_more
+from barnabas.jobs.payload import More, Payload, PayloadError, build, derived_jid, dumps, hooked, parse, with_more
 from barnabas.message import OutgoingJob, member, note, ranked
 from barnabas.verdict import Again, Done
 
@@ -117,15 +118,23 @@ def how_far(jobs: Any, jid: str) -> str:
     return str(msgspec.json.decode(said, type=Progress)) if said else ""
 
 
+def end_without(data: bytes) -> Optional["End"]:
+    """The end of a stored job that will not run; None where nothing follows from it."""
+    with suppress(PayloadError):
+        if b'"barnabas"' in data and (payload := parse(data)).more is not None:
+            return End(None, payload)
+    return None
+
+
 class End:
     """A job in hand that asks for more: whether it is to run, and what follows its end."""
 
-    __slots__ = ("_entry", "_more", "_payload", "_said", "_token", "batch", "function", "tells")
+    __slots__ = ("_entry", "_more", "_payload", "_said", "_token", "batch", "function", "jid", "tells")
 
     def __init__(self, entry: Any, payload: Payload) -> None:
         self._entry, self._payload = entry, payload
         self._more: More = payload.more  # type: ignore[assignment]
-        self.batch, self.tells = self._more.batch, self._more.result_ttl is not None
+        self.jid, self.batch, self.tells = payload.jid, self._more.batch, self._more.result_ttl is not None
         self.function, self._said = entry and entry.function, 0.0
 
     def __enter__(self) -> None:
@@ -134,11 +143,11 @@ class End:
     def __exit__(self, *error: Any) -> None:
         _IN_HAND.reset(self._token)
         if self.tells:
-            SAID.pop(self._payload.jid, None)
+            SAID.pop(self.jid, None)
 
     def say(self, how_far: Progress) -> None:
         """Tell how far it is, if that was not said just now."""
-        app, ttl, jid = self._entry.job.app, self._more.result_ttl or 0.0, self._payload.jid
+        app, ttl, jid = self._entry.job.app, self._more.result_ttl or 0.0, self.jid
         now = app.clock.monotonic()
         SAID[jid] = str(how_far)
         if now >= self._said + 0.2 or how_far.done == how_far.total:
@@ -149,11 +158,11 @@ class End:
         """Raise Unneeded if it is too late, or if the same was asked for again since."""
         more, app = self._more, self._entry.job.app
         late = more.expires_at is not None and app.clock.now() > more.expires_at
-        if late and app.jobs.note(steps_note(self._payload.jid)) is None:  # else it has begun
+        if late and app.jobs.note(steps_note(self.jid)) is None:  # else it has begun
             raise Unneeded("expired", f"it was to begin {app.clock.now() - (more.expires_at or 0.0):.1f} s ago (expires_in)")
         if more.debounce is not None:
             newest = app.jobs.note(more.debounce)
-            if newest is not None and newest != self._payload.jid.encode():
+            if newest is not None and newest != self.jid.encode():
                 raise Unneeded("superseded", f"it was asked for again, by job {newest.decode(errors='replace')}")
         if (cancelled := self.cancelled()) is not None:
             raise cancelled
@@ -185,7 +194,7 @@ class End:
                 value = dumps(out)
                 if len(value) > app.settings.value_limit:
                     raise PayloadError(f"it is {len(value)} bytes, and value_limit is {app.settings.value_limit}")
-                hand.add(_result(self._payload.jid, Outcome(msgspec.Raw(value)), now + more.result_ttl))
+                hand.add(_result(self.jid, Outcome(msgspec.Raw(value)), now + more.result_ttl))
         except PayloadError as error:
             raise BadResult(f"what it returned cannot be kept or handed on: {error}") from error
         for ended in self._ended(now):
@@ -193,25 +202,25 @@ class End:
 
     def lost(self, now: float, reason: str) -> Iterator[OutgoingJob]:
         """It will not return: tell who waits for it, or for the end of its chain."""
-        jid, ttl = end_of(self._payload.jid, self._more)
-        where = f"job {self._payload.name!r} ({self._payload.jid}) ended the chain: " if self._more.then else ""
+        jid, ttl = end_of(self.jid, self._more)
+        where = f"job {self._payload.name!r} ({self.jid}) ended the chain: " if self._more.then else ""
         if ttl is not None:
             yield _result(jid, Outcome(error=where + reason), now + ttl)
         if self._more.then and self._more.result_ttl is not None:
-            yield _result(self._payload.jid, Outcome(error=reason), now + self._more.result_ttl)
+            yield _result(self.jid, Outcome(error=reason), now + self._more.result_ttl)
         yield from self._ended(now)
 
     def _ended(self, now: float) -> Iterator[OutgoingJob]:
         if self._more.cron is not None:
-            yield note(f"ended:{self._more.cron}", self._payload.jid.encode(), now + KEPT)
+            yield note(f"ended:{self._more.cron}", self.jid.encode(), now + KEPT)
 
     def _next(self, app: Any, out: Any, now: float) -> Iterator[OutgoingJob]:
         """The next job of the chain; if a before_enqueue hook refuses it, what tells who waits for the last one."""
         first, *rest = self._more.then
         own: dict[str, Any] = {"step": self._more.step + 1} | ({"then": rest} if rest else {})
         own |= {"batch": self.batch} if self.batch else {}
-        made = linked(app, msgspec.json.decode(first), [out], derived_jid(self._payload.jid, 0), now, own)
-        jid, ttl = end_of(self._payload.jid, self._more)
+        made = linked(app, msgspec.json.decode(first), [out], derived_jid(self.jid, 0), now, own)
+        jid, ttl = end_of(self.jid, self._more)
         if made is not None:
             yield member(self.batch, made) if self.batch else made
         elif ttl is not None:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from barnabas.errors import BarnabasError, Conflict, check_seconds, must, told
+from barnabas.jobs.beyond import end_without
 from barnabas.jobs.limit import By, Kind, Need, digest, slack, slot
 from barnabas.jobs.payload import Failed, PayloadError, failed, parse
-from barnabas.message import LockedJob
+from barnabas.message import LockedJob, OutgoingJob
 
 VAIN = inf
 MANY = 100  # of those who wait for a slot behind such a job (which takes none) look anew
@@ -83,6 +84,13 @@ class Claim(NamedTuple):
     def refusal(self, holder: str) -> Conflict:
         """What becomes of the second one's future."""
         return Conflict(f"{self.owner} is unique: job {holder} holds its lock, so this one is not enqueued", holder)
+
+
+def ousted(job: LockedJob, now: float, first: bytes | None = None) -> list[OutgoingJob]:
+    """What tells who waits for the job that this one has replaced (`first`), or for this one, which another's lock has buried."""
+    end = end_without(first or job.lock.buried)
+    why = f"job {job.jid} has replaced it" if first else f"{job.lock.owner} is unique: another job holds its lock"
+    return [] if end is None else [*end.lost(now, f'{why} (on_conflict="{job.lock.on_conflict}")')]
 
 
 def answer(job: LockedJob, holder: str) -> Any:
