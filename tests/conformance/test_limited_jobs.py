@@ -92,6 +92,23 @@ def test_at_most_so_many_begin_in_a_time_in_their_order(place, app, kind):
         assert runs[-1][1] - runs[0][1] < 2 * 0.65 + 1.5  # (two windows, each a quarter of a second longer)
 
 
+def test_who_comes_between_others_that_wait_for_a_rate_is_due_behind_as_many_as_are_ahead_of_him(place, app):
+    met, ran = set(), []
+
+    @app.job(limit=Rate(4, per=1.0, by=lambda n: met.add(n) or "all"))
+    def call(n: int):
+        ran.append(n)
+
+    begin = app.clock.now() + 1.0
+    for future in [call.enqueue_at(begin + n % 2, n) for n in range(60)]:
+        future.result(5)
+    with place.running(app) as worker:
+        wait_for(lambda: len(met) == 60, "each has looked for a slot", worker)
+        wait_for(lambda: waiting(app)["scheduled"] == 60 - len(ran), "the others wait", worker)
+        last = max(job.at for job in app.jobs.find_jobs("scheduled"))
+    assert last - begin > 15.0  # 4 begin in 1.25 s; where many are due at once, all look again at each window
+
+
 def test_several_limits_hold_together_with_a_lock(place, app):
     watch = Watch()
 

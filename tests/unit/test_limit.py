@@ -110,4 +110,5 @@ def test_no_window_has_more_starts_than_it_may(per):
 
 def test_who_waits_for_a_rate_is_due_when_it_is_his_turn():
     need = Need("key", 5, 10.0, True)
-    assert need.base(100.0, 95.0) == 105.0 and need.turn(105.0, None) == 105.0 and need.turn(105.0, 120.0) == 122.0
+    assert need.turn(100.0, 95.0, 0, None) == 105.0 and need.turn(100.0, 95.0, 4, 120.0) == 122.0
+    assert need.turn(100.0, 95.0, 12, 90.0) == 125.0  # (those ahead are late)

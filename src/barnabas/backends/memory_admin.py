@@ -243,7 +243,7 @@ class MemoryAdmin:
         if left > 0 and (len(slots) < left or (need.span and slots[-left][0] + need.span <= now)):
             return None
         oldest = slots[-need.most][0] if len(slots) >= need.most else None
-        return need.turn(need.base(now, oldest), waiting[ahead - 1][1] if ahead else None)
+        return need.turn(now, oldest, ahead, waiting[ahead - 1][1] if ahead else None)
 
     def take(self, needs: Sequence[Need], now: float, number: Any, jid: str) -> None:
         """There is a slot of each: they are this one's. Hold the lock."""

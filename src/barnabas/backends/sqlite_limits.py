@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 AHEAD = "FROM jobs WHERE run = ? AND state = 2 AND id < ?"  # who waits in front of a job
 MANY = 1 << 40  # slots: their number does not matter
+COUNTED = 1000  # of those ahead so many are counted: of a hundred thousand each look would take long
 KEPT = 2.0  # seconds that a start is kept beyond its window: the next one's time may count from it
 
 
@@ -26,7 +27,7 @@ def full(db: apsw.Connection, need: Need, now: float, id_: int | None) -> float 
     ahead = wants = 0
     before = None
     if id_ is not None:
-        ahead = one(db, f"SELECT count(*) FROM (SELECT 1 {AHEAD} LIMIT ?)", (need.key, id_, need.most))[0]
+        ahead = one(db, f"SELECT count(*) FROM (SELECT 1 {AHEAD} LIMIT ?)", (need.key, id_, max(need.most, COUNTED)))[0]
         wants = one(db, "SELECT count(*) FROM slots WHERE key = ? AND at > ?", (f"{need.key}:wants", now))[0]
     left = need.most - ahead - wants
     oldest = _latest(db, need, need.most)
@@ -36,7 +37,7 @@ def full(db: apsw.Connection, need: Need, now: float, id_: int | None) -> float 
             return None
     if ahead:
         before = one(db, f"SELECT at {AHEAD} ORDER BY id DESC LIMIT 1", (need.key, id_))[0]
-    return need.turn(need.base(now, oldest), before)
+    return need.turn(now, oldest, ahead, before)
 
 
 def _latest(db: apsw.Connection, need: Need, nth: int) -> float | None:

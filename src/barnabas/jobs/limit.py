@@ -38,13 +38,15 @@ class Need(NamedTuple):
     waits: bool = True
     text: str = ""  # all of it, for scripts
 
-    def base(self, now: float, oldest: float | None) -> float:
-        """When the first who waits may look again; `oldest`: the start that has to be over first, None if a slot is free."""
-        return now + (0.1 if oldest is None else oldest + self.span - now) if self.span else now + WAIT
-
-    def turn(self, base: float, before: float | None) -> float:
-        """When somebody is due who waits behind another, who is due at `before` (None: behind nobody)."""
-        return base if before is None else max(base, before + (self.span / self.most if self.span else APART))
+    def turn(self, now: float, oldest: float | None, ahead: int, before: float | None) -> float:
+        """When somebody may look again who finds no slot. oldest: the start that has to be over first, None if a slot is free;
+        ahead: how many wait before him, the last of whom is due at `before`. That one may be late, or have come later than those
+        behind him: so their number counts as well, or of many who come in no order all would look again at each window."""
+        base, apart = now + WAIT, APART
+        if self.span:
+            base, apart = max(now + 0.01, now + 0.1 if oldest is None else oldest + self.span), self.span / self.most
+            base += ahead // self.most * self.span
+        return base if before is None else max(base, before + apart)
 
     def nominal(self, now: float, oldest: float | None) -> float:
         """The time of a start in the log: that at which its slot became free, if it was just now, so that the small delays of
