@@ -193,7 +193,7 @@ class App:
             raise DeclarationError(f'@app.cron on {line!r}: say when: @app.cron("30 6 * * *"), or every=timedelta(...)')
 
         def declare(target: Any) -> Job:
-            job: Job = target if isinstance(target, Job) else self.job(target)
+            job: Job = target if isinstance(target, Job) else self.job()(target)
             schedule = Schedule(job, line, every, tz, on_missed, overlap, name)
             if schedule.name in self.crons:
                 raise DeclarationError(f"cron {schedule.name!r}: the name is taken by another schedule; give one of them name=")

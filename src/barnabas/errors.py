@@ -162,6 +162,13 @@ def whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def patience(owner: str, timeout: Any) -> float:
+    """Seconds to wait: those of a `timeout`, 30 years at most, and for None. Raises DeclarationError for what is no number."""
+    fits = timeout is None or (isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout == timeout)
+    must(fits, owner, "timeout", timeout, "give seconds, or None to wait for ever")
+    return 1e9 if timeout is None else max(0.0, min(timeout, 1e9))
+
+
 def text(error: BaseException) -> str:
     """What an error says. Its own __str__ must not cost the message or job that it failed."""
     try:

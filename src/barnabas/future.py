@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from barnabas.errors import DeclarationError, NotYetDurable
+from barnabas.errors import DeclarationError, NotYetDurable, patience
 
 T = TypeVar("T")
 _PENDING: Any = object()
@@ -66,7 +66,7 @@ class Future(msgspec.Struct, Generic[T], eq=False, gc=False):
         if self._value is _PENDING:
             gate = threading.Lock()  # a bare one: an Event costs three times as much
             gate.acquire()
-            if self._watch(gate.release) and not gate.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            if self._watch(gate.release) and not gate.acquire(timeout=patience("future", timeout)):
                 raise NotYetDurable(f"not durable after {timeout} s; it may still become so: see barnabas check")
 
     def outcome(self, timeout: float | None = None) -> Any:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, Never
@@ -14,14 +15,13 @@ from barnabas.consumer import check_call, check_name, check_priority, check_queu
 from barnabas.engine.hand import CURRENT
 from barnabas.engine.handler import hints_of, refuse_generator
 from barnabas.engine.hooks import check_hooks, check_takes, refuse_async
-from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError, is_text, must, refuse_unknown, whole
+from barnabas.errors import DeclarationError, JobFailed, NoOutcome, SendError, is_text, must, patience, refuse_unknown, whole
 from barnabas.future import Future, gathered, resolved
 from barnabas.jobs.beyond import KEPT, read_outcome
 from barnabas.jobs.limit import Concurrent, limits
 from barnabas.jobs.payload import CHAIN, PayloadError, build, build_many, derived_jid, failed, hooked, new_jid, new_jids
 from barnabas.jobs.unique import Claim, Lock
 from barnabas.message import LockedJob, OutgoingJob, note, ranked
-from barnabas.ports import FOREVER
 from barnabas.topic import END
 
 STORED = ("retry_for", "retry_queue", "backtrace", "dead", "tags")  # options that travel with a job, for whoever runs it
@@ -345,10 +345,7 @@ class Job(Calls):
         out = self._outgoing(self._positions(args, kwargs), at, call, jid, future)
         if out is None:
             return resolved(None)
-        if held is not None:
-            CURRENT.get().add(out)  # type: ignore[union-attr]
-        else:
-            self.app.jobs.send((out,))
+        self._leave([out], held is not None)
         return future
 
     def _future(self, jid: str, call: Mapping[str, Any]) -> Future[str]:
@@ -364,7 +361,7 @@ class Job(Calls):
         """
         if self._returned is None:
             raise DeclarationError(f"{self.owner}: nothing is kept of what it returns; declare it with result_ttl=SECONDS")
-        said = self.app.jobs.note(f"result:{jid}", FOREVER if timeout is None else timeout)
+        said = self.app.jobs.note(f"result:{jid}", patience(f"{self.owner}: outcome", timeout))
         if said is None:
             raise NoOutcome(f"{self.owner}: no outcome of {jid} within {timeout} s: see barnabas jobs show {jid}, and result_ttl")
         found = read_outcome(said)
@@ -382,7 +379,7 @@ class Job(Calls):
 
     def _after(self, delay: float | timedelta, call: str = "enqueue_in(") -> float:
         seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds < END - 1e10:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not -END < seconds < END - 1e10:
             raise SendError(f"{call}{delay!r}): give seconds or a timedelta")
         return float(self.app.clock.now() + max(0.0, seconds))
 
@@ -447,10 +444,12 @@ class Options(Calls):
     def __init__(self, job: Job, call: Mapping[str, Any]) -> None:
         self._job, self._call = job, call
 
-    def options(self, *, batch: Any) -> "Options":
+    def options(self, *, batch: Any = None, **unknown: Never) -> "Options":
         """The same as one of a batch. Raises DeclarationError for what cannot be of one."""
         job = self._job
-        must(hasattr(batch, "take"), job.owner, "batch", batch, "give what app.batch() or app.current_batch() has returned")
+        refuse_unknown(f"{job.owner}: options(...).options", unknown, ["batch"])
+        mine = getattr(batch, "app", None) is job.app and hasattr(batch, "take")
+        must(mine, job.owner, "batch", batch, "give what app.batch() or app.current_batch() of its own app has returned")
         if job.queued or job.app.job_handlers.get(job.name) is not job:
             one, other = "it is run by another program, which tells nobody of its end", "unique from its enqueueing on"
             raise DeclarationError(f"{job.owner} cannot be of a batch: {one}, or {other}, so that it may not be stored at all")
@@ -458,7 +457,9 @@ class Options(Calls):
 
 
 def _at(when: float | datetime) -> float:
-    at = when.timestamp() if isinstance(when, datetime) else when
-    if isinstance(at, bool) or not isinstance(at, int | float) or not at < END:
+    at: Any = when
+    with suppress(ValueError, OverflowError, OSError):  # the system knows no such time
+        at = when.timestamp() if isinstance(when, datetime) else when
+    if isinstance(at, bool) or not isinstance(at, int | float) or not -END < at < END:
         raise SendError(f"enqueue_at({when!r}): give epoch seconds (not milliseconds), up to the year 9999, or a datetime")
     return float(at)

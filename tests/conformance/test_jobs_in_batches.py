@@ -269,7 +269,8 @@ def test_wrong_use_is_refused(place, shop):
     with shop.batch(on_success=foreign) as batch:
         batch.enqueue(shop.work, 1)
         later = shop.work.options(batch=batch)
-        for job, error in [(foreign, "another program"), (unique, "unique from"), (print, "no job")]:
+        others = place.app("others").job(lambda n: None, name="others")
+        for job, error in [(foreign, "another program"), (unique, "unique from"), (print, "no job"), (others, "its own app")]:
             with pytest.raises(DeclarationError, match=error):
                 batch.enqueue(job, 1)
         with pytest.raises(SendError, match="begun already"), batch:

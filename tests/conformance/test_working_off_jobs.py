@@ -15,6 +15,7 @@ from watching import failures, settled, wait_for, waiting
 from barnabas import Concurrent, Reject, RetryAfter
 from barnabas.backends.shares import QueueOrder
 from barnabas.errors import DeclarationError, SendError
+from barnabas.future import Future
 from barnabas.jobs.payload import backtrace, parse
 from barnabas.worker import Worker
 
@@ -321,6 +322,46 @@ def test_a_time_that_is_none_is_refused(app, delay):
         mail.enqueue_in(delay)
     with pytest.raises(SendError, match="give epoch seconds"):
         mail.enqueue_at(delay)
+
+
+@pytest.mark.parametrize("when", [datetime.min, datetime.max.replace(tzinfo=UTC), -(10**400), float("-inf"), 1.7e12])
+def test_a_time_of_no_calendar_is_refused(app, when):
+    @app.job
+    def mail(): ...
+
+    with pytest.raises(SendError, match="give epoch seconds"):
+        mail.enqueue_at(when)
+
+
+def test_a_naive_time_is_local_and_one_that_has_passed_is_now(app):
+    @app.job
+    def mail(n: int): ...
+
+    at = datetime(2035, 7, 1, 12, 30)
+    for future in (mail.enqueue_at(at, 0), mail.enqueue_in(-5, 1), mail.enqueue_at(datetime(1960, 1, 1), 2)):
+        future.result(5)
+    assert [job.at for job in app.jobs.find_jobs("scheduled")] == [time.mktime(at.timetuple())]
+    assert sorted(bytes(parse(job.payload).args) for job in app.jobs.find_jobs("ready")) == [b"[1]", b"[2]"]
+
+
+@pytest.mark.parametrize("timeout", ["1", float("nan"), [], True])
+def test_a_wait_that_is_none_is_refused(app, timeout):
+    @app.job(result_ttl=60)
+    def add(n: int) -> int: ...
+
+    future = add.enqueue(1)
+    for wait in (future.outcome, lambda timeout: add.outcome(future.id, timeout), Future("a").result):
+        with pytest.raises(DeclarationError, match=r"timeout=.* give seconds, or None"):
+            wait(timeout)
+
+
+def test_options_of_options_are_those_of_a_batch(app):
+    @app.job
+    def add(n: int) -> int: ...
+
+    for wrong, why in (({"queue": "a"}, "unknown option queue='a'; it knows batch"), ({}, "batch=None: give what app.batch")):
+        with pytest.raises(DeclarationError, match=why):
+            add.options(retry=1).options(**wrong)
 
 
 def test_options_change_the_queue_of_one_call(place):

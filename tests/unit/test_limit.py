@@ -29,6 +29,7 @@ async def later(n): ...
         (lambda: Concurrent(1, by="nothing"), "limit=Concurrent: by='nothing': there is no such parameter; it takes "),
         (lambda: [Rate(1, per=1), Rate(1, per=2, by=("n", "x"))], "limit=Rate: by='x'"),
         (lambda: Concurrent(1, by=()), "name a parameter"),
+        (lambda: Concurrent(1, by=[[]]), r"by=\[\]: there is no such parameter"),
         (lambda: Concurrent(1, by=later), "not an `async def`"),
         (lambda: Concurrent(1, by=lambda: 1), r"Concurrent: by: <function .* is called with \(n, key\), and cannot be: too"),
         (lambda: Rate(1, per=1, by=lambda n, key, more: 1), "missing a required argument: 'more'"),
@@ -54,7 +55,7 @@ def test_what_cannot_be_is_refused(make, why):
         ("\ud800", Concurrent(1), 1, "its name, a text, makes it"),
         ("a", Concurrent(1, by="n"), 1, "put the kind into that"),
         ("a", Concurrent(1, name="b"), 1, "put the kind into that"),
-        ("a", Concurrent(1), -1, "give seconds, or None"),
+        ("a", Concurrent(1), -1, "give seconds, 0 or more"),
         ("a", Concurrent(1), NAN, "give seconds, or None"),
     ],
 )

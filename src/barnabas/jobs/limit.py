@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from barnabas.engine.hooks import check_takes
-from barnabas.errors import DeclarationError, NoSlot, is_text, must
+from barnabas.errors import DeclarationError, NoSlot, is_text, must, patience
 
 By = str | Sequence[str] | Callable[..., Any] | None
 WAIT = 60.0  # seconds until a job that waits looks for itself; before that, whoever ends wakes it
@@ -134,7 +134,7 @@ class Kind:
         must(not inspect.iscoroutinefunction(by), owner, "by", by, "give a plain function, not an `async def`")
         must(by is None or callable(by) or names, owner, "by", by, "name a parameter, or leave it out")
         for name in names:
-            must(name in signature.parameters, owner, "by", name, f"there is no such parameter; it takes {signature}")
+            must(name in (*signature.parameters,), owner, "by", name, f"there is no such parameter; it takes {signature}")
         if callable(by) and all(p.kind is not p.VAR_POSITIONAL for p in signature.parameters.values()):
             check_takes(f"{owner}: by", by, *signature.parameters)
         plain = [inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD]
@@ -199,13 +199,11 @@ class Limiter:
 
     def __init__(self, app: Any, name: str, limit: Any, timeout: float | None) -> None:
         self._owner = f"limiter {name!r}"
-        if not isinstance(limit, Rate | Concurrent):
-            raise DeclarationError(f"{self._owner}: {limit!r}: give Rate(count, per=SECONDS) or Concurrent(count)")
-        if not is_text(name) or not name or limit.by is not None or limit.name not in (None, name):
-            way_out = "its name, a text, makes it; put the kind into that: app.limiter(f'mail:{customer}', Rate(...))"
-            raise DeclarationError(f"{self._owner}: {limit!r}: {way_out}")
-        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0):
-            raise DeclarationError(f"{self._owner}: timeout={timeout!r}: give seconds, or None to wait for ever")
+        must(isinstance(limit, Rate | Concurrent), self._owner, "limit", limit, "give Rate(count, per=SECONDS) or Concurrent")
+        way_out = "its name, a text, makes it; put the kind into that: app.limiter(f'mail:{customer}', Rate(...))"
+        mine = is_text(name) and name and limit.by is None and limit.name in (None, name)
+        must(mine, self._owner, "limit", limit, way_out)
+        must(patience(self._owner, timeout) or not timeout, self._owner, "timeout", timeout, "give seconds, 0 or more, or None")
         self._app, self._limit, self._timeout = app, limit, timeout
         self._need = msgspec.structs.replace(limit, name=name).need([], "")
 

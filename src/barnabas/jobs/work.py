@@ -233,10 +233,7 @@ class JobHandler:
         else:
             outcome, reason = outcome or ("dead" if verdict.payload is not None else "dropped"), verdict.reason
         shown = error if not isinstance(error, _OURS) else None
-        job = ""
-        with suppress(PayloadError):
-            job = parse(row[2]).jid  # type: ignore[arg-type]
-        self.observers.failed(Failed(name, run.part.topic, -1, row[0], attempt, outcome, reason, shown, job))
+        self.observers.failed(Failed(name, run.part.topic, -1, row[0], attempt, outcome, reason, shown, str(row[1] or "")))
 
 
 def name_of(row: Row) -> str | None:
