@@ -143,6 +143,30 @@ def test_no_run_begins_while_the_last_one_has_not_ended(place, caplog):
     assert tick() == 1
 
 
+def test_a_run_that_waits_for_its_retry_is_found_without_a_look_at_all_that_is_ready(place, monkeypatch):
+    def declare(app):
+        @app.cron(every=MINUTE)
+        @app.job
+        def report(at: datetime):
+            raise ValueError("no")
+
+    clock, (app,) = processes(place, 1, declare)
+    cron, find_jobs, asked = Cron(app, app.crons.values()), app.jobs.find_jobs, []
+    cron.step()
+    clock.advance(60)
+    cron.step()
+    place.drain(app)
+
+    def noting(state=None, queue=None):
+        asked.append(state)
+        return find_jobs(state, queue)
+
+    (job,) = find_jobs("retry")
+    monkeypatch.setattr(app.jobs, "find_jobs", noting)
+    assert cron._busy(app.crons["report"], job.jid, clock.now())
+    assert asked == ["work", "retry"]  # of a million that are ready each look took seconds, in which no schedule ticked
+
+
 class Nobody:
     size = 10
 

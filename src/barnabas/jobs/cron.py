@@ -23,6 +23,7 @@ log = logging.getLogger("barnabas")
 POLICIES = ("once", "skip", "all")
 LATE = 10.0  # seconds after which a tick that nobody took counts as missed
 LOOK = 30.0  # seconds between two looks through all jobs for a run that does not end
+STATES = ("work", "retry", "scheduled", "ready")  # where a run may be; a million that are ready come last, or ticks would wait
 MISSES = 3  # so many looks in a row have to miss it: a job may move while we look
 PAGE = 500  # missed ticks enqueued in one step
 YEARS = timedelta(days=50 * 366)
@@ -53,14 +54,12 @@ class Schedule:
         fits = isinstance(self.name, str) and self.name.isprintable() and 0 < len(self.name) <= 200
         self._must(fits, "name", name, "give up to 200 printable characters, or leave it out for the name of the job")
         self._must(on_missed in POLICIES, "on_missed", on_missed, f"give one of {', '.join(POLICIES)}")
-        if job.queued:
-            way_out = "overlap=False keeps the runs of a schedule apart; or declare while_executing"
-            self._must(False, "unique", job.lock.kind, way_out)
+        way_out = "overlap=False keeps the runs of a schedule apart; or declare while_executing"
+        self._must(not job.queued, "unique", job.lock and job.lock.kind, way_out)
         way_out = "give True if a run may begin before the last one has ended, else False"
         self._must(isinstance(overlap, bool), "overlap", overlap, way_out)
         self._must((line is None) != (every is None), "every", every, "give either a cron line or every=timedelta(...)")
-        way_out = "its function gets no argument, or one, the time of the tick (at: datetime)"
-        self._must(job._least <= 1, "job", job.name, way_out)
+        self._must(job._least <= 1, "job", job.name, "its function gets no argument, or one, the time of the tick (at: datetime)")
         if every is not None:
             fits = isinstance(every, timedelta) and timedelta(seconds=1) <= every <= YEARS and not every.microseconds
             way_out = "give a timedelta of whole seconds, 1 or more, up to 50 years, and no tz"
@@ -201,8 +200,8 @@ class Cron:
         if not jid or home.note(f"ended:{schedule.note}") == jid.encode():
             return False
         if now >= self._looked.get(schedule, 0.0) + LOOK:
-            looks = (job for _ in range(MISSES) for job in home.find_jobs())
-            if not any(job.jid == jid and job.state != "dead" for job in looks):
+            looks = (job for _ in range(MISSES) for state in STATES for job in home.find_jobs(state))
+            if not any(job.jid == jid for job in looks):
                 return False
             self._looked[schedule] = now
         return True
