@@ -209,8 +209,7 @@ class RedisQueues:
                 landing.wait(timeout)
             found, self._claimed = self._claimed, []  # only now: the server may go away at each of the lines above
             return found
-        if not landing.waiting:
-            found = self._claim(room, True) or []
+        found = [] if landing.waiting else self._claim(room, True) or []
         if not found and not self._suspects and timeout > 0:
             landing.block([queue for queue in self._order.names if queue not in self._shut and self.parts[queue].room > 0])
             if landing.wait(min(timeout, BLOCK)):
