@@ -198,8 +198,8 @@ def _retried(app: App, letter: Letter) -> Outgoing | str:
 
 def deal(app: App, found: Iterable[Letter], *, retry: bool, dry_run: bool = False) -> Dealt:
     """Retry dead letters, or drop them. A topic's message is sent to the retry topic of its group, due now; a job is made
-    ready, as by Sidekiq's "Retry now". Each is dealt with once, also by several at a time, but for those on Kafka: there, only
-    one may be at it at a time."""
+    ready, as by Sidekiq's "Retry now". Each is dealt with once, also by several at a time. On Kafka the newer goes on, and the
+    older is Refused."""
     came = Dealt()
     for some in chunks(found, CHUNK):
         outgoing: list[tuple[str, int, int, Outgoing | None]] = []

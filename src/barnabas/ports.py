@@ -215,8 +215,8 @@ class Backend(Sink, Protocol):
 
     def finish(self, group: str, letters: Sequence[tuple[str, int, int, Outgoing | None]]) -> int:
         """Enter offsets (topic, partition, offset) as finished by a group that nobody runs, and send the message that comes
-        with each, in one step. Those that are finished already are left alone, so nothing goes twice (Kafka has no
-        such step: two processes at a time may each send it all). Returns the number of the others. Raises UnknownTopic."""
+        with each, in one step. Those that are finished already are left alone, so nothing goes twice. Returns the number of
+        the others. Raises UnknownTopic, and on Kafka Refused where another process began the same meanwhile."""
 
     def queue_states(self) -> list[QueueState]:
         """All queues, by name."""

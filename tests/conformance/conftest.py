@@ -119,7 +119,7 @@ class Place:
         for state in events.topics():
             for number, (first, following, _) in enumerate(state.partitions if state.name == topic.name else ()):
                 rows = events.read(topic.name, number, first, following - first)
-                assert len(rows) == following - first
+                assert len(rows) == following - first or self.name == "kafka"  # the end of a transaction has an offset there
                 found += [topic.stored((topic, number, *row)) for row in rows]
         return found
 

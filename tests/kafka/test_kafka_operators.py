@@ -10,7 +10,7 @@ import confluent_kafka as driver
 import pytest
 from test_broker import drain, running, wait_for
 
-from barnabas import Delivery, Retry, inspect, lag, processes
+from barnabas import Delivery, Retry, dead, inspect, lag, processes
 from barnabas.backends import kafka_doors
 from barnabas.backends.kafka_admin import Change
 from barnabas.cli.loading import Wrong
@@ -63,6 +63,73 @@ def test_more_dealt_with_than_can_be_kept_is_refused_and_nothing_is_forgotten(ma
     assert (at.offset, at.done) == (1, [(n, n + 1) for n in range(2, 2000, 2)])
     assert finish(range(4000)) == 3000
     assert [(at.offset, at.done) for at in app.events.positions("shop-dead")] == [(4000, [])]
+
+
+RETRIER = """
+import sys
+import confluent_kafka
+from barnabas import App, dead
+from barnabas.errors import Refused
+
+app = App("shop", events=sys.argv[1])
+topic = app.topic("orders", int, partitions=2)
+app.consumer(topic, name="read")(lambda n: None)
+
+class Producer(confluent_kafka.Producer):
+    def send_offsets_to_transaction(self, *args):
+        if "early" in sys.argv:
+            self.hang()
+        super().send_offsets_to_transaction(*args)
+
+    def commit_transaction(self, *args):
+        if "late" in sys.argv:
+            self.hang()
+        super().commit_transaction(*args)
+
+    def hang(self):
+        print("sent", flush=True)
+        sys.stdin.readline()
+
+confluent_kafka.Producer = Producer
+try:
+    dead.deal(app, dead.letters(app), retry=True)
+except Refused as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize("how", ["overtaken", "killed"])
+def test_letters_are_retried_once_by_several_operators_and_after_one_that_was_killed(make, tmp_path, how, when) -> None:
+    app, broken, seen = make(), [True], []
+    topic = app.topic("orders", int, partitions=2)
+
+    @app.consumer(topic, name="read", retry=Retry(0))
+    def read(n: int) -> None:
+        seen.append(n)
+        if broken:
+            raise ValueError
+
+    topic.send_many(range(700)).result(10)  # more than one step
+    drain(app)
+    broken.clear()
+    (tmp_path / "retrier.py").write_text(RETRIER)
+    words = [sys.executable, "retrier.py", app.events.url, when]
+    other = subprocess.Popen(words, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "sent\n"
+        if how == "killed":
+            other.kill()
+        assert dead.deal(app, list(dead.letters(app)), retry=True) == dead.Dealt(done=700)
+        if how == "overtaken":
+            assert "another dead retry or dead drop took over" in other.communicate("go\n", 30)[0]
+        assert dead.deal(app, list(dead.letters(app)), retry=True) == dead.Dealt()
+        drain(app)
+        assert sorted(seen) == sorted([*range(700)] * 2)
+        assert [(group.open, group.state) for group in lag.groups(app)] == [(0, "stopped")]
+    finally:
+        other.kill()
+        other.communicate()
 
 
 def test_a_dead_letter_that_no_broker_takes_is_seen_and_goes_when_it_can(make, monkeypatch, caplog) -> None:

@@ -148,6 +148,15 @@ def test_what_a_user_may_not_do_is_an_error_of_its_own(broker) -> None:
 
 
 @pytest.mark.slow
+def test_dead_letters_are_dealt_with_by_whom_a_transaction_is_allowed(broker) -> None:
+    app = shop(broker, "clerk")
+    app.topic("orders", int).send(1).result(30)
+    with pytest.raises(NotAuthorised, match=r"as 'shop-dead': .* does not allow it .*ransactional"):
+        app.events.finish("shop-dead", [("orders", 0, 0, None)])
+    app.close()
+
+
+@pytest.mark.slow
 def test_secrets_are_in_nothing_that_is_printed(broker, tmp_path: Path) -> None:
     servers, folder = broker
     (tmp_path / "shop.py").write_text('from barnabas import App\napp = App("shop")\n\n@app.consumer(app.topic("orders", int))\n'

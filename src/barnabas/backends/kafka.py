@@ -318,11 +318,16 @@ class KafkaBackend(KafkaDoors):
             if full:
                 return
 
-    def deliver(self, outputs: Sequence[Outgoing]) -> None:
-        tries: list[Future[Any]] = [Future() for _ in outputs]
-        self.send([(*out[:6], future) for out, future in zip(outputs, tries, strict=True)])
-        for future in tries:
-            future.result(self._send_timeout)
+    def deliver(self, sender: Any, outputs: Sequence[Outgoing], errors: list[Exception]) -> None:
+        def report(error: Any, message: Any) -> None:
+            if error is not None:
+                errors.append(self.refusal(error, message.topic()))
+
+        for topic, _, key, value, headers, timestamp, _ in outputs:
+            name = self.names.get(topic.name) or self.find(topic)
+            sender.produce(name, value, key, -1, report, report, _millis(timestamp), headers or None)
+        while len(sender):  # a fatal error in `flush`, which runs callbacks as well, is raised as what nobody can catch
+            sender.poll(0.1)
 
     def store(self, topic: str, key: str, value: bytes | None) -> Future[Any]:
         producer, future = self._producer or self._start(), Future[Any]()

@@ -342,16 +342,18 @@ class KafkaAdmin:
                 self._askers.popitem()[1].close()
             self._doubted = False
             if group not in self._askers:
-                self._askers[group] = self.outsider(self.prefix + group, **{"bootstrap.servers": self._alive})
+                fixed = {"bootstrap.servers": self._alive, "isolation.level": "read_uncommitted"}  # positions of now
+                self._askers[group] = self.outsider(self.prefix + group, **fixed)
             return self._askers[group]
 
-    def committed(self, group: str, where: Iterable[tuple[str, int]]) -> dict[tuple[str, int], tuple[int, str]]:
-        """A group's positions where it has any: offset and what is kept beside it."""
+    def committed(self, group: str, where: Iterable[tuple[str, int]], us: Any = None) -> dict[tuple[str, int], tuple[int, str]]:
+        """A group's positions where it has any: offset and what is kept beside it. us: an outsider, who waits for the outcome of
+        a transaction."""
         asked = [TopicPartition(self.prefix + topic, number) for topic, number in where]
         if not asked:
             return {}
         with self._asking:
-            found = self._until_led(f"the positions of {group!r}", lambda: self.asker(group).committed(asked, timeout=PATIENCE))
+            found = self._until_led(f"the positions of {group!r}", lambda: (us or self.asker(group)).committed(asked, PATIENCE))
         cut, found = len(self.prefix), [tp for tp in found if tp.offset >= 0 and tp.metadata != FORGOTTEN]
         return {(tp.topic[cut:], tp.partition): (tp.offset, tp.metadata or "") for tp in found}
 

@@ -7,15 +7,16 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from confluent_kafka import KafkaException, TopicPartition
+import confluent_kafka as driver
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from barnabas.backends.kafka_admin import PATIENCE, KafkaAdmin
-from barnabas.backends.kafka_options import COMMON
+from barnabas.backends.kafka_options import COMMON, PRODUCER, TRANSACTION
 from barnabas.backends.kafka_words import FORGOTTEN, MARK, explain, pack, unpack
 from barnabas.backends.shares import HOST, by_partition, check_offset, finished
 from barnabas.errors import NotYetDurable, Refused, UnknownTopic
@@ -25,6 +26,7 @@ from barnabas.ports import Position, Process, QueueState, StoredJob
 
 REPORTS, SIGNS = 2.0, 5.0  # seconds between two reports that are stored: changed ones, and signs of life
 GONE = 30.0  # seconds of silence after which a process is taken for dead
+FENCED = {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH}
 _COMPACT = {"cleanup.policy": "compact", "segment.bytes": str(4 << 20), "min.cleanable.dirty.ratio": "0.1"}
 
 
@@ -36,7 +38,7 @@ class KafkaDoors(KafkaAdmin):
     session: float
     sources: list[Any]
     store: Callable[[str, str, bytes | None], Future[Any]]  # send a message of our own
-    deliver: Callable[[Sequence[Outgoing]], None]  # send some of others, and wait until they are stored
+    deliver: Callable[[Any, Sequence[Outgoing], list[Exception]], None]  # send some with this producer; why some could not be
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -95,12 +97,9 @@ class KafkaDoors(KafkaAdmin):
 
     def place(self, positions: Iterable[Position], clear: Sequence[str] = ()) -> None:
         wanted: dict[str, list[TopicPartition]] = {}
-        stored, positions = self.metadata(), list(positions)
-        where = [(at.topic, at.partition) for at in positions if at.partition < stored.get(at.topic, 0)]
-        firsts, ends = self.ends(where, OffsetSpec.earliest()), self.ends(where)
+        positions = list(positions)
+        firsts, ends = self._bounds([(at.topic, at.partition) for at in positions])
         for at in positions:
-            if at.partition >= stored.get(at.topic, 0):
-                raise UnknownTopic(f"there is no partition {at.partition} of a topic {at.topic!r}")
             check_offset(at, firsts[at.topic, at.partition], ends[at.topic, at.partition])
             beside = FORGOTTEN if at.offset is None else pack(at.offset, at.done, {})
             tp = TopicPartition(self.prefix + at.topic, at.partition, at.offset or 0, metadata=beside or MARK)
@@ -121,26 +120,50 @@ class KafkaDoors(KafkaAdmin):
                 raise explain(tp.error, what, self)
 
     def finish(self, group: str, letters: Sequence[tuple[str, int, int, Outgoing | None]]) -> int:
-        stored, count, where, outputs = self.metadata(), 0, [], []
-        with self._control_lock:
-            by = by_partition(letters)
-            for topic, number in by:
-                if number >= stored.get(topic, 0):
-                    raise UnknownTopic(f"there is no partition {number} of a topic {topic!r}")
-            firsts, known = self.ends(by, OffsetSpec.earliest()), self.committed(group, by)
-            for at, some in by.items():
-                offset, beside = known.get(at) or (firsts[at], "")
-                fresh, offset, done = finished(max(offset, firsts[at]), unpack(offset, beside)[0], some)
-                outputs += [out for out in map(some.get, fresh) if out is not None]
-                if unpack(offset, beside := pack(offset, done, {}))[0] != done:
-                    what = f"{at[0]}[{at[1]}]: what {group!r} has finished are {len(done):,} stretches, more than can be kept"
-                    raise Refused(f"{what}; finish what is between them first, the oldest: without a filter, or by addresses")
-                where.append(TopicPartition(self.prefix + at[0], at[1], offset, metadata=beside or MARK))
-                count += len(fresh)
-            if outputs:
-                self.deliver(outputs)
-            self._alter(group, where)
-        return count
+        """In one transaction, by one process at a time: whoever comes next takes over, and what was begun is undone."""
+        what, errors = f"finishing letters as {group!r}", list[Exception]()
+        sender = self.client(driver.Producer, PRODUCER, **TRANSACTION, **{"transactional.id": self.prefix + group})
+        us = self.outsider(self.prefix + group, **{"isolation.level": "read_committed"})
+        with self._control_lock, self._asking:
+            try:
+                sender.init_transactions(PATIENCE)
+                where, outputs, count = self._finished(group, by_partition(letters), us)
+                sender.begin_transaction()
+                self.deliver(sender, outputs, errors)
+                sender.send_offsets_to_transaction(where, us.consumer_group_metadata(), PATIENCE)
+                sender.commit_transaction(PATIENCE)
+                return count
+            except KafkaException as error:
+                if error.args[0].code() not in FENCED:
+                    raise next(iter(errors), None) or explain(error.args[0], what, self) from error
+                raise Refused(f"{what}: another dead retry or dead drop took over; see barnabas dead list") from error
+            finally:
+                us.close()
+                with suppress(KafkaException):  # what was committed stays; who waits for the outcome of the rest has it
+                    sender.abort_transaction(1.0)
+
+    def _finished(self, group: str, by: Mapping[Any, Mapping[int, Any]], us: Any) -> tuple[list[Any], list[Any], int]:
+        """The positions when these are finished, what is to be sent, and how many were not finished before."""
+        count, where, outputs = 0, [], []
+        firsts, known = self._bounds(by)[0], self.committed(group, by, us)
+        for at, some in by.items():
+            offset, beside = known.get(at) or (firsts[at], "")
+            fresh, offset, done = finished(max(offset, firsts[at]), unpack(offset, beside)[0], some)
+            outputs += [out for out in map(some.get, fresh) if out is not None]
+            if unpack(offset, beside := pack(offset, done, {}))[0] != done:
+                what = f"{at[0]}[{at[1]}]: what {group!r} has finished are {len(done):,} stretches, more than can be kept"
+                raise Refused(f"{what}; finish what is between them first, the oldest: without a filter, or by addresses")
+            where.append(TopicPartition(self.prefix + at[0], at[1], offset, metadata=beside or MARK))
+            count += len(fresh)
+        return where, outputs, count
+
+    def _bounds(self, where: Collection[tuple[str, int]]) -> tuple[Mapping[Any, int], Mapping[Any, int]]:
+        """The first and the next offset of each of these partitions. Raises UnknownTopic."""
+        stored = self.metadata()
+        for topic, number in where:
+            if number >= stored.get(topic, 0):
+                raise UnknownTopic(f"there is no partition {number} of a topic {topic!r}")
+        return self.ends(where, OffsetSpec.earliest()), self.ends(where)
 
     # Jobs: there are none.
 

@@ -21,6 +21,10 @@ PRODUCER: dict[str, Any] = {
     "message.max.bytes": 1_000_000_000,  # a topic's own limit decides
     "socket.timeout.ms": 30_000,  # Kafka waits that long for all replicas in sync; the driver's 60,000 outlast a checkpoint
 }  # fmt: skip
+TRANSACTION = {  # of operators: what a killed one has begun is undone after that, or by the next at once
+    "transaction.timeout.ms": 30_000, "delivery.timeout.ms": 30_000, "message.timeout.ms": 30_000, "socket.timeout.ms": 30_000,
+    "queue.buffering.max.kbytes": 2_097_151, "error_cb": lambda error: None,  # the call raises what is the matter
+}  # fmt: skip
 CONSUMER: dict[str, Any] = {
     **COMMON, "partition.assignment.strategy": "cooperative-sticky", "client.id": "barnabas",
     "fetch.queue.backoff.ms": 10,  # the driver's 1000 costs a factor of six at a backlog
