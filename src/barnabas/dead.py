@@ -79,7 +79,10 @@ def of_message(names: Mapping[str, str], message: Stored) -> Letter | None:
     try:
         numbers = [int(said[each]) for each in ("partition", "offset", "attempts")]
         reason, source, group = said["reason"], said["topic"], said["group"]
+        times = [float(said.get(each, "0")) for each in ("time", "timestamp")]
     except (KeyError, ValueError):
+        return None
+    if min(numbers) < 0 or not all(abs(each) < 9e15 for each in times):  # milliseconds of 64 bits
         return None
     where = f"{message.topic}[{message.partition}]@{message.offset}"
     time, exception = message.timestamp or 0.0, said.get("exception", "")

@@ -234,6 +234,8 @@ def _checked_headers(headers: Headers) -> list[tuple[str, bytes]]:
         for name, value in headers.items() if isinstance(headers, dict) else headers:
             if type(name) is not str or not name.isascii():
                 name.encode()  # half a surrogate pair cannot be stored
+            if "\0" in name:  # Kafka's driver would end it there
+                raise ValueError("a zero in a name")
             if type(value) is not bytes:
                 value = value.encode() if isinstance(value, str) else bytes(memoryview(value))
             checked.append((name, value))

@@ -130,6 +130,7 @@ def test_rubbish_as_jobs_is_dead_with_its_reason(shop: Shop) -> None:
         {"key": "\ud800"},
         {"key": 1.5},
         {"headers": [("\ud800", b"")]},
+        {"headers": [("a\0b", b"")]},
         {"headers": [("a",)]},
         {"headers": [("a", 5)]},
         {"headers": 5},

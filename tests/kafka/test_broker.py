@@ -68,6 +68,17 @@ def test_a_missing_topic_fails_its_send_at_once_and_a_start_in_a_sentence(make) 
     assert time.monotonic() - began < 5
 
 
+def test_a_send_to_a_topic_that_was_deleted_since_fails_soon(make) -> None:
+    app = make()
+    topic = app.topic("orders", int, partitions=1)
+    topic.send(1).result(10)
+    name = f"{app.events.prefix}orders"
+    app.events.admin.delete_topics([name])[name].result(10)
+    wait_for(lambda: "orders" not in app.events.metadata(), "deleted")
+    error = topic.send(2).exception(25)  # else of half a minute and more
+    assert isinstance(error, UnknownTopic) or "_DESTROY" in str(error), error  # the driver, where it was just at that partition
+
+
 def test_a_message_that_the_broker_says_it_has_but_not_where_counts_as_failed(make, monkeypatch) -> None:
     app = make()
     topic = app.topic("orders", int)
@@ -295,7 +306,8 @@ def test_a_member_that_another_fenced_says_so_and_does_not_claim_to_work(make, c
         with running(apps[1]):
             wait_for(lambda: "fenced by other consumer" in caplog.text, "fenced")
             time.sleep(3)
-        assert "then start the process again" in caplog.text and "the backend works again" not in caplog.text
+        assert "then start the process again" in caplog.text
+    assert "the backend works again" not in caplog.text
 
 
 def test_each_process_is_a_static_member_of_its_own(make, tmp_path) -> None:

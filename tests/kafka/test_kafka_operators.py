@@ -204,6 +204,40 @@ def test_a_control_topic_that_was_deleted_is_made_anew_and_heeded(make, monkeypa
     drain(app)
 
 
+def put(app, topic: str, *records: tuple[bytes | None, bytes, dict[str, bytes]]) -> None:
+    """Store what another program would: key, value, headers."""
+    producer = driver.Producer({"bootstrap.servers": app.events.servers})
+    for key, value, headers in records:
+        producer.produce(f"{app.events.prefix}{topic}", value, key, 0, headers=headers)
+    assert producer.flush(10) == 0
+
+
+def test_rubbish_in_a_control_topic_keeps_nobody_from_it(make) -> None:
+    app = make()
+    app.topic("orders", int, partitions=1)
+    app.events.create_topics([("shop.control", 1, -1, {})])  # by hand: not compacted
+    app.events.set_control("pause:group:a", "1")
+    rubbish = [(None, b"x"), (b"\xff", b"x"), (b"k", b"\xff"), (b"report:a", b"{}")]
+    rubbish += [(b"report:a:1:1", b"{"), (b"report:b:1:1", b"[]")]
+    put(app, "shop.control", *[(key, value, {}) for key, value in rubbish])
+    app.events.set_control("pause:group:b", "1")
+    assert processes.processes(app) == []
+    assert {"pause:group:a", "pause:group:b"} <= app.events.control().keys()
+
+
+def test_a_dead_letter_that_makes_no_sense_is_none(make) -> None:
+    app = make()
+    app.consumer(app.topic("orders", int, partitions=1), name="read")(lambda n: None)
+    marks = {"reason": b"r", "group": b"shop-read", "topic": b"orders", "partition": b"0", "offset": b"0", "attempts": b"1"}
+    wrongs = [{"timestamp": b"x"}, {"timestamp": b"nan"}, {"timestamp": b"1e300"}, {"time": b"x"}]
+    wrongs += [{"partition": b"-3"}, {"offset": b"-1"}]
+    app.events  # noqa: B018 - creates the topics
+    for wrong in [{}, *wrongs]:
+        put(app, "orders.dead", (b"k", b"1", {f"barnabas-{name}": data for name, data in (marks | wrong).items()}))
+    assert [letter.address for letter in dead.letters(app)] == ["orders.dead[0]@0"]
+    assert dead.deal(app, dead.letters(app), retry=True) == dead.Dealt(done=1)
+
+
 def test_a_report_that_cannot_be_stored_ends_no_process(make) -> None:
     app = make()
     app.consumer(app.topic("orders", int, partitions=1), name="read")(lambda n: None)

@@ -16,7 +16,7 @@ pytest.importorskip("confluent_kafka")
 from confluent_kafka import Message
 
 from barnabas import App
-from barnabas.backends.kafka_admin import KafkaAdmin
+from barnabas.backends.kafka_admin import ROOM, KafkaAdmin, topic_config
 from barnabas.backends.kafka_group import Claim
 from barnabas.backends.kafka_log import KafkaLog
 from barnabas.backends.kafka_words import MARK, MOST, as_bare_rows, as_row, as_rows, pack, unpack, whole
@@ -107,6 +107,8 @@ def events(monkeypatch=None, url="kafka://127.0.0.1:1", **options):
         ("auto.offset.reset", "none", "earliest, latest, or error"),
         ("delivery.report.only.error", True, "resolves by its delivery report"),
         ("stats_cb", print, "observe"),
+        ("session.timeout.ms", "10s", "give a whole number"),
+        ("batch.size", "64k", "give a whole number"),
         ("sasl.password", "env:NO_SUCH_VARIABLE", "NO_SUCH_VARIABLE is not set"),
         ("sasl.password", "file:/no/such/file", "cannot be read"),
     ],
@@ -132,6 +134,12 @@ def test_an_option_that_the_driver_does_not_know_is_refused_with_its_name() -> N
         app.topic("orders").send(1)
 
 
+def test_the_size_of_batches_may_come_from_elsewhere(monkeypatch) -> None:
+    monkeypatch.setenv("KAFKA_BATCH", "5000000")
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", kafka={"batch.size": "env:KAFKA_BATCH"})
+    assert topic_config(app.topic("orders", int))[1]["max.message.bytes"] == str(5_000_000 + ROOM)
+
+
 def test_secrets_come_from_elsewhere_and_are_not_shown(monkeypatch, tmp_path) -> None:
     (tmp_path / "secret").write_text("hush1\n")
     monkeypatch.setenv("KAFKA_SECRET", "hush2")
@@ -146,9 +154,12 @@ def test_secrets_come_from_elsewhere_and_are_not_shown(monkeypatch, tmp_path) ->
 def test_what_kafka_cannot_do_is_refused_in_a_sentence() -> None:
     with pytest.raises(SettingError, match="topics, not queues; set jobs="):
         App("shop", events="memory:", jobs="kafka://127.0.0.1:1").jobs  # noqa: B018
-    with pytest.raises(SettingError, match="prefix=NAME alone"):
-        events(url="kafka://127.0.0.1:1?acks=1")
-    for wrong in ("clerk:hush@127.0.0.1:1", "127.0.0.1:1/shop", "127.0.0.1:1, 127.0.0.1:2"):
+    for wrong in ("acks=1", "prefx=", "prefix=a&prefix=b"):
+        with pytest.raises(SettingError, match="prefix=NAME alone"):
+            events(url=f"kafka://127.0.0.1:1?{wrong}")
+    for right in ("[::1]:9092", "a.b-c_d:1,b", "127.0.0.1:1,"):
+        assert events(url=f"kafka://{right}").servers == right
+    for wrong in ("clerk:hush@127.0.0.1:1", "127.0.0.1:1/shop", "127.0.0.1:1, 127.0.0.1:2", "a:http", "::1", "a:1#prefix=b"):
         with pytest.raises(SettingError, match=r"users and passwords go into kafka=") as caught:
             events(url=f"kafka://{wrong}")
         assert "hush" not in str(caught.value)

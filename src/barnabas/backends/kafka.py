@@ -156,10 +156,11 @@ class KafkaBackend(KafkaDoors):
     def __init__(self, url: str, settings: Any, clock: Any) -> None:
         self.closed, self.clock = False, clock
         address, _, query = url.partition("//")[2].partition("?")
-        given = parse_qs(query)
-        if set(given) - {"prefix"}:
+        given = parse_qs(query, keep_blank_values=True)
+        if set(given) - {"prefix"} or len(given.get("prefix", [""])) > 1:
             raise SettingError("events: after the ? of its URL goes prefix=NAME alone; driver options go into kafka={...}")
-        if not re.fullmatch(r"[^/@\s]+/?", address):  # a password in it would be in every line about the cluster
+        # a password in it would be in every line about the cluster
+        if not re.fullmatch(r"(,?([^/@#\s:,[]+|\[[^/@#\s,]+\])(:\d{1,5})?)+,?/?", address):
             raise SettingError("events: give kafka://HOST:PORT,... and nothing else; users and passwords go into kafka={...}")
         super().__init__(url, address.rstrip("/"), given.get("prefix", [""])[0], settings.create_topics)
         self.options = check_options(settings.kafka)

@@ -13,7 +13,7 @@ import confluent_kafka as driver
 from confluent_kafka import KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions, NewTopic, OffsetSpec
 
-from barnabas.backends.kafka_options import COMMON, CONSUMER, MEMBERS, log
+from barnabas.backends.kafka_options import COMMON, CONSUMER, MEMBERS, check_options, log
 from barnabas.backends.kafka_words import FORGOTTEN, MISSING, SOON, STRANGERS, as_row, explain, unpack
 from barnabas.errors import BackendError, DeclarationError, NotAuthenticated, NotAuthorised, UnknownTopic
 from barnabas.message import Row
@@ -374,11 +374,12 @@ class KafkaAdmin:
 def topic_config(topic: Any) -> tuple[int, dict[str, str]]:
     """How a topic is to be kept, in Kafka's words: its replication (-1: as the broker does), and its configuration."""
     keep, over = topic.retention, topic.app.settings.topics.get((topic.parent or topic).name, {})
+    batch = int(check_options(topic.app.settings.kafka).get("batch.size", 1_000_000))
     config = {
         "retention.ms": str(-1 if keep.age is None else round(keep.age * 1000)),
         "retention.bytes": str(-1 if keep.size is None else keep.size),
         # Kafka measures batches: one of many small messages is not to be refused.
-        "max.message.bytes": str(max(topic.limit, int(topic.app.settings.kafka.get("batch.size", 1_000_000))) + ROOM),
+        "max.message.bytes": str(max(topic.limit, batch) + ROOM),
     }
     if "compact" in over and topic.parent is None:
         config["cleanup.policy"] = "compact" if over["compact"] else "delete"

@@ -227,11 +227,12 @@ class KafkaDoors(KafkaAdmin):
             return self._asked
 
     def _enter(self, message: Any) -> None:
-        key, value = message.key().decode(), message.value()
-        if value is None:
-            self._asked.pop(key, None)
-        else:
-            self._asked[key] = (value.decode(), message.timestamp()[1] / 1000)
+        with suppress(AttributeError, UnicodeDecodeError):  # of somebody else
+            key, value = message.key().decode(), message.value()
+            if value is None:
+                self._asked.pop(key, None)
+            else:
+                self._asked[key] = (value.decode(), message.timestamp()[1] / 1000)
 
     def _say(self, key: str, value: str | None) -> Future[Any]:
         if self._control not in self.names:
@@ -244,10 +245,11 @@ class KafkaDoors(KafkaAdmin):
         found, now = [], time.time()
         for key, (value, stamp) in sorted(self._look().items()):
             if key.startswith("report:") and now - stamp < GONE:
-                said = json.loads(value)
-                host, pid, _ = key.removeprefix("report:").rsplit(":", 2)
-                info, silent = said["info"], max(0.0, now - stamp)
-                found.append(Process(key.removeprefix("report:"), int(pid), host, said["started"], silent, info))
+                with suppress(ValueError, KeyError, TypeError):  # of somebody else
+                    said = json.loads(value)
+                    host, pid, _ = key.removeprefix("report:").rsplit(":", 2)
+                    info, silent = said["info"], max(0.0, now - stamp)
+                    found.append(Process(key.removeprefix("report:"), int(pid), host, said["started"], silent, info))
         return found
 
     def report(self, info: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ PRODUCER: dict[str, Any] = {
     "partitioner": "murmur2_random",  # as Java's
     "sticky.partitioning.linger.ms": 0,  # messages without a key are spread
     "message.max.bytes": 1_000_000_000,  # a topic's own limit decides
+    "topic.metadata.propagation.max.ms": 10_000,  # a send to a topic that was deleted is told after that
     "socket.timeout.ms": 30_000,  # Kafka waits that long for all replicas in sync; the driver's 60,000 outlast a checkpoint
 }  # fmt: skip
 TRANSACTION = {  # of operators: what a killed one has begun is undone after that, or by the next at once
@@ -65,6 +66,8 @@ def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
         if why is not None:
             raise SettingError(f"kafka={{{name!r}: ...}} cannot be set: {why}. Remove it.")
         options[name] = _secret(name, value) if isinstance(value, str) else value
+        if name in ("batch.size", "session.timeout.ms") and not str(options[name]).isdecimal():  # the driver takes "10s", as 10
+            raise SettingError(f"kafka={{{name!r}: {value!r}}}: give a whole number")
     return options
 
 

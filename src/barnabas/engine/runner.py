@@ -116,7 +116,7 @@ class Runner:
                 log.error("%s: the backend failed, trying again every second: %s", self.name, error, exc_info=shown)
             self.finished.wait(1.0 if not self.stopping else 0.2)
             return False
-        if self.away:
+        if self.away and timeout:  # that it can be closed is no sign
             self.away = ""
             log.warning("%s: the backend works again", self.name)
         return True
