@@ -164,8 +164,6 @@ def test_what_kafka_cannot_do_is_refused_in_a_sentence() -> None:
             events(url=f"kafka://{wrong}")
         assert "hush" not in str(caught.value)
     home = events()
-    with pytest.raises(DeclarationError, match="topics, not queues"):
-        home.queues(["mail"], None)
     with pytest.raises(DeclarationError, match=r"'totals': tables cannot be kept on kafka: yet; set events=sqlite"):
         home.cell("totals", "a")
 

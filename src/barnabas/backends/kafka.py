@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +29,11 @@ from barnabas.backends.shares import buffer_full
 from barnabas.engine.observe import Statistics
 from barnabas.errors import BarnabasError, BufferFull, DeclarationError, SendError, SettingError
 from barnabas.future import Future
-from barnabas.message import Outgoing, OutgoingJob
+from barnabas.message import Outgoing
 from barnabas.ports import Listener, Source
 
 log = logging.getLogger("barnabas")
 SERVE = 64  # sends between two looks at delivery reports and the room
-NO_JOBS = "kafka: carries topics, not queues; set jobs=redis://HOST or jobs=sqlite:///FILE.db beside events=kafka://..."
 NO_TABLES = "tables cannot be kept on kafka: yet; set events=sqlite:///FILE.db, or keep the state in a store of your own"
 _idle: "dict[str, list[_Line]]" = {}  # of apps that were closed, by cluster and options
 IDLE = 2  # so many are kept of each
@@ -145,8 +144,7 @@ def _millis(timestamp: float) -> int:
 
 def _row(out: Outgoing, message: Any) -> tuple[Any, ...]:
     topic, _, key, value, headers, timestamp, _ = out
-    if type(key) is bytes:
-        key = as_key(key)
+    key = as_key(key) if type(key) is bytes else key
     return (topic, message.partition(), message.offset(), key, value, headers, _millis(timestamp) / 1000)
 
 
@@ -220,7 +218,7 @@ class KafkaBackend(KafkaDoors):
 
     # The sink.
 
-    def send(self, outgoing: Sequence[Outgoing | OutgoingJob], block: bool = True) -> None:
+    def send(self, outgoing: Sequence[Outgoing], block: bool = True) -> None:
         producer = self._producer or self._start()
         count = len(outgoing)
         if self.sent + count - self._served > self._some:
@@ -248,8 +246,6 @@ class KafkaBackend(KafkaDoors):
             chunk = _Chunk(self, bare + (last[-1] is not None), last[-1])
             plain = chunk.report
         for out in outgoing:
-            if len(out) != 7:
-                raise SendError(NO_JOBS)
             topic, partition, key, value, headers, timestamp, future = out
             done = plain if future is None else functools.partial(stored if out is not last else chunk.last, out)
             try:
@@ -356,27 +352,16 @@ class KafkaBackend(KafkaDoors):
         self.require([*self.declared.values(), *topics])
         return KafkaLog(self, group, topics, start, ordered, listener)
 
-    def queues(self, queues: Sequence[str] | Mapping[str, int], listener: Listener, guard: Any = None) -> Source:
-        raise DeclarationError(NO_JOBS)
-
-    def cell(self, table: str, key: Any) -> bytes | None:
+    def cell(self, table: str, key: Any = None) -> Any:
         raise DeclarationError(f"table {table!r}: {NO_TABLES}")
 
-    def cells(self, table: str) -> Iterable[tuple[Any, bytes]]:
-        raise DeclarationError(f"table {table!r}: {NO_TABLES}")
+    cells = cell
 
     def box(self, workers: int) -> tuple[Any, int]:
         return None, 0
 
     def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
-        end = threading.Event()
-
-        def loop() -> None:
-            while not end.wait(0.2):
-                wake()
-
-        threading.Thread(target=loop, name="barnabas-watch", daemon=True).start()
-        return end.set
+        return lambda: None  # nobody tells
 
     def close(self) -> None:
         """Store what is still waiting, at most `send_timeout` seconds, say what could not be, and let go."""

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,7 +22,7 @@ from barnabas.backends.shares import HOST, by_partition, check_offset, finished
 from barnabas.errors import NotYetDurable, Refused, UnknownTopic
 from barnabas.future import Future
 from barnabas.message import Outgoing
-from barnabas.ports import Position, Process, QueueState, StoredJob
+from barnabas.ports import Position, Process
 
 REPORTS, SIGNS = 2.0, 5.0  # seconds between two reports that are stored: changed ones, and signs of life
 GONE = 30.0  # seconds of silence after which a process is taken for dead
@@ -164,17 +164,6 @@ class KafkaDoors(KafkaAdmin):
             if number >= stored.get(topic, 0):
                 raise UnknownTopic(f"there is no partition {number} of a topic {topic!r}")
         return self.ends(where, OffsetSpec.earliest()), self.ends(where)
-
-    # Jobs: there are none.
-
-    def queue_states(self) -> list[QueueState]:
-        return []
-
-    def find_jobs(self, state: str | None = None, queue: str | None = None) -> Iterator[StoredJob]:
-        return iter(())
-
-    def move_jobs(self, refs: Sequence[Any], to: str | None) -> int:
-        return 0
 
     # Processes, and what is asked of them.
 

@@ -57,10 +57,8 @@ def explain(error: KafkaError, what: str, home: Any, sending: bool = False) -> E
 
 def as_key(key: bytes | None) -> str | bytes | None:
     """Kafka keeps a key's bytes; those that are text come back as text."""
-    if key is None:
-        return None
     try:
-        return key.decode()
+        return None if key is None else key.decode()
     except UnicodeDecodeError:
         return key
 

@@ -11,7 +11,7 @@ from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
 from barnabas.cli.jobs import dry_option, fields, limit_option, short, show_job
-from barnabas.cli.loading import AppGroup, Wrong, known, options
+from barnabas.cli.loading import AppGroup, Wrong, declared, known, options
 from barnabas.cli.read import as_fields, as_time, shown, text_of
 from barnabas.dead import Letter
 from barnabas.queues import Entry
@@ -47,10 +47,7 @@ def _found(app: App, consumer: str | None, addresses: tuple[str, ...] = (), **wh
     if consumer is not None and which["group"] is not None:
         raise click.UsageError("give --consumer or --group, not both")
     if consumer is not None:
-        if consumer not in app.consumers:
-            hint = inspect.meant(consumer, app.consumers, "consumers")
-            raise Wrong(f"app {app.name!r} has no consumer {consumer!r}; {hint}", "barnabas check")
-        which["group"] = app.consumers[consumer].group
+        which["group"] = declared(app, "consumer", consumer, app.consumers).group
     topic = which.get("topic")
     if topic is not None and topic not in (names := [state.name for state in app.events.topics()]):
         raise Wrong(f"no topic {topic!r} is stored; {inspect.meant(topic, names, 'topics')}", "barnabas topics")

@@ -8,16 +8,19 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from barnabas.app import App
 from barnabas.errors import BarnabasError
+from barnabas.inspect import meant
 from barnabas.settings import Settings
+
+T = TypeVar("T")
 
 
 class Wrong(BarnabasError):
@@ -35,6 +38,13 @@ def hinted(command: str) -> Iterator[None]:
         yield
     except BarnabasError as error:
         raise Wrong(str(error), command) from error
+
+
+def declared(app: App, kind: str, name: str, there: Mapping[str, T]) -> T:
+    """What the app declares by this name. Raises Wrong."""
+    if name not in there:
+        raise Wrong(f"app {app.name!r} declares no {kind} {name!r}; {meant(name, there, f'{kind}s')}", "barnabas check")
+    return there[name]
 
 
 def load(spec: str | None) -> App:

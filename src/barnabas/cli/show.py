@@ -9,7 +9,7 @@ from msgspec.structs import astuple
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import Wrong, command, known, load, override
+from barnabas.cli.loading import Wrong, command, declared, known, load, override
 from barnabas.errors import BarnabasError
 from barnabas.settings import Row
 from barnabas.topic import Retention
@@ -83,10 +83,7 @@ def _kept(retention: Retention | None) -> str:
 @click.argument("key", required=False)
 def table(app: App, name: str, key: str | None, as_json: bool) -> None:
     """Show a table as it was last settled, or its value under KEY."""
-    if name not in app.tables:
-        hint = inspect.meant(name, app.tables, "tables")
-        raise Wrong(f"app {app.name!r} declares no table {name!r}; {hint}", "barnabas check")
-    with app.tables[name].open() as view:
+    with declared(app, "table", name, app.tables).open() as view:
         if key is not None:
             if key not in view:
                 raise Wrong(f"table {name!r} has nothing under {key!r}", f"barnabas table {name}")

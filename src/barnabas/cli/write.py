@@ -15,9 +15,9 @@ import msgspec
 from barnabas import inspect
 from barnabas.app import App
 from barnabas.cli import draw
-from barnabas.cli.loading import Wrong, command, known
+from barnabas.cli.loading import command, declared, known
 from barnabas.cli.read import as_time
-from barnabas.errors import SendError, UnknownTopic
+from barnabas.errors import SendError
 from barnabas.future import Future
 from barnabas.job import Job
 from barnabas.message import Message
@@ -42,10 +42,7 @@ def send(app: App, topic: str, value: str | None, file: Path | None, key: str | 
     """
     if (value is None) == (file is None):
         raise click.UsageError("give a VALUE, or - for standard input, or --file FILE: one of them")
-    target = {each.name: each for each in app.all_topics()}.get(topic)
-    if target is None:
-        hint = inspect.meant(topic, app.topics, "topics")
-        raise UnknownTopic(f"app {app.name!r} declares no topic {topic!r}; {hint}")
+    target = {each.name: each for each in app.all_topics()}.get(topic) or declared(app, "topic", topic, app.topics)
     app.events.open_work({}, [])  # a question that only a server in reach answers: what is sent would wait for it
     if value is not None and value != "-":
         [message] = _sent(target, [("the value", value.encode())], key)
@@ -127,10 +124,7 @@ def enqueue(
     """
     if delay is not None and at is not None:
         raise click.UsageError("give --in or --at, not both")
-    found = app.job_handlers.get(job)
-    if found is None:
-        hint = inspect.meant(job, app.job_handlers, "jobs")
-        raise Wrong(f"app {app.name!r} declares no job {job!r}; {hint}", "barnabas check")
+    found = declared(app, "job", job, app.job_handlers)
     values = [_argument(text) for text in args]
     _check_arguments(found, values)
     due = app.clock.now() + delay if delay is not None else at.timestamp() if at is not None else None
