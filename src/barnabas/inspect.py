@@ -245,7 +245,7 @@ def _follow(events: Backend, topic: str, at: dict[int, int]) -> Iterator[Stored]
                     at[number] = message.offset + 1
                     yield message
             if quiet:
-                ring.wait(0.2)  # not every backend tells
+                ring.wait(1.0)
     finally:
         unwatch()
 

@@ -544,8 +544,8 @@ def test_partitions_that_come_while_the_claims_are_in_doubt_come_once(make, monk
 
     with running(app) as worker:
         runner = worker.runners[0]
-        wait_for(lambda: told and not runner.source._lapsed, "assigned")
-        assert len(runner.parts) == 4 and sum(told) == 1
+        wait_for(lambda: told and not runner.source._lapsed and sum(told) == 1, "assigned, once")
+        assert len(runner.parts) == 4
         parts = list(runner.parts)
     runner.revoked(parts)  # as it may come twice: once in doubt, and once for good
     assert told in ([1, -1], [1, -1, 1, -1])

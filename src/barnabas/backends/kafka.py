@@ -361,7 +361,14 @@ class KafkaBackend(KafkaDoors):
         return None, 0
 
     def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
-        return lambda: None  # nobody tells
+        end = threading.Event()
+
+        def loop() -> None:
+            while not end.wait(0.2):
+                wake()
+
+        threading.Thread(target=loop, name="barnabas-watch", daemon=True).start()
+        return end.set
 
     def close(self) -> None:
         """Store what is still waiting, at most `send_timeout` seconds, say what could not be, and let go."""
