@@ -161,7 +161,7 @@ def test_brokers_go_one_at_a_time(cluster: Cluster, rounds: int) -> None:
                 time.sleep(LOST + 1)
             finally:
                 cluster.signal(other, signal.SIGCONT)
-            assert frozen < 40  # it is asked again in vain, and by chance so is the admin client's broker
+            assert frozen < 60  # it is asked again in vain, at times often; with the driver's own patience it took 66 to 73
             load.whole()
             print(f"\nhandled again {killed:.1f} s after a kill, {frozen:.1f} s after a freeze")
         load.check()
