@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha1
@@ -572,6 +573,21 @@ def test_what_a_lost_connection_brings_to_a_busy_process_goes_back_to_its_queue(
     client.rpoplpush("queue:default", f"barnabas:landing:{ours.name}:default")  # as the move of a line that was cut
     until(lambda: client.llen("queue:default") == 1)
     ours.close()
+
+
+def test_who_thaws_after_others_took_his_jobs_shows_none_of_them(client, apps):
+    app = apps()
+    app.job(name="mail")(lambda n: None).enqueue(1).result(5)
+    here = source(app)
+    [row] = rows(here.fetch(5, 0.0))
+    app.jobs.boxes.append(array("q", [1, row[0], 1]))  # it is at work
+    here.life.beat()
+    assert [job.state for job in app.jobs.find_jobs()] == ["work"] and client.keys("*:work")
+    die(here)
+    here.life.until = 0.0  # its lease is over
+    app.jobs.recover(here.name)
+    here.life.beat()
+    assert [job.state for job in app.jobs.find_jobs()] == ["ready"] and not client.keys("*:work")
 
 
 def test_a_job_in_hand_at_three_crashes_runs_alone_and_only_a_crash_of_that_run_buries_it(client, apps, hasty):

@@ -199,6 +199,8 @@ class Life:
 
     def beat(self) -> None:
         """Be seen on Sidekiq's web page: the process, and what it runs."""
+        if self.lost():  # else its jobs, which others have by now, would be taken for a Ruby process's
+            return
         source, key, now = self.source, self.home.key, time.time()
         self._seen = {number: self._seen.get(number, int(now)) for number in self._working()}
         running = [(number, since, *source.work.get(number, ("", b""))) for number, since in self._seen.items()]
