@@ -972,7 +972,7 @@ def test_a_set_of_sidekiq_s_that_is_none_keeps_nobody_from_work_from_burying_the
     mail.options(queue="rests").enqueue(9).result(5)
     with running(app) as worker:
         until(lambda: worker.obey() is None and worker.paused)
-        client.delete(key), client.set(key, "x")
+        client.set(key, "x")  # in one step: between two the queue would be open
         client.hset("barnabas:workers", "a:1:x", "default"), client.hset("barnabas:work:a:1:x", "1:default", rubbish(args=[7]))
         mail.enqueue(8).result(5)
         until(lambda: sorted(seen) == [7, 8])
