@@ -163,6 +163,8 @@ def test_what_kafka_cannot_do_is_refused_in_a_sentence() -> None:
         with pytest.raises(SettingError, match=r"users and passwords go into kafka=") as caught:
             events(url=f"kafka://{wrong}")
         assert "hush" not in str(caught.value)
+    with pytest.raises(SettingError):  # at once, however long: not after a year of trying
+        events(url=f"kafka://{'broker-of-a-long-name.' * 9}:http")
     home = events()
     with pytest.raises(DeclarationError, match=r"'totals': tables cannot be kept on kafka: yet; set events=sqlite"):
         home.cell("totals", "a")

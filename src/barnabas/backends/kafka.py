@@ -157,8 +157,8 @@ class KafkaBackend(KafkaDoors):
         given = parse_qs(query, keep_blank_values=True)
         if set(given) - {"prefix"} or len(given.get("prefix", [""])) > 1:
             raise SettingError("events: after the ? of its URL goes prefix=NAME alone; driver options go into kafka={...}")
-        # a password in it would be in every line about the cluster
-        if not re.fullmatch(r"(,?([^/@#\s:,[]+|\[[^/@#\s,]+\])(:\d{1,5})?)+,?/?", address):
+        # A password in it would be in every line about the cluster. (Possessive: else a wrong one is tried for years.)
+        if not re.fullmatch(r"(,?([^/@#\s:,[]++|\[[^/@#\s,]+\])(:\d{1,5}+)?)+,?/?", address):
             raise SettingError("events: give kafka://HOST:PORT,... and nothing else; users and passwords go into kafka={...}")
         super().__init__(url, address.rstrip("/"), given.get("prefix", [""])[0], settings.create_topics)
         self.options = check_options(settings.kafka)
