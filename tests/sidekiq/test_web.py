@@ -89,12 +89,14 @@ class Browser:
 
 
 def gone(element: Any) -> bool:
-    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
 
     try:
         element.is_enabled()
     except StaleElementReferenceException:
         return True
+    except WebDriverException:  # the driver's, while the page is changing: ask again
+        return False
     return False
 
 

@@ -19,7 +19,7 @@ from barnabas.backends.kafka_admin import PATIENCE, KafkaAdmin
 from barnabas.backends.kafka_options import COMMON, PRODUCER, TRANSACTION
 from barnabas.backends.kafka_words import FORGOTTEN, MARK, explain, pack, unpack
 from barnabas.backends.shares import HOST, by_partition, check_offset, finished
-from barnabas.errors import NotYetDurable, Refused, UnknownTopic
+from barnabas.errors import BarnabasError, NotYetDurable, Refused, UnknownTopic
 from barnabas.future import Future
 from barnabas.message import Outgoing
 from barnabas.ports import Position, Process
@@ -114,24 +114,25 @@ class KafkaDoors(KafkaAdmin):
     def _alter(self, group: str, where: list[TopicPartition]) -> None:
         what = f"setting the positions of {group!r}"
         with self._asking:
-            answers = self._until_led(what, lambda: self.asker(group).commit(offsets=where, asynchronous=False))
-        for tp in answers:
-            if tp.error is not None:
-                raise explain(tp.error, what, self)
+            for tp in self._until_led(what, lambda: self.asker(group).commit(offsets=where, asynchronous=False)):
+                if tp.error is not None:
+                    raise explain(tp.error, what, self)
 
     def finish(self, group: str, letters: Sequence[tuple[str, int, int, Outgoing | None]]) -> int:
         """In one transaction, by one process at a time: whoever comes next takes over, and what was begun is undone."""
-        what, errors = f"finishing letters as {group!r}", list[Exception]()
+        what, errors, by = f"finishing letters as {group!r}", list[Exception](), by_partition(letters)
         sender = self.client(driver.Producer, PRODUCER, **TRANSACTION, **{"transactional.id": self.prefix + group})
         us = self.outsider(self.prefix + group, **{"isolation.level": "read_committed"})
         with self._control_lock, self._asking:
             try:
                 sender.init_transactions(PATIENCE)
-                where, outputs, count = self._finished(group, by_partition(letters), us)
+                where, outputs, count = self._finished(group, by, us)
                 sender.begin_transaction()
                 self.deliver(sender, outputs, errors)
                 sender.send_offsets_to_transaction(where, us.consumer_group_metadata(), PATIENCE)
                 sender.commit_transaction(PATIENCE)
+                with suppress(BarnabasError):  # done is done
+                    self.committed(group, by, us)  # answered when written: then whoever asks sees it
                 return count
             except KafkaException as error:
                 if error.args[0].code() not in FENCED:
@@ -182,10 +183,9 @@ class KafkaDoors(KafkaAdmin):
         """A source was closed: with the last one, the process is none any more, unless it is quiet: it is still to be seen,
         and to be stopped, until its end."""
         if not self.sources and self.name and (end or not self._reported[1].get("quiet")):
-            for key in (f"report:{self.name}", f"process:{self.name}"):
-                if key in self._asked:
-                    self.store(self._control, key, None).result(PATIENCE)
-                    self._asked.pop(key, None)
+            for key in self._asked.keys() & {f"report:{self.name}", f"process:{self.name}"}:
+                self.store(self._control, key, None).result(PATIENCE)
+                self._asked.pop(key, None)
 
     def _look(self) -> dict[str, tuple[str, float]]:
         """What the control topic says now."""
