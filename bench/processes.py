@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
+from signal import SIGTERM
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from time import perf_counter, process_time, sleep, time
@@ -261,7 +262,7 @@ def do_nothing(parent: Connection, path: str, seconds: int) -> None:
         began, used = perf_counter(), process_time()
         sleep(seconds)
         parent.send(100 * (process_time() - used) / (perf_counter() - began))
-        stopper.event.set()
+        stopper.asked(SIGTERM)
 
     Thread(target=look).start()
     expect("exit status", alone(app, stopper, None, (), (), False), 0)

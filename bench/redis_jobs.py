@@ -342,7 +342,7 @@ def hear(parent: Connection, url: str, n: int, seconds: int) -> None:
             sleep(seconds)
             parent.send(100 * (process_time() - used) / (perf_counter() - began))
             expect("the last job in time", last.wait(WAIT), True)
-            stopper.event.set()
+            stopper.asked(signal.SIGTERM)
 
         Thread(target=look, daemon=True).start()
         expect("exit status", alone(app, stopper, None, (), (), False), 0)

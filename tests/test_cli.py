@@ -636,6 +636,23 @@ def test_a_signal_stops_it(shell, number):
     assert f"{number.name}: finishing what is in work, within 2 s" in run.text
 
 
+SIGNALLED = """
+import random, signal
+from barnabas.cli.process import Stopper
+for n in range(3000):
+    stopper = Stopper()
+    signal.signal(signal.SIGALRM, stopper.asked)
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 3e-4))
+    while not stopper.wait(0.00002):
+        pass
+"""
+
+
+def test_a_signal_is_heard_at_any_instant_of_the_wait_for_it():
+    environ = os.environ | {"PYTHONPATH": str(SOURCE)}
+    subprocess.run([sys.executable, "-c", SIGNALLED], env=environ, check=True, timeout=DEADLINE)
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_signal_stops_it_also_while_the_app_is_imported(shell, processes):
     with (shell.folder / "shop.py").open("a") as code:

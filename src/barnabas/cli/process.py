@@ -34,7 +34,8 @@ class Stopper:
     """
 
     def __init__(self) -> None:
-        self.event = threading.Event()
+        self._gate = threading.Lock()  # a bare one: an Event's own may be in the hand of whom the signal interrupts
+        self._gate.acquire()
         self.quiet, self.name, self.came = False, "", list[int]()
 
     def asked(self, number: int, frame: FrameType | None = None) -> None:
@@ -42,11 +43,16 @@ class Stopper:
         self.came.append(number)
         if number == signal.SIGTSTP:
             self.quiet = True
-        elif not self.event.is_set():
+        elif not self.name:
             self.name = signal.Signals(number).name
-            self.event.set()
+            if self._gate.locked():  # two signals at once come one inside the other
+                self._gate.release()
         elif number == signal.SIGINT:
             os._exit(128 + number)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long for a stop; whether it was asked for."""
+        return bool(self.name) or self._gate.acquire(timeout=seconds)
 
     def install(self) -> None:
         """Listen from now on; a signal that is ignored (nohup) stays so."""
@@ -105,7 +111,7 @@ def _wait(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: L
     """Why the worker is to end: "stop", "failed", "hangs", "large" (it uses too much memory) or "drained"."""
     told, said = time.monotonic(), not drain
     most, large = worker.app.settings.max_memory, False
-    while not stopper.event.wait(DRAINING if drain else TICK):
+    while not stopper.wait(DRAINING if drain else TICK):
         if worker.failed() is not None:
             return "failed"
         if (large or worker.recycling is not None) and (lifeline is None or lifeline.may_recycle()):
