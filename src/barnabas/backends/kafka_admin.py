@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import confluent_kafka as driver
@@ -15,7 +16,7 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 
 from barnabas.backends.kafka_options import COMMON, CONSUMER, MEMBERS, check_options, log
 from barnabas.backends.kafka_words import FORGOTTEN, MISSING, SOON, STRANGERS, as_row, explain, unpack
-from barnabas.errors import BackendError, DeclarationError, NotAuthenticated, NotAuthorised, UnknownTopic
+from barnabas.errors import BackendError, BarnabasError, DeclarationError, NotAuthenticated, NotAuthorised, UnknownTopic
 from barnabas.message import Row
 from barnabas.ports import TopicState
 
@@ -223,11 +224,15 @@ class KafkaAdmin:
         self.names.update({name: self.prefix + name for name, _, _, _ in topics})
 
     def _until_known(self, counts: Mapping[str, int]) -> None:
-        """Wait until these topics are known, with so many partitions at least: whoever asks next may ask another broker."""
+        """Wait until these topics are known, with so many partitions at least, and led: whoever asks next may ask another broker,
+        and a broker is known to lead a moment before it does. A send that it refuses then is lost where the next is not: where
+        it has none of a producer's, any number is the first, and what comes again with a lower one is taken for old."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             stored = self.metadata()
             if all(stored.get(name, 0) >= count for name, count in counts.items()):
+                with suppress(BarnabasError):
+                    self.ends([(name, number) for name in counts for number in range(stored[name])])
                 return
             time.sleep(0.01)
 
