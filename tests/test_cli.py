@@ -663,6 +663,24 @@ def test_a_signal_stops_it_also_while_the_app_is_imported(shell, processes):
     assert processes == "2" or "SIGTERM: finishing what is in work" in run.text
 
 
+LATE = """
+class Late:
+    def __del__(self, write=os.write, kill=os.kill, own=os.getpid()):
+        write(2, b"at its end")
+        kill(own, self.number)
+import sys
+sys.late = Late()  # the last to go
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTSTP, signal.SIGTERM])
+def test_a_signal_at_its_very_end_neither_suspends_it_nor_changes_its_status(shell, number):
+    with (shell.folder / "shop.py").open("a") as code:
+        code.write(LATE + f"Late.number = {number.value}\n")
+    run = shell.start("run", "--drain")
+    assert run.end() == 0 and "at its end" in run.text
+
+
 def test_a_stop_that_overruns_says_what_held_it_and_gives_it_back(shell):
     shell.order(1, do="once")
     run = shell.start("run", "--only", "bill")

@@ -1,5 +1,6 @@
 """One worker process from its start to its end: signals, drain, recycling, status."""
 
+import atexit
 import contextlib
 import gc
 import logging
@@ -59,6 +60,8 @@ class Stopper:
         for number in (*STOPS, signal.SIGTSTP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.asked)
+            # The interpreter's end brings back what is usual: a SIGTSTP would suspend what is about to end, for good.
+            atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def serve(worker: Worker, stopper: Stopper, tell: Tell, drain: bool, lifeline: Lifeline | None) -> int:
