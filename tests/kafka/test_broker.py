@@ -19,7 +19,7 @@ from confluent_kafka.admin import NewTopic
 from servers import murmur2
 
 from barnabas import App, Delivery, Message, dead
-from barnabas.backends import kafka_admin, kafka_log
+from barnabas.backends import kafka, kafka_admin, kafka_log
 from barnabas.backends.kafka_admin import Change
 from barnabas.backends.kafka_group import KafkaMember
 from barnabas.backends.kafka_log import KafkaLog
@@ -77,6 +77,32 @@ def test_a_send_to_a_topic_that_was_deleted_since_fails_soon(make) -> None:
     wait_for(lambda: "orders" not in app.events.metadata(), "deleted")
     error = topic.send(2).exception(25)  # else of half a minute and more
     assert isinstance(error, UnknownTopic) or "_DESTROY" in str(error), error  # the driver, where it was just at that partition
+
+
+def test_what_is_left_when_its_producer_fails_for_good_in_the_close_is_told(make, monkeypatch, caplog) -> None:
+    app = make(kafka={"linger.ms": 60_000})
+    topic = app.topic("orders", int)
+    future = topic.send(1)  # the driver waits for more
+    line = app.events.line
+    real = line.producer
+
+    class Failing:
+        def __len__(self) -> int:
+            return len(real)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+        def flush(self, timeout: float) -> int:
+            if line.fatal:
+                return real.flush(timeout)
+            raise driver.KafkaException(driver.KafkaError(driver.KafkaError._FATAL))
+
+    monkeypatch.setattr(line, "producer", Failing())
+    app.close()
+    assert future.done() and isinstance(future.exception(), SendError)
+    assert "1 messages could not be stored before the end" in caplog.text
+    assert not any(line in idle for idle in kafka._idle.values())  # the next app gets another
 
 
 def test_a_message_that_the_broker_says_it_has_but_not_where_counts_as_failed(make, monkeypatch) -> None:

@@ -58,7 +58,10 @@ class _Line:
 
     def close(self, timeout: float) -> int:
         """Wait until all is stored, and drop what is not in time: how many that were."""
-        left: int = self.producer.flush(timeout)
+        try:
+            left: int = self.producer.flush(timeout)
+        except KafkaException:  # it is of no use any more, and says so just now
+            self.fatal, left = True, len(self.producer)
         if left:
             self.producer.purge()
             self.producer.flush(1.0)
