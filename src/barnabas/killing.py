@@ -209,13 +209,18 @@ def _unlocked(path: Path) -> bool:
     return False
 
 
+def read_witness(path: Path) -> list[list[Any]]:
+    """What the witnesses wrote: group, topic, partition, offset, key, and when it was sent and handled (epoch seconds)."""
+    lines = path.read_text().rpartition("\n")[0].splitlines()
+    return [json.loads(line[line.rfind('["') :]) for line in lines]  # behind what one wrote who was killed as he did
+
+
 def check(app: App, path: Path, seed: int, kills: dict[str, int]) -> Report:
     """Compare what is stored with what the witnesses saw. Raises Lost."""
     seen: dict[tuple[str, str, int], dict[int, Any]] = {}
     jids: set[str] = set()
     repeats = handled = 0
-    for line in path.read_text().splitlines():
-        group, topic, partition, offset, key, *times = json.loads(line)
+    for group, topic, partition, offset, key, *times in read_witness(path):
         if partition < 0:
             repeats += key in jids
             jids.add(key)

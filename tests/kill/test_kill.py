@@ -17,7 +17,7 @@ import pytest
 
 import data
 from barnabas import App
-from barnabas.killing import Lost, Report, check
+from barnabas.killing import Lost, Report, check, read_witness
 from barnabas.testing import kill
 
 HERE = Path(__file__).parent
@@ -152,7 +152,7 @@ def test_senders_are_killed(kills: int, folder: Path) -> None:
     said = acks.read_text().splitlines()
     durable = {int(line[1:]) for line in said if line[0] == "i"}
     assert durable <= check_room(room, folder, report)
-    lines = [json.loads(line) for line in (folder / "witness").read_text().splitlines()]
+    lines = read_witness(folder / "witness")
     assert {line[1:] for line in said if line[0] == "j"} <= {line[4] for line in lines if line[2] < 0}
 
 
@@ -204,6 +204,9 @@ def test_the_tool_sees_what_is_lost_or_out_of_order(folder: Path) -> None:
     item = [(n, json.loads(line)) for n, line in enumerate(lines) if "kill-step" in line]
     first = next(n for n, line in item if line[2:4] == [3, 0])
     last = [n for n, line in item if line[4] == json.loads(lines[first])[4]][-1]
+    torn = lines[first][:9]  # by a kill, in front of the next line and at the end
+    path.write_text("".join([*lines[:first], torn, *lines[first:], torn]))
+    assert read_witness(path) == [json.loads(line) for line in lines]
     with reading(room.app, folder) as app:
         without = [line for line in lines if json.loads(line)[:4] != json.loads(lines[first])[:4]]
         for wrong, error in (

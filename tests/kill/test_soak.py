@@ -1,6 +1,5 @@
 """Ten minutes of steady load with faults: memory, the write-ahead log and the latency stay as they are; nothing is lost."""
 
-import json
 import os
 import signal
 import statistics
@@ -15,6 +14,7 @@ import pytest
 from test_kill import check_room, folder, run
 
 from barnabas import App
+from barnabas.killing import read_witness
 
 __all__ = ["folder"]
 SECONDS = float(os.environ.get("BARNABAS_SOAK", "600"))
@@ -104,7 +104,7 @@ def test_ten_minutes_of_steady_load_with_faults(folder: Path) -> None:
         if name != "wal":
             assert values[1] - values[0] < 20
     assert max(sample["wal"] for sample in load.samples) < 64 * MB
-    lines = [json.loads(line) for line in (folder / "witness").read_text().splitlines()]
+    lines = read_witness(folder / "witness")
     took: dict[tuple[int, int], tuple[float, float]] = {}
     for group, _, partition, offset, _, sent, at in lines:
         if group == "kill-step":
