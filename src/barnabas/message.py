@@ -1,6 +1,6 @@
 """What is carried: messages as they are stored, deliveries as they are handed to a handler."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
@@ -26,6 +26,10 @@ class Unread(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.messages)
 
+    def values(self) -> Iterable[Any]:
+        """The values of all, of which there is one at least."""
+        return map(type(self.messages[0]).value, self.messages)
+
     def __getitem__(self, index: Any) -> Any:
         if type(index) is slice:
             return Unread(self.messages[index])
@@ -34,6 +38,21 @@ class Unread(Sequence[Any]):
 
     def __add__(self, more: Sequence[Any]) -> Sequence[Any]:
         return Unread(self.messages + more.messages) if type(more) is Unread else [*self, *more]
+
+
+class Stretch(Sequence[Any]):
+    """Rows of a partition in its order, of which no more is kept than how many they are, and the first and the last offset."""
+
+    __slots__ = ("_count", "_ends")
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._count, self._ends = len(rows), ((offset_of(rows[0]),), (offset_of(rows[-1]),))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._ends[index]
 
 
 def offset_of(row: Any) -> int:

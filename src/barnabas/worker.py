@@ -180,7 +180,7 @@ class Worker:
         ordered = consumer.order == "partition"
         source = events.log(consumer.group, consumer.subscriptions, start=consumer.start, ordered=ordered, listener=runner)
         if handler.bare and ordered and (bare := getattr(source, "bare", None)) is not None:
-            handler.whole = bare(handler.unread)
+            bare(handler)
         runner.attach(source, source.atomic is None)
 
     def _jobs(self) -> None:

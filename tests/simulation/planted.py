@@ -26,6 +26,7 @@ from barnabas.engine.runner import Runner
 from barnabas.jobs import batch
 from barnabas.jobs import work as jobs_work
 from barnabas.jobs.batch import Keeper
+from barnabas.message import Stretch
 from barnabas.state.table import Cells
 
 
@@ -103,7 +104,10 @@ BUGS = [
     Bug("a haul that is given back is lost", Crew, "_unload", "*((run, 0, now) for run in haul)", ""),
     Bug("what is done is given twice", Crew, "_give", "else run.rows[start:done]", "else run.rows[:done]"),
     Bug("outputs are left out", Crew, "_give", "if run.outputs or run.cells or run.others:", "if run.cells or run.others:"),
-    Bug("an unread message fails in another's name", crew, "work", "crew.failed(slot, run, run.rows[done], error)", "crew.failed(slot, run, run.rows[0], error)"),
+    Bug("an unread message fails in another's name", work, "_work_unread", "run.rows[at], error)", "run.rows[0], error)"),
+    Bug("an unread message that is dead runs again", work, "_work_unread", "messages[at + 1 :]", "messages[at:]"),
+    Bug("unread messages behind a dead one are left out", work, "_work_unread", "messages[at + 1 :]", "[]"),
+    Bug("what is done of unread ones is said too short", Stretch, "__init__", "offset_of(rows[-1])", "offset_of(rows[0])"),
     Bug("the box lags behind", crew, "work", "box[at_box] = row[0]  # before", "box[at_box] = run.rows[0][0]  # before"),
     Bug("what is rescued runs twice", Crew, "rescue", "del run.rows[behind:]", "pass"),
     Bug("what is rescued is lost", Crew, "rescue", "self.lanes.give(haul.pop(), 0, now)", "haul.pop()"),

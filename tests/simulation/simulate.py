@@ -33,7 +33,7 @@ from barnabas.engine.observe import Observers
 from barnabas.engine.runner import Pauses, Runner
 from barnabas.engine.work import SLOT
 from barnabas.errors import SendError
-from barnabas.message import Row, Unread, offset_of
+from barnabas.message import Row, Stretch, Unread, offset_of
 from barnabas.ports import Part
 from barnabas.state.table import Cells
 from barnabas.verdict import Again
@@ -536,7 +536,14 @@ class Hold:
         """Check one result against what happened, and enter it."""
         expected: Counter[Any] = Counter()
         calls: dict[int, Call] = {}
-        for row in result.rows:
+        rows = result.rows
+        if type(rows) is Stretch:
+            first, last = rows[0][0], rows[-1][0]
+            found = [msg.row for offset, msg in sorted(self.open.items()) if first <= offset <= last]
+            if len(found) != len(rows):
+                raise Wrong(f"{self.at}: {len(rows)} are settled from {first} to {last}, where {len(found)} are open")
+            rows = found
+        for row in rows:
             offset = row[0]
             msg = self.open.pop(offset, None)
             if msg is None or msg.outcome is not None:
@@ -1047,7 +1054,7 @@ class Sim:
         self.clock = FakeClock(1000.0)
         self.faults = True
         # What happens more often than usual.
-        self.theme = rng.choice(("", "", "suspects", "lapses", "moves", "history"))
+        self.theme = rng.choice(("", "", "suspects", "lapses", "moves", "history", "unread"))
         self.calls = self.depth = self.looking = self.looks = 0
         self.awaited = rng.random() < 0.4
         self.batch = rng.random() < 0.25
@@ -1059,12 +1066,16 @@ class Sim:
         )
         hooks = rng.choice((0, 0, 1, 2, 3))
         self.responds = "required" if self.shape == "respond" else rng.choice(("", "", "required", "optional"))
+        self.timed = rng.random() < 0.4
+        if self.theme == "unread":  # messages that nobody looks at before their turn
+            self.shape, self.order, self.responds, hooks = rng.choice(("value", "delivery")), "partition", "", 0
+            self.awaited = self.batch = self.table = self.timed = False
+            self.retry = Retry(self.retry.times, backoff=BACKOFF, jitter=0, give_up_on=GiveUp)
         self.app, self.consumer = declare(self.awaited, self.shape, hooks, self.responds, self.table)
         self.app.clock = self.clock
         self.hooks = hooks
         self.size = rng.choice((1, 2, 3, 4))
         self.on_dead = rng.choice(("topic", "topic", "topic", "skip", "stop"))
-        self.timed = rng.random() < 0.4
         self.limit = rng.choice((3, 6, 20, 40))
         self.jitter = rng.choice((0.0, 0.02, 0.2))
         consumer = self.consumer

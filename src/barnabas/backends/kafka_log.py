@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import OffsetSpec
 
 from barnabas.backends.kafka_group import BUSY, CAREFUL, Claim, KafkaMember
-from barnabas.backends.kafka_words import MOST, TAKEN, as_bare_rows, as_rows, explain, whole
+from barnabas.backends.kafka_words import MOST, TAKEN, as_bare_rows, as_deliveries, as_rows, explain, whole
 from barnabas.errors import PositionLost
 from barnabas.message import Row, Unread
 from barnabas.ports import Part
@@ -20,7 +20,7 @@ from barnabas.ports import Part
 log = logging.getLogger("barnabas")
 COMMIT, QUIET = 1.0, 0.1  # seconds between two commits under load, and when nothing is in flight
 SLICE = 0.1  # seconds: the longest wait inside the driver when nothing is in flight
-BATCH = 1000  # messages taken at once
+BATCH = 4000  # messages taken at once
 PATIENCE = 1.0  # seconds to wait for room before pausing, which throws away what the driver has fetched ahead
 KEEP = 3600.0  # seconds between two commits of everything: Kafka forgets what nobody commits for offsets.retention.minutes
 FLIGHT_BYTES = 8 * 1024 * 1024  # bytes of one partition in flight, at least one message
@@ -116,8 +116,8 @@ class KafkaLog(KafkaMember):
         name, topics = self._names[0], list(map(Message.topic, messages)) if len(self._names) + len(self._retries) > 1 else []
         if topics and topics.count(name) < len(topics):  # else it is the same for all, and numbers are compared faster
             ats = list(zip(topics, ats, strict=True))
-        start = 0
-        for at, run in groupby(ats):
+        start, alone = 0, bool(ats) and ats.count(ats[0]) == len(ats)  # as most are: one partition's
+        for at, run in [(ats[0], ats)] if alone else groupby(ats):
             end = start + len(list(run))
             claim = self._claims.get(at if type(at) is tuple else (name, at))
             if claim is not None:
@@ -128,10 +128,10 @@ class KafkaLog(KafkaMember):
         for message in bad:
             self._safe(self._problem)(message)  # the driver tells of it but once
 
-    def bare(self, unread: bool) -> Callable[[Any], Row]:
-        """Rows are to have no more than offset and value, from now on, or are left unread; returns what makes them whole."""
-        self._rows = Unread if unread else as_bare_rows
-        return whole
+    def bare(self, handler: Any) -> None:
+        """Rows are to have no more than offset and value, from now on, or are left unread; the handler learns to read them."""
+        self._rows = Unread if handler.unread else as_bare_rows
+        handler.whole, handler.columns = whole, as_deliveries
 
     def _hand_out(self, now: float) -> None:
         for claim in self._claims.values():

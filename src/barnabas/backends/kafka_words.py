@@ -2,13 +2,15 @@
 
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
+from itertools import repeat
+from operator import itemgetter, truediv
 from typing import Any
 
 from confluent_kafka import KafkaError, Message
 
 from barnabas.engine.ledger import Intervals
 from barnabas.errors import BackendError, MessageRefused, NotAuthenticated, NotAuthorised, SendError, UnknownTopic, ValueTooLarge
-from barnabas.message import Row
+from barnabas.message import Delivery, Row
 
 _DENIED = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED,
@@ -79,6 +81,21 @@ def as_rows(messages: Sequence[Any]) -> list[Row]:
 def as_bare_rows(messages: Sequence[Any]) -> list[Any]:
     """The same with what most handlers ask for, offset and value, as Unread makes them; `whole` makes the rest of it."""
     return list(zip(map(Message.offset, messages), messages, map(Message.value, messages), strict=True))
+
+
+def as_deliveries(part: Any, group: str, decode: Any, messages: Sequence[Any]) -> Any:
+    """Messages of the driver as deliveries in their first attempt, by columns, each when it is asked for; None where there are
+    headers, or keys that are not text."""
+    try:
+        keys = list(map(bytes.decode, map(Message.key, messages)))
+        if any(map(Message.headers, messages)):
+            return None
+    except (TypeError, UnicodeDecodeError):
+        return None
+    stamps = map(truediv, map(itemgetter(1), map(Message.timestamp, messages)), repeat(1000))
+    values, offsets = map(decode, map(Message.value, messages)), map(Message.offset, messages)
+    topic, number, no, first, name = map(repeat, (part.topic, part.partition, (), 1, group))
+    return map(Delivery, topic, number, offsets, keys, values, map(list, no), stamps, first, name)
 
 
 def whole(row: Any) -> Row:

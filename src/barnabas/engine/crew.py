@@ -16,7 +16,7 @@ from barnabas.engine.hand import CURRENT
 from barnabas.engine.lanes import LOOSE, Lanes, Run
 from barnabas.engine.work import SLOT, work, work_batches
 from barnabas.errors import BackendError, TimedOut, told
-from barnabas.message import Row, Unread, offset_of
+from barnabas.message import Row, Stretch, Unread, offset_of
 from barnabas.ports import FOREVER, Part, Result
 
 TICK = 0.05  # seconds a run works on before it settles what is done and looks around
@@ -181,8 +181,9 @@ class Crew:
                     self.handler.tables.give(run.part, run.cells)
                 self.results.append(Result(run.part, rows, run.outputs, run.cells, run.others))
                 run.outputs, run.cells, run.others = [], {}, {}
-            else:
-                self.results.append((run.part, rows))
+            else:  # what is not asked for again is freed by who had it in hand: for another core it costs twice as much
+                unread = type(rows) is Unread and not run.part.attempts and not run.part.crashes
+                self.results.append((run.part, Stretch(rows.messages) if unread else rows))
 
     def end(self, slot: int, run: Run, done: int, parked: float | None) -> None:
         """A run is over: `done` rows have their outcome, the rest is parked until then or goes back to the source."""
@@ -190,6 +191,8 @@ class Crew:
             return
         self._give(slot, run, done)
         self.current[slot] = None
+        if done == len(run.rows):
+            run.rows = ()  # others may keep the run for a while
         failed = parked is not None and parked >= 0
         if failed and not run.part.closed:  # no row is done, but the attempt is to be kept
             self.results.append(Result(run.part, (), run.outputs, run.cells, run.others))

@@ -4,7 +4,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from barnabas.engine.lanes import Run
 from barnabas.engine.observe import Failed, Observers
 from barnabas.engine.respond import Respond, make_answer
 from barnabas.errors import BarnabasError, DeclarationError, own_part, told
-from barnabas.message import Delivery, Headers, Message, Outgoing, Row
+from barnabas.message import Delivery, Headers, Message, Outgoing, Row, Unread
 from barnabas.retry import decide
 from barnabas.verdict import Again, Dead
 
@@ -162,19 +162,25 @@ class Handler:
         same = len(routes) == 1 or (len({r.function for r in routes}) == 1 and len({id(r.decode) for r in routes}) == 1)
         plain = same and first.params.kinds == ["value"] and not hooks and not self.optional and not self.batch
         self.decode = first.decode if plain else None
-        # Of a row, offset and value are enough for it; and not even those, before its turn.
-        self.bare = (plain or (self.batch is not None and not hooks and not self._deliveries)) and not consumer.tables
-        self.unread = self.bare and (self.batch is not None or not (self.awaited or self.timed))
         self.whole: Callable[[Any], Row] = as_it_is  # a row with all that belongs to it, where the source left that out
+        self.columns: Callable[..., Any] = nothing  # deliveries of unread messages by columns, where the source can
         function: Callable[..., Any] = first.function if same else (_call_async if self.awaited else call)
         self._dispatch = not same
         kinds = first.params.kinds
         self._wants_delivery = self._hooked or any("delivery" in r.params.kinds for r in routes)
         # The two commonest shapes have a way of their own: hooks around f(value), and f(value, delivery).
         self._plain = same and kinds == (["value"] if self._hooked else ["value", "delivery"])
-        if self._plain and not self.optional and len(routes) == 1:
+        straight = self._plain and not self.optional and len(routes) == 1
+        if straight:
             self._decode = first.decode
             self.bind = self._bind_plain  # type: ignore[method-assign]
+        # Of a row, offset and value are enough for it; and not even those, before its turn.
+        lists = self.batch is not None and not hooks and not self._deliveries
+        calm = not (self.awaited or self.timed or consumer.responds) and (plain or (straight and not hooks))
+        self.unread = (lists or calm) and not consumer.tables
+        self.bare = (lists or calm or plain) and not consumer.tables
+        if self.bare and straight:  # what runs alone, or was held back
+            self.bind = lambda run, row: self._bind_plain(run, self.whole(row))  # type: ignore[method-assign]
         self.function = wrap(function, hooks, self.awaited, self.name) if hooks else function
         self.answer: Callable[[Any, Any], None] | None = None
         if consumer.responds:
@@ -190,6 +196,12 @@ class Handler:
         route = self.routes[topic]
         decode = route.decode
         return (lambda data: None if data is None else decode(data)) if route.params.optional else decode
+
+    def deliveries(self, part: Any, messages: list[Any]) -> Iterable[Delivery[Any]]:
+        """Unread messages as deliveries, each made when it is asked for."""
+        if not part.attempts and (found := self.columns(part, self.group, self._decode, messages)) is not None:
+            return found  # type: ignore[no-any-return]
+        return (self.delivery(part, row, self._decode(row[2])) for row in map(self.whole, Unread(messages)))  # type: ignore[arg-type]
 
     def delivery(self, part: Any, row: Row, value: Any) -> Delivery[Any]:
         """The Delivery of a row, made when somebody asks for it; of a retried message, with its first address."""
@@ -369,6 +381,10 @@ def retry_at(row: Row) -> float:
         if (at := float(origin(row[3] or ())[0].get("at", b"0"))) < 1e11:
             return at
     return 0.0
+
+
+def nothing(*args: Any) -> None:
+    """Nothing."""
 
 
 def as_it_is(row: Row) -> Row:

@@ -40,7 +40,7 @@ class Runner:
 
     def __init__(
         self, name: str, crews: Sequence[Crew], *, clock: Any, observers: Observers, sinks: Callable[[Any], Any] | None,
-        gate: Gate, route: Callable[[Row], int] | None = None, limit: int = 2000, interval: float = 0.1, grace: float = 5.0,
+        gate: Gate, route: Callable[[Row], int] | None = None, limit: int = 4000, interval: float = 0.1, grace: float = 5.0,
         ahead: float | None = None, widths: Mapping[str, int] | None = None,
         on_parts: Callable[[str, list[Part]], None] | None = None,
     ) -> None:

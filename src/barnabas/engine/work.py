@@ -7,6 +7,7 @@ that serves the claim's end, a stop, a revocation and the settling of long runs 
 
 import asyncio
 from collections.abc import Sequence
+from operator import length_hint
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +38,13 @@ async def work(crew: "Crew", slot: int) -> None:
             return
         hand.run, hand.open = run, True
         until, done, parked = crew.begin(slot, run), 0, None
-        unread = type(run.rows) is Unread  # sync handlers without a timeout: where they are is asked for rarely
-        for row in run.rows.messages if unread else run.rows:
-            if not unread:
-                box[at_box] = row[0]  # before the look at the clock: see `rescue`
+        if type(run.rows) is Unread:
+            done, parked = _work_unread(crew, slot, run, until)
+            hand.open, hand.row = False, None
+            crew.end(slot, run, done, parked)
+            continue
+        for row in run.rows:
+            box[at_box] = row[0]  # before the look at the clock: see `rescue`
             if monotonic() > until:
                 if awaited:
                     box[at_box] = -1  # nothing in hand: nothing to cancel
@@ -49,26 +53,25 @@ async def work(crew: "Crew", slot: int) -> None:
                 until = crew.breathe(slot, run, done)
                 if until < 0:
                     break
-            data = row.value() if unread else row[2]
             if awaited:  # a hand a message: tasks that outlive the handler must not send into the next one's
                 hand = new_hand()
                 hand.run, hand.open = run, True
                 CURRENT.set(hand)
             hand.row = row
             try:
-                out: Any = function(decode(data)) if decode is not None else function(*bind(run, row))
+                out: Any = function(decode(row[2])) if decode is not None else function(*bind(run, row))
                 if awaited:
                     out = await out
                 elif out is not None and type(out) is CoroutineType:
                     raise not_run(out)
                 if past:
-                    crew.overdue(slot, run, run.rows[done])
+                    crew.overdue(slot, run, row)
                 if answer is not None:
                     answer(hand, out)
             except BaseException as error:  # no Exception: sys.exit, a panic of Rust, a Timeout of gevent
                 hand.drop()
                 hand.open = not awaited
-                parked = crew.failed(slot, run, run.rows[done], error)
+                parked = crew.failed(slot, run, row, error)
                 if parked is not None:
                     break
             else:
@@ -79,6 +82,40 @@ async def work(crew: "Crew", slot: int) -> None:
             done += 1
         hand.open = False
         crew.end(slot, run, done, parked)
+
+
+def _work_unread(crew: "Crew", slot: int, run: Any, until: float) -> tuple[int, float | None]:
+    """The same for messages that nobody has looked at, with nothing to await, answer or overrun: how many are done, and until
+    when the rest is parked. Where it is among them is asked for rarely."""
+    handler, monotonic, hand = crew.handler, crew.monotonic, crew.hands[slot]
+    function, decode = handler.function, handler.decode
+    hand.used = False  # of its own: what is read from its class costs more
+    messages = left = run.rows.messages
+    while left:
+        ahead, deliveries = iter(left), iter(() if decode is not None else handler.deliveries(run.part, left))
+        try:
+            for message in ahead:
+                if monotonic() > until:
+                    at = len(messages) - length_hint(ahead) - 1
+                    until = crew.breathe(slot, run, at)
+                    if until < 0:
+                        return at, None
+                hand.row = message
+                out = function(decode(message.value())) if decode is not None else function((d := next(deliveries)).value, d)
+                if out is not None and type(out) is CoroutineType:
+                    raise not_run(out)
+                if hand.used:
+                    hand.keep()
+            break
+        except BaseException as error:
+            hand.drop()
+            hand.open = True
+            at = len(messages) - length_hint(ahead) - 1
+            parked = crew.failed(slot, run, run.rows[at], error)
+            if parked is not None:
+                return at, parked
+            left = messages[at + 1 :]
+    return len(messages), None
 
 
 async def work_batches(crew: "Crew", slot: int) -> None:
@@ -127,10 +164,7 @@ async def _call(crew: "Crew", slot: int, run: Any, rows: Sequence[Any]) -> BaseE
     decode = handler.decoder(run.part.topic)
     bad: list[Any] = []
     try:
-        if type(rows) is Unread:
-            values = [decode(message.value()) for message in rows.messages]
-        else:
-            values = [decode(row[2]) for row in rows]
+        values = list(map(decode, rows.values())) if type(rows) is Unread else [decode(row[2]) for row in rows]
     except Exception:
         values, rows, bad = crew.decode_each(run, rows)
     try:
