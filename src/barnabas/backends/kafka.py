@@ -93,7 +93,7 @@ class _Line:
                 looked = time.monotonic()
             busy, seen = home.sent - seen > SERVE // 2, home.sent
             if busy:
-                end.wait(0.001)
+                end.wait(0.005)
                 continue
             try:
                 self.producer.poll(0.2)
@@ -142,13 +142,23 @@ def _purged(error: Any) -> bool:
 
 def _millis(timestamp: float) -> int:
     """As Kafka keeps it. The driver's 0 is now: 1970 begins a millisecond later."""
-    return round(timestamp * 1000) or 1
+    return int(timestamp * 1000 + 0.5) or 1
 
 
 def _row(out: Outgoing, message: Any) -> tuple[Any, ...]:
     topic, _, key, value, headers, timestamp, _ = out
-    key = as_key(key) if type(key) is bytes else key
-    return (topic, message.partition(), message.offset(), key, value, headers, _millis(timestamp) / 1000)
+    return (_Reported, topic, message.partition(), message.offset(), key, value, headers, timestamp)
+
+
+class _Reported:
+    """What heads a row of which somebody may ask for the Message."""
+
+    @staticmethod
+    def stored(row: tuple[Any, ...]) -> Any:
+        """The Message, as Kafka keeps it."""
+        _, topic, partition, offset, key, value, headers, timestamp = row
+        key = as_key(key) if type(key) is bytes else key
+        return topic.stored((topic, partition, offset, key, value, headers, _millis(timestamp) / 1000))
 
 
 class KafkaBackend(KafkaDoors):
@@ -222,7 +232,9 @@ class KafkaBackend(KafkaDoors):
     # The sink.
 
     def send(self, outgoing: Sequence[Outgoing], block: bool = True) -> None:
-        producer = self._producer or self._start()
+        producer = self._producer
+        if producer is None:  # (its truth is how many messages it has, and asking for that takes its lock)
+            producer = self._start()
         count = len(outgoing)
         if self.sent + count - self._served > self._some:
             self._served = self.sent
@@ -237,7 +249,8 @@ class KafkaBackend(KafkaDoors):
             try:
                 topic, partition, key, value, headers, timestamp, _ = out
                 done, where = functools.partial(stored, out), -1 if partition is None else partition
-                produce(names[topic.name], value, key, where, done, done, _millis(timestamp), headers or None)
+                millis = int(timestamp * 1000 + 0.5) or 1  # (see `_millis`: a call costs more than the rest of it)
+                produce(names[topic.name], value, key, where, done, done, millis, headers or None)
                 return
             except (KeyError, ValueError, BufferError, KafkaException):  # not as usual: see below
                 pass
