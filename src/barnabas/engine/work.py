@@ -38,12 +38,10 @@ async def work(crew: "Crew", slot: int) -> None:
             return
         hand.run, hand.open = run, True
         until, done, parked = crew.begin(slot, run), 0, None
-        if type(run.rows) is Unread:
-            done, parked = _work_unread(crew, slot, run, until)
-            hand.open, hand.row = False, None
-            crew.end(slot, run, done, parked)
-            continue
-        for row in run.rows:
+        rows = run.rows
+        if type(rows) is Unread:
+            (done, parked), rows = _work_unread(crew, slot, run, until), ()
+        for row in rows:
             box[at_box] = row[0]  # before the look at the clock: see `rescue`
             if monotonic() > until:
                 if awaited:
