@@ -41,7 +41,8 @@ class Unread(Sequence[Any]):
 
 
 class Stretch(Sequence[Any]):
-    """Rows of a partition in its order, of which no more is kept than how many they are, and the first and the last offset."""
+    """Rows of a partition in its order, of which no more is kept than how many they are, and the first and the last offset:
+    those two are all that it gives."""
 
     __slots__ = ("_count", "_ends")
 

@@ -191,7 +191,7 @@ class Crew:
             return
         self._give(slot, run, done)
         self.current[slot] = None
-        if done == len(run.rows):
+        if type(run.rows) is Unread and done == len(run.rows):
             run.rows = ()  # others may keep the run for a while
         failed = parked is not None and parked >= 0
         if failed and not run.part.closed:  # no row is done, but the attempt is to be kept
