@@ -91,7 +91,7 @@ class _Line:
                     self.producer.list_topics(timeout=0.2)
                     home.works()
                 looked = time.monotonic()
-            busy, seen = home.sent - seen > SERVE // 2, home.sent
+            busy, seen = home.sent - seen > 2 * SERVE, home.sent
             if busy:
                 end.wait(0.005)
                 continue
