@@ -252,7 +252,7 @@ class Source:
         handler = member.crew.handler
         self.unread = self.ordered and handler.unread
         if self.unread:
-            handler.whole = lambda row: row[1].row if len(row) == 3 else row
+            handler.learn(lambda row: row[1].row if len(row) == 3 else row)
 
     def wake(self) -> None:
         self.sim.look(self.member)

@@ -131,7 +131,7 @@ class KafkaLog(KafkaMember):
     def bare(self, handler: Any) -> None:
         """Rows are to have no more than offset and value, from now on, or are left unread; the handler learns to read them."""
         self._rows = Unread if handler.unread else as_bare_rows
-        handler.whole, handler.columns = whole, as_deliveries
+        handler.learn(whole, as_deliveries)
 
     def _hand_out(self, now: float) -> None:
         for claim in self._claims.values():

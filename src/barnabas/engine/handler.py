@@ -179,8 +179,6 @@ class Handler:
         calm = not (self.awaited or self.timed or consumer.responds) and (plain or (straight and not hooks))
         self.unread = (lists or calm) and not consumer.tables
         self.bare = (lists or calm or plain) and not consumer.tables
-        if self.bare and straight:  # what runs alone, or was held back
-            self.bind = lambda run, row: self._bind_plain(run, self.whole(row))  # type: ignore[method-assign]
         self.function = wrap(function, hooks, self.awaited, self.name) if hooks else function
         self.answer: Callable[[Any, Any], None] | None = None
         if consumer.responds:
@@ -196,6 +194,12 @@ class Handler:
         route = self.routes[topic]
         decode = route.decode
         return (lambda data: None if data is None else decode(data)) if route.params.optional else decode
+
+    def learn(self, whole: Callable[[Any], Row], columns: Callable[..., Any] | None = None) -> None:
+        """The source gives bare rows, or unread ones: what makes them whole, and many deliveries of unread ones by columns."""
+        self.whole, self.columns = whole, columns or nothing
+        if self.decode is None and self.batch is None:  # f(value, delivery): of what runs alone, or was held back
+            self.bind = lambda run, row: self._bind_plain(run, whole(row))  # type: ignore[method-assign]
 
     def deliveries(self, part: Any, messages: list[Any]) -> Iterable[Delivery[Any]]:
         """Unread messages as deliveries, each made when it is asked for."""
