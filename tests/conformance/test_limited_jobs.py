@@ -300,6 +300,7 @@ def test_a_queue_that_is_paused_keeps_no_slot_of_a_limit_from_others(place, app)
 def test_who_waits_behind_jobs_that_an_operator_moves_comes_sooner(place, app, monkeypatch, to):
     if place.name == "redis":
         monkeypatch.setattr("barnabas.backends.redis_life.SWEEP", 0.1)
+        monkeypatch.setattr("barnabas.backends.redis_life.REST", 1)
 
     @app.job(limit=Rate(1, per=30))
     def call(n: int): ...

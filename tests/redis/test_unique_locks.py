@@ -36,6 +36,7 @@ def app(tmp_path):
 def test_the_lock_of_a_job_that_others_delete_is_freed(app, monkeypatch, caplog):
     assert redis_life.SWEEP * (redis_life.MISSES + 0.9) < 60
     monkeypatch.setattr(redis_life, "SWEEP", 0.2)
+    monkeypatch.setattr(redis_life, "REST", 1)
 
     @app.job(queue="mail", unique=until_executed())
     def mail(n: int): ...

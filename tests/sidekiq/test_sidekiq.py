@@ -315,6 +315,7 @@ def test_a_real_sidekiq_is_not_disturbed_by_batches_and_what_it_deletes_is_found
 
 def test_loops_deadlines_and_locks_keep_their_promises_in_ruby_s_hands(server, client, app, monkeypatch):
     monkeypatch.setattr(redis_life, "SWEEP", 0.2)
+    monkeypatch.setattr(redis_life, "REST", 1)
     seen, broken = [], {3, 7}
 
     @app.job(queue="mine")
@@ -354,6 +355,7 @@ def test_loops_deadlines_and_locks_keep_their_promises_in_ruby_s_hands(server, c
 
 def test_the_lock_of_a_job_that_ruby_runs_lasts_as_long_as_that_runs(server, client, app, tmp_path, monkeypatch):
     monkeypatch.setattr(redis_life, "SWEEP", 2.0)  # so it would be free after six to eight
+    monkeypatch.setattr(redis_life, "REST", 1)
     doze = app.job(name="Doze", queue="shared", unique=until_executed())(lambda seconds: None)
     app.settings = app.settings.override(queues=["mine"])
     with sidekiq(server, tmp_path), python(app):
@@ -373,6 +375,7 @@ def test_the_lock_of_a_job_that_ruby_runs_lasts_as_long_as_that_runs(server, cli
 
 def test_a_unique_job_that_ruby_calls_back_from_the_dead_has_its_lock_again(server, client, app, monkeypatch, caplog):
     monkeypatch.setattr(redis_life, "SWEEP", 0.2)
+    monkeypatch.setattr(redis_life, "REST", 1)
     mail = app.job(name="mail", queue="elsewhere", unique=until_executed())(lambda n: None)
 
     @app.job(queue="mine", unique=until_executing(), retry=3)
@@ -444,6 +447,7 @@ def test_members_in_steps_that_ruby_retries_or_deletes_end_their_batches(server,
 
 def test_limits_hold_and_nobody_is_stuck_whatever_ruby_does_with_jobs_that_wait(server, client, app, monkeypatch):
     monkeypatch.setattr(redis_life, "SWEEP", 0.2)
+    monkeypatch.setattr(redis_life, "REST", 1)
     gate, began, at_work, most, later = threading.Event(), [], [], [], "reschedule(Time.now + 900)"
 
     @app.job(queue="mine", limit=Rate(2, per=5))

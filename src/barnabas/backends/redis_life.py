@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("barnabas")
 LEASE, RENEW, SCAN = 30, 5.0, 10.0  # seconds: a sign of life is good for, its renewal, looking for the dead
 BLOCK = 10  # seconds a blocking move may last: it ends before a lease does, or a job could land with a dead process
-SWEEP, MISSES = 15.0, 3  # seconds between looks for locks whose jobs were deleted; so many in a row have to miss one
+# Seconds between looks for locks whose jobs were deleted, or so many times what a look takes; so many in a row have to miss one.
+SWEEP, REST, MISSES = 15.0, 100, 3
 STARTS = b'"lock":"until_'  # in a job whose lock ends as it starts, so not every one of these that waits has it
 CALM = 30.0  # after a restart or reconnect nobody is taken for dead: all need the time to give a sign
 TICK = 1.0  # seconds between looks at what operators ask for
@@ -190,7 +191,7 @@ class Life:
                     log.warning("job %s was called back by somebody else; it has its lock %s again", jid, lock)
             except Exception as error:
                 log.debug("looking for locks without a job failed: %s", error)
-            pause = max(SWEEP, 100 * (time.monotonic() - began))
+            pause = max(SWEEP, REST * (time.monotonic() - began))
 
     # Sidekiq's heartbeat.
 
