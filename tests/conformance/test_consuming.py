@@ -1,6 +1,8 @@
 """Consuming: who gets what, from where, and in which order."""
 
 import asyncio
+import copy
+import pickle
 import threading
 from collections import defaultdict
 
@@ -370,19 +372,19 @@ def test_a_delivery_has_all_its_fields(place, app, topic):
 
     message = topic.send(Step("k", 1), headers=[("a", b"1"), ("a", b"2")], timestamp=12.5).result(5)
     place.drain(app)
-    assert seen == [
-        Delivery(
-            topic="steps",
-            partition=message.partition,
-            offset=0,
-            key="k",
-            value=Step("k", 1),
-            headers=[("a", b"1"), ("a", b"2")],
-            timestamp=12.5,
-            attempt=1,
-            group="shop-read",
-        )
-    ]
+    whole = Delivery(
+        topic="steps",
+        partition=message.partition,
+        offset=0,
+        key="k",
+        value=Step("k", 1),
+        headers=[("a", b"1"), ("a", b"2")],
+        timestamp=12.5,
+        attempt=1,
+        group="shop-read",
+    )
+    assert seen == [whole] and [whole] == seen and repr(seen) == repr([whole])
+    assert copy.deepcopy(seen) == [copy.copy(whole)] and pickle.loads(pickle.dumps(seen)) == [whole]
 
 
 def test_a_delivery_without_headers_has_an_empty_list(place, app, topic):

@@ -1,10 +1,9 @@
 """Kafka's words and ours: what the driver's errors mean, messages as rows, and what is kept beside a committed offset."""
 
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
-from operator import itemgetter, truediv
-from typing import Any
+from typing import Any, ClassVar
 
 from confluent_kafka import KafkaError, Message
 
@@ -83,19 +82,33 @@ def as_bare_rows(messages: Sequence[Any]) -> list[Any]:
     return list(zip(map(Message.offset, messages), messages, map(Message.value, messages), strict=True))
 
 
-def as_deliveries(part: Any, group: str, decode: Any, messages: Sequence[Any]) -> Any:
-    """Messages of the driver as deliveries in their first attempt, by columns, each when it is asked for; None where there are
-    headers, or keys that are not text."""
-    try:
-        keys = list(map(bytes.decode, map(Message.key, messages)))
-        if any(map(Message.headers, messages)):
-            return None
-    except (TypeError, UnicodeDecodeError):
-        return None
-    stamps = map(truediv, map(itemgetter(1), map(Message.timestamp, messages)), repeat(1000))
-    values, offsets = map(decode, map(Message.value, messages)), map(Message.offset, messages)
-    topic, number, no, first, name = map(repeat, (part.topic, part.partition, (), 1, group))
-    return map(Delivery, topic, number, offsets, keys, values, map(list, no), stamps, first, name)
+class FirstHand(Delivery[Any], frozen=True, gc=False):
+    """A Delivery that reads its fields of the driver's message when somebody asks for them: that is where its offset would be."""
+
+    _message: ClassVar[Any] = Delivery.offset
+    offset = property(lambda self: self._message.offset())
+    key = property(lambda self: as_key(self._message.key()))
+    headers = property(lambda self: as_row(self._message)[3] or [])
+    timestamp = property(lambda self: self._message.timestamp()[1] / 1000)
+
+    def _plain(self) -> Delivery[Any]:
+        return Delivery(*map(self.__getattribute__, Delivery.__struct_fields__))
+
+    def __eq__(self, other: object) -> bool:
+        return self._plain() == (other._plain() if isinstance(other, FirstHand) else other)
+
+    def __repr__(self) -> str:
+        return repr(self._plain())
+
+    def __reduce__(self) -> Any:
+        return self._plain().__reduce__()
+
+
+def as_deliveries(part: Any, group: str, decode: Any, messages: Sequence[Any]) -> Iterable[Delivery[Any]]:
+    """Messages of the driver as deliveries in their first attempt, each when it is asked for."""
+    topic, number, nothing, first, name = map(repeat, (part.topic, part.partition, None, 1, group))
+    values = map(decode, map(Message.value, messages))
+    return map(FirstHand, topic, number, messages, nothing, values, nothing, nothing, first, name)
 
 
 def whole(row: Any) -> Row:

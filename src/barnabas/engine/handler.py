@@ -163,7 +163,7 @@ class Handler:
         plain = same and first.params.kinds == ["value"] and not hooks and not self.optional and not self.batch
         self.decode = first.decode if plain else None
         self.whole: Callable[[Any], Row] = as_it_is  # a row with all that belongs to it, where the source left that out
-        self.columns: Callable[..., Any] = nothing  # deliveries of unread messages by columns, where the source can
+        self.columns: Callable[..., Any] | None = None  # deliveries of unread messages by columns, where the source can
         function: Callable[..., Any] = first.function if same else (_call_async if self.awaited else call)
         self._dispatch = not same
         kinds = first.params.kinds
@@ -197,14 +197,14 @@ class Handler:
 
     def learn(self, whole: Callable[[Any], Row], columns: Callable[..., Any] | None = None) -> None:
         """The source gives bare rows, or unread ones: what makes them whole, and many deliveries of unread ones by columns."""
-        self.whole, self.columns = whole, columns or nothing
+        self.whole, self.columns = whole, columns
         if self.decode is None and self.batch is None:  # f(value, delivery): of what runs alone, or was held back
             self.bind = lambda run, row: self._bind_plain(run, whole(row))  # type: ignore[method-assign]
 
     def deliveries(self, part: Any, messages: list[Any]) -> Iterable[Delivery[Any]]:
         """Unread messages as deliveries, each made when it is asked for."""
-        if not part.attempts and (found := self.columns(part, self.group, self._decode, messages)) is not None:
-            return found  # type: ignore[no-any-return]
+        if self.columns is not None and not (part.attempts or part.retries):
+            return self.columns(part, self.group, self._decode, messages)  # type: ignore[no-any-return]
         return (self.delivery(part, row, self._decode(row[2])) for row in map(self.whole, Unread(messages)))  # type: ignore[arg-type]
 
     def delivery(self, part: Any, row: Row, value: Any) -> Delivery[Any]:
@@ -226,15 +226,9 @@ class Handler:
         route = self.routes[part.topic]
         data = row[2]
         value = route.decode(data) if data is not None or not route.params.optional else None  # type: ignore[arg-type]
-        delivery: Any = None
-        if self._wants_delivery:
-            if row[3]:
-                delivery = self.delivery(part, row, value)
-            else:
-                attempt = part.attempts.get(row[0], 0) + 1 if part.attempts else 1
-                delivery = Delivery(part.topic, part.partition, row[0], row[1], value, [], row[4], attempt, self.group)
-            if self._plain:
-                return (delivery, value) if self._hooked else (value, delivery)
+        delivery: Any = self.delivery(part, row, value) if self._wants_delivery else None
+        if self._plain:
+            return (delivery, value) if self._hooked else (value, delivery)
         return self._arguments(route, value, delivery)
 
     def _arguments(self, route: Route, value: Any, delivery: Any) -> tuple[Any, ...]:
@@ -385,10 +379,6 @@ def retry_at(row: Row) -> float:
         if (at := float(origin(row[3] or ())[0].get("at", b"0"))) < 1e11:
             return at
     return 0.0
-
-
-def nothing(*args: Any) -> None:
-    """Nothing."""
 
 
 def as_it_is(row: Row) -> Row:
