@@ -169,13 +169,18 @@ def handled(shop: Shop, n: int, kind: str, **options: Any) -> float:
     def with_delivery(order: Order, delivery: Delivery[Order]) -> None:
         job(order.id)
 
-    app.consumer(topic, name="handle", group=secrets.token_hex(4), **options)(getattr(tally, kind, with_delivery))
+    def reading(order: Order, delivery: Delivery[Order]) -> None:
+        if delivery.offset >= 0 and delivery.key:
+            job(order.id)
+
+    handle = {"with_delivery": with_delivery, "reading": reading}.get(kind) or getattr(tally, kind)
+    app.consumer(topic, name="handle", group=secrets.token_hex(4), **options)(handle)
     work_off(app, "handle", n)
     app.close()
     return n / tally.seconds
 
 
-KINDS = ("one", "with_delivery", "batch", "one_async")
+KINDS = ("one", "with_delivery", "reading", "batch", "one_async")
 
 
 @bench(
@@ -183,6 +188,7 @@ KINDS = ("one", "with_delivery", "batch", "one_async")
     3_000,
     Row("Kafka, 200 bytes: sync handler", 0.75, "x", "/s", note="raw, here and below: confluent-kafka's `consume(1000)`"),
     Row("Kafka: sync handler that asks for its `Delivery`", 0.65, "x", "/s"),
+    Row("Kafka: the same, and it reads offset and key of it", None, "x", "/s"),
     Row("Kafka: batch handler", 0.9, "x", "/s", note="raw: one call a list"),
     Row("Kafka: async handler that does not suspend", 0.45, "x", "/s", note="raw: a sync function"),
     server=bench_kafka,
