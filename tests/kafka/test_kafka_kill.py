@@ -29,6 +29,7 @@ UNCOMMITTED = SESSION + 3.0  # seconds that something handled may wait for its c
 AT_MOST = 20.0  # a machine that has other things to do may take so long
 BUSY = 4 * (os.cpu_count() or 1)  # where its load is above this, more may take longer than STUCK
 RATE, KEYS, PARTITIONS = 100, 40, 6  # messages a second
+BURST = 600  # so many at once now and then: who is killed in the middle of them has committed some, and has others in hand
 NAMES = ("straight", "lanes")
 GROUPS = {f"herd-{name}": ["items"] for name in NAMES}
 ENDS = {0, -signal.SIGKILL, -signal.SIGTERM}  # the last: asked to stop before it could listen
@@ -50,7 +51,7 @@ class Herd:
         self.done = Counter[str]()
         self.calm: list[float] = []  # seconds that the slowest partition took to move after a volley
         self.where: dict[tuple[int, int], tuple[str, int, float]] = {}  # what is stored: key, its number, when
-        self.sent = self.untold = self.rebalances = 0
+        self.sent = self.untold = self.rebalances = self.more = 0
         self.end_sending = threading.Event()
         self.sender = threading.Thread(target=self.send)
 
@@ -65,11 +66,11 @@ class Herd:
             self.where[message.partition, message.offset] = (message.key, message.value["n"], time.monotonic())
 
         while not self.end_sending.wait(0.02):
-            while self.sent < (time.monotonic() - began) * RATE:
+            while self.sent < (time.monotonic() - began) * RATE + self.more:
                 key = f"k{self.random.randrange(KEYS)}"
                 numbers[key] += 1
                 self.sent += 1
-                self.room.items.send({"key": key, "n": numbers[key]}).add_done_callback(stored)
+                self.room.items.send({"key": key, "n": numbers[key], "at": time.monotonic()}).add_done_callback(stored)
 
     def start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "barnabas", "run", "herd:app"]
@@ -98,6 +99,9 @@ class Herd:
             self.start()
             return
         victim = self.random.choice(victims)
+        if self.random.random() < 0.3:
+            self.more += BURST
+            time.sleep(self.random.uniform(0.2, 0.6))
         if what == "freeze":
             victim.send_signal(signal.SIGSTOP)
             self.frozen[victim] = time.monotonic() + SESSION + 2
@@ -263,12 +267,13 @@ def check(herd: Herd) -> int:
     late = [waited for waited in herd.calm if waited > STUCK]
     calm = [f"{waited:.1f}" for waited in sorted(herd.calm)[-5:]]
     told = f"{dict(herd.done)}, {rebalances} rebalances, after {len(herd.calm)} volleys partitions moved, the last in {calm} s"
-    assert len(late) <= len(herd.calm) / 5 or os.getloadavg()[0] > BUSY, f"slow to move: {late} (seed {herd.seed})"
     print(f"\n{herd.room.app.settings.kafka['group.protocol']}: {told}")
     herd.rebalances = rebalances
     dead = [part for state in herd.room.app.events.topics() for part in state.partitions if state.name == "items.dead"]
     assert len(dead) == PARTITIONS and not any(end for _, end, _ in dead)
-    return sum(herd.judge(name) for name in NAMES)
+    repeats = sum(herd.judge(name) for name in NAMES)
+    assert len(late) <= len(herd.calm) / 5 or os.getloadavg()[0] > BUSY, f"slow to move: {late} (seed {herd.seed})"
+    return repeats
 
 
 @protocols
@@ -276,7 +281,7 @@ def check(herd: Herd) -> int:
 def test_a_herd_under_fire(herd: Herd, kills: int) -> None:
     while herd.done["kill"] < kills:
         herd.volley()
-    assert check(herd) < 50 * sum(herd.done.values()) and herd.rebalances >= len(herd.calm)  # (blows in a row are one)
+    assert check(herd) < 100 * sum(herd.done.values()) and herd.rebalances >= len(herd.calm)  # (blows in a row are one)
 
 
 @protocols
