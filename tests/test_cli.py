@@ -397,6 +397,16 @@ def test_read_follows(shell):
     assert limited.end() == 0
 
 
+def test_a_read_that_is_cut_short_says_so(shell):
+    (shell.folder / "numbers").write_text("".join(f"{n:01000}\n" for n in range(300)))
+    shell("send", "raw", "--file", "numbers")
+    command = [*shell.command, "read", "raw", "--json"]  # more than a pipe takes
+    with subprocess.Popen(command, cwd=shell.folder, env=shell.environment, stdout=subprocess.PIPE) as reader:
+        reader.stdout.read(1)
+        reader.send_signal(signal.SIGINT)
+        assert reader.wait(10) == 130
+
+
 # enqueue.
 
 

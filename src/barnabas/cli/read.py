@@ -53,8 +53,8 @@ def read(app: App, topic: str, start: inspect.Start | None, follow: bool, as_jso
             shown += 1
             if follow:
                 sys.stdout.flush()
-    except KeyboardInterrupt:  # how --follow ends
-        return
+    except KeyboardInterrupt:
+        raise SystemExit(0 if follow else 130) from None  # --follow ends so; else it is cut short
     if not shown and not as_json:
         why = "latest begins behind the last message; add --follow to wait for new ones, or use --from earliest"
         click.echo(f"nothing: {why if start == 'latest' else 'no message matches'}", err=True)
