@@ -25,10 +25,10 @@ async def work(crew: "Crew", slot: int) -> None:
     """Run deliveries one at a time until the crew says stop (`take` gives None and there is nothing to wait for)."""
     handler = crew.handler
     function, decode, bind, answer = handler.function, handler.decode, handler.bind, handler.answer
-    awaited, new_hand = handler.awaited, maker(handler)
+    awaited, app, new_hand = handler.awaited, handler.app, maker(handler)
     past: Any = crew.cancelled if awaited else crew.late
     take, monotonic, box, at_box = crew.take, crew.monotonic, crew.box, slot * SLOT + crew.base + 1
-    hand = crew.hands[slot] = new_hand()
+    hand = crew.hands[slot] = new_hand(app)
     CURRENT.set(hand)
     while True:
         run = take(slot)
@@ -52,10 +52,10 @@ async def work(crew: "Crew", slot: int) -> None:
                 if until < 0:
                     break
             if awaited:  # a hand a message: tasks that outlive the handler must not send into the next one's
-                hand = new_hand()
-                hand.run, hand.open = run, True
+                hand = new_hand(app, run, row, True)
                 CURRENT.set(hand)
-            hand.row = row
+            else:
+                hand.row = row
             try:
                 out: Any = function(decode(row[2])) if decode is not None else function(*bind(run, row))
                 if awaited:
@@ -87,7 +87,6 @@ def _work_unread(crew: "Crew", slot: int, run: Any, until: float) -> tuple[int, 
     when the rest is parked. Where it is among them is asked for rarely."""
     handler, monotonic, hand = crew.handler, crew.monotonic, crew.hands[slot]
     function, decode = handler.function, handler.decode
-    hand.used = False  # of its own: what is read from its class costs more
     messages = left = run.rows.messages
     while left:
         ahead, deliveries = iter(left), iter(() if decode is not None else handler.deliveries(run.part, left))
@@ -156,8 +155,8 @@ async def _call(crew: "Crew", slot: int, run: Any, rows: Sequence[Any]) -> BaseE
     """Call the batch handler for these rows, without those that cannot be decoded. Those are dead on their own, once
     the others are done: a batch that is retried meets them again."""
     handler = crew.handler
-    hand = maker(handler)()
-    hand.run, hand.row, hand.open, hand.keys = run, rows[0], True, None
+    hand = maker(handler)(handler.app, run, rows[0], True)
+    hand.keys = None
     CURRENT.set(hand)
     decode = handler.decoder(run.part.topic)
     bad: list[Any] = []

@@ -183,7 +183,7 @@ class Steps(Generic[T]):
         for kind, size in (("events", 7), ("jobs", 5)):
             if some := [out for out in sent if len(out) == size]:
                 flush(getattr(self._app, kind), some)
-        del self._outputs[self._start : self._mark]  # type: ignore[attr-defined]
+        del self._outputs[self._start : self._mark]
         self._mark = self._start
 
     def _note(self) -> OutgoingJob:

@@ -72,9 +72,7 @@ class Entry:
         function = getattr(self.job, option)
         if function is None:
             return None
-        hand = Hand()
-        hand.app = self.job.app
-        hand.run, hand.row, hand.open = run, row, True
+        hand = Hand(self.job.app, run, row, True)
         hand.sent = 1 << (20 if option == "on_death" else 21)  # no ids of what a later run of the job may send
         before = CURRENT.set(hand)
         try:
