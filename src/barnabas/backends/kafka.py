@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -107,12 +107,12 @@ class _Line:
 class _Chunk:
     """Messages whose last one alone has a future: it resolves when all are stored."""
 
-    __slots__ = ("count", "error", "future", "home", "row", "stored")
+    __slots__ = ("count", "end", "error", "future", "home", "stored")
 
     def __init__(self, home: "KafkaBackend", count: int, future: Any) -> None:
         self.home, self.count, self.future = home, count, future
         self.error: Exception | None = None
-        self.row: Any = None
+        self.end: Any = None
         self.stored = itertools.count(1)  # reports are served by several threads: `next` is one step
 
     def report(self, error: Any, message: Any) -> None:
@@ -126,12 +126,11 @@ class _Chunk:
             elif self.error is not None:
                 self.future.fail(self.error)
             else:
-                self.future.resolve(self.row)
+                self.home._stored(*self.end)
 
     def last(self, out: Outgoing, error: Any, message: Any) -> None:
         """The last of them has."""
-        if error is None:
-            self.row = _row(out, message)
+        self.end = (out, None, message)
         self.report(error, message)
 
 
@@ -143,11 +142,6 @@ def _purged(error: Any) -> bool:
 def _millis(timestamp: float) -> int:
     """As Kafka keeps it. The driver's 0 is now: 1970 begins a millisecond later."""
     return int(timestamp * 1000 + 0.5) or 1
-
-
-def _row(out: Outgoing, message: Any) -> tuple[Any, ...]:
-    topic, _, key, value, headers, timestamp, _ = out
-    return (_Reported, topic, message.partition(), message.offset(), key, value, headers, timestamp)
 
 
 class _Reported:
@@ -248,7 +242,7 @@ class KafkaBackend(KafkaDoors):
         if out and out[-1] is not None:
             try:
                 topic, partition, key, value, headers, timestamp, _ = out
-                done, where = functools.partial(stored, out), -1 if partition is None else partition
+                done, where = MethodType(stored, out), -1 if partition is None else partition  # (a partial costs more)
                 millis = int(timestamp * 1000 + 0.5) or 1  # (see `_millis`: a call costs more than the rest of it)
                 produce(names[topic.name], value, key, where, done, done, millis, headers or None)
                 return
@@ -282,10 +276,11 @@ class KafkaBackend(KafkaDoors):
 
     def _stored(self, out: Outgoing, error: Any, message: Any) -> None:
         """The delivery report of a message with a future."""
-        if error is None and message.offset() is not None:
-            out[6].resolve(_row(out, message))
+        topic, _, key, value, headers, timestamp, future = out
+        if error is None and (offset := message.offset()) is not None:
+            future.resolve((_Reported, topic, message.partition(), offset, key, value, headers, timestamp))
         else:
-            out[6].fail(self.refusal(error, message.topic()), _purged(error))
+            future.fail(self.refusal(error, message.topic()), _purged(error))
 
     def _unseen(self, error: Any, message: Any) -> None:
         """The delivery report of a message without a future."""
