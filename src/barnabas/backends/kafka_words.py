@@ -82,7 +82,7 @@ def as_bare_rows(messages: Sequence[Any]) -> list[Any]:
     return list(zip(map(Message.offset, messages), messages, map(Message.value, messages), strict=True))
 
 
-class FirstHand(Delivery[Any], frozen=True, gc=False):
+class LazyDelivery(Delivery[Any], frozen=True, gc=False):
     """A Delivery that reads its fields of the driver's message when somebody asks for them: that is where its offset would be."""
 
     _message: ClassVar[Any] = Delivery.offset
@@ -95,7 +95,7 @@ class FirstHand(Delivery[Any], frozen=True, gc=False):
         return Delivery(*map(self.__getattribute__, Delivery.__struct_fields__))
 
     def __eq__(self, other: object) -> bool:
-        return self._plain() == (other._plain() if isinstance(other, FirstHand) else other)
+        return self._plain() == (other._plain() if isinstance(other, LazyDelivery) else other)
 
     def __repr__(self) -> str:
         return repr(self._plain())
@@ -108,7 +108,7 @@ def as_deliveries(part: Any, group: str, decode: Any, messages: Sequence[Any]) -
     """Messages of the driver as deliveries in their first attempt, each when it is asked for."""
     topic, number, nothing, first, name = map(repeat, (part.topic, part.partition, None, 1, group))
     values = map(decode, map(Message.value, messages))
-    return map(FirstHand, topic, number, messages, nothing, values, nothing, nothing, first, name)
+    return map(LazyDelivery, topic, number, messages, nothing, values, nothing, nothing, first, name)
 
 
 def whole(row: Any) -> Row:
