@@ -25,7 +25,9 @@ from barnabas.backends.kafka_words import unpack
 HERE = Path(__file__).parent
 SESSION = 3.0
 STUCK = SESSION + 3.0  # seconds after the last blow in which every partition moves again, four times in five:
-UNCOMMITTED = SESSION + 3.0  # seconds that something handled may wait for its commit: while the group waits for one it has lost
+# Seconds that something handled may wait for its commit, as the group waits for one it has lost. Counted up to the first blow of a
+# volley: they may come so fast that there always is one.
+UNCOMMITTED = SESSION + 3.0
 AT_MOST = 20.0  # a machine that has other things to do may take so long
 BUSY = 4 * (os.cpu_count() or 1)  # where its load is above this, more may take longer than STUCK
 RATE, KEYS, PARTITIONS = 100, 40, 6  # messages a second
@@ -45,7 +47,8 @@ class Herd:
         self.random = random.Random(seed)
         self.workers: list[subprocess.Popen[bytes]] = []
         self.frozen: dict[subprocess.Popen[bytes], float] = {}
-        self.hit: dict[int, list[float]] = defaultdict(list)  # when each process was killed or frozen
+        self.hit: dict[int, list[tuple[float, float]]] = defaultdict(list)  # when each was killed or frozen, and its volley began
+        self.began = 0.0
         self.ever_frozen: set[int] = set()
         self.logs: dict[int, Path] = {}  # of each process, by its pid
         self.done = Counter[str]()
@@ -106,12 +109,12 @@ class Herd:
             victim.send_signal(signal.SIGSTOP)
             self.frozen[victim] = time.monotonic() + SESSION + 2
             self.ever_frozen.add(victim.pid)
-            self.hit[victim.pid].append(time.monotonic())
+            self.hit[victim.pid].append((time.monotonic(), self.began))
             return
         self.workers.remove(victim)
         victim.send_signal(signal.SIGKILL if what == "kill" else signal.SIGTERM)
         if what == "kill":
-            self.hit[victim.pid].append(time.monotonic())
+            self.hit[victim.pid].append((time.monotonic(), self.began))
         assert victim.wait(30) in ENDS
         while len(self.workers) < 3:
             self.start()
@@ -126,6 +129,7 @@ class Herd:
     def volley(self, spared: "subprocess.Popen[bytes] | None" = None) -> None:
         """Some blows, one soon after another; then every partition moves again: of each, something is handled that was sent
         after the last blow."""
+        self.began = time.monotonic()
         for _ in range(self.random.randint(1, 5)):
             self.strike(spared)
             time.sleep(self.random.uniform(0.1, 1.5))
@@ -210,13 +214,13 @@ class Herd:
                 continue
             if place in handled:
                 before, when = handled[place]
-                age = min((hit - when for hit in self.hit[before] if hit > when - 0.1), default=None)
-                if age is None and any(when < lost < when + SESSION + UNCOMMITTED for lost in self.lost(before)):
+                hit = min((hit for hit in self.hit[before] if hit[0] > when - 0.1), default=None)
+                if hit is None and any(when < lost < when + SESSION + UNCOMMITTED for lost in self.lost(before)):
                     excused += 1
                     continue
                 repeats += 1
-                assert age is not None, f"{name}: {place} again, though process {before} was not harmed (seed {self.seed})"
-                oldest = max(oldest, age)
+                assert hit is not None, f"{name}: {place} again, though process {before} was not harmed (seed {self.seed})"
+                oldest = max(oldest, hit[1] - when)
             elif pid not in self.ever_frozen:
                 first[key].append(n)
             handled[place] = (pid, at)
@@ -225,8 +229,8 @@ class Herd:
         assert len(handled) == self.sent, f"{name}: {len(handled)} of {self.sent} (seed {self.seed})"
         for key, numbers in first.items():
             assert numbers == sorted(numbers), f"{name}: order of {key} (seed {self.seed})"
-        assert oldest < UNCOMMITTED, f"{name}: what was handled {oldest:.1f} s before a blow came again (seed {self.seed})"
-        told = f"{name}: {self.sent} sent, {repeats} repeats, of handlings up to {oldest:.1f} s before a blow"
+        assert oldest < UNCOMMITTED, f"{name}: what was handled {oldest:.1f} s before the blows came again (seed {self.seed})"
+        told = f"{name}: {self.sent} sent, {repeats} repeats, of handlings up to {oldest:.1f} s before blows"
         print(f"{told}, and {excused} of what was taken away")
         return repeats
 
