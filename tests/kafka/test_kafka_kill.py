@@ -25,10 +25,10 @@ from barnabas.backends.kafka_words import unpack
 HERE = Path(__file__).parent
 SESSION = 3.0
 STUCK = SESSION + 3.0  # seconds after the last blow in which every partition moves again, four times in five:
-# Seconds that something handled may wait for its commit, as the group waits for one it has lost. Counted up to the first blow of a
-# volley: they may come so fast that there always is one.
-UNCOMMITTED = SESSION + 3.0
 AT_MOST = 20.0  # a machine that has other things to do may take so long
+# Seconds that something handled may wait for its commit, as the group waits for one it has lost: up to a volley's first blow,
+# since they may come so fast that there always is one.
+UNCOMMITTED = SESSION + 3.0
 BUSY = 4 * (os.cpu_count() or 1)  # where its load is above this, more may take longer than STUCK
 RATE, KEYS, PARTITIONS = 100, 40, 6  # messages a second
 BURST = 600  # so many at once now and then: who is killed in the middle of them has committed some, and has others in hand
