@@ -249,6 +249,28 @@ def test_a_task_belongs_to_its_handler_for_as_long_as_that_runs(place, app, numb
     assert [n for n in place.values(out) if n < 100] == [1] and 101 in place.values(out)
 
 
+def test_what_a_task_sends_after_its_handler_leaves_though_the_worker_is_at_another_run(place, app, out):
+    pair, tasks = app.topic("pair", int, partitions=2), []
+
+    @app.consumer(pair)
+    async def read(n: int):
+        released = asyncio.Event()
+
+        async def late():
+            await released.wait()
+            out.send(n)
+
+        tasks.append((n, asyncio.create_task(late()), released))
+        if len(tasks) == 2:
+            tasks[0][2].set()
+            await tasks[0][1]
+
+    for n in range(2):
+        pair.send(n, partition=n).result(5)
+    place.drain(app)
+    assert place.values(out) == [tasks[0][0]]
+
+
 def test_outputs_of_concurrent_handlers_do_not_mix(place, app):
     keyed = app.topic("keyed", dict, key=lambda v: v["k"], partitions=2)
     out = app.topic("out", dict, partitions=1)

@@ -36,7 +36,7 @@ async def work(crew: "Crew", slot: int) -> None:
             if await crew.idle(slot):
                 continue
             return
-        hand.run, hand.open = run, True
+        hand.run, hand.open = run, not awaited  # (what a task still has of the last message stays closed)
         until, done, parked = crew.begin(slot, run), 0, None
         rows = run.rows
         if type(rows) is Unread:
