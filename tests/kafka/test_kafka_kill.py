@@ -276,7 +276,7 @@ def check(herd: Herd) -> int:
     dead = [part for state in herd.room.app.events.topics() for part in state.partitions if state.name == "items.dead"]
     assert len(dead) == PARTITIONS and not any(end for _, end, _ in dead)
     repeats = sum(herd.judge(name) for name in NAMES)
-    assert len(late) <= max(2, len(herd.calm) / 5) or os.getloadavg()[0] > BUSY, f"slow to move: {late} (seed {herd.seed})"
+    assert len(late) <= len(herd.calm) / 5 or os.getloadavg()[0] > BUSY, f"slow to move: {late} (seed {herd.seed})"
     return repeats
 
 

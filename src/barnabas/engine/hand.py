@@ -1,6 +1,6 @@
 """What a handler has sent and written so far: held back until it returns, thrown away if it fails."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,7 +13,6 @@ from barnabas.ports import Part, Result
 from barnabas.verdict import Again
 
 ID = "barnabas-id"  # the header
-Cells = dict[tuple[str, Any], bytes | None]
 
 
 def cause_of(part: Part, row: Row) -> str:
@@ -47,11 +46,11 @@ class Hand(msgspec.Struct, eq=False):
     sent: int = 0
     respond: Any = None
     steps: Any = None  # the loop of the job in hand (jobs.steps); it knows whose it is
-    keys: Any = frozenset()  # None where one call has a whole batch in hand
+    keys: Collection[Key] | None = frozenset()  # None where one call has a whole batch in hand
     outputs: Any = ()  # of Outgoing or OutgoingJob: a list from the first send on
     tables: Any = None
-    names: Any = frozenset()  # of the tables
-    cells: Any = None  # a Cells, with tables
+    names: frozenset[str] = frozenset()  # of the tables
+    cells: Any = None  # with tables: what was written, encoded, by the table's name and the key
 
     def awaited(self, future: Future[Any], blocking: bool) -> None:
         """Refuse a wait by the handler (or a task it started) whose sends are held back here."""
