@@ -21,6 +21,7 @@ from barnabas.backends.kafka_group import Claim
 from barnabas.backends.kafka_log import KafkaLog
 from barnabas.backends.kafka_words import MARK, MOST, as_bare_rows, as_row, as_rows, pack, unpack, whole
 from barnabas.backends.shares import open_account
+from barnabas.cli.run import _announce
 from barnabas.engine.ledger import Ledger, Straight
 from barnabas.errors import BackendError, BufferFull, DeclarationError, SendError, SettingError
 from barnabas.inspect import check
@@ -175,6 +176,19 @@ def test_a_cluster_out_of_reach_is_a_backend_error_in_time(door: str, monkeypatc
     monkeypatch.setattr(KafkaAdmin.metadata, "__defaults__", (0.2,))
     with pytest.raises(BackendError, match=r"did not answer in time.*; see that it runs"):
         getattr(events(), door)()
+
+
+def test_a_run_waits_once_for_a_cluster_out_of_reach(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(KafkaAdmin.metadata, "__defaults__", (0.2,))
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:")
+    app.consumer(app.topic("orders"), name="bill")(print_it)
+    app.job(name="mail")(print_it)
+    with pytest.raises(BackendError, match=r"did not answer in time.*; see that it runs"):
+        _announce(app, (), (), supervised=False)
+    assert "shop: events kafka" in capsys.readouterr().out
+    _announce(app, (), (), supervised=True)  # its processes try again
+    _announce(app, (), ("bill",), supervised=False)  # what runs does not need it
+    assert capsys.readouterr().out.count("shop: events kafka://127.0.0.1:1, jobs memory:") == 2
 
 
 def test_check_says_that_tables_are_refused() -> None:

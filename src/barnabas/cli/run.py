@@ -17,7 +17,7 @@ from barnabas.app import App
 from barnabas.cli import draw, logs
 from barnabas.cli.loading import Wrong, command, load, override
 from barnabas.cli.process import ANEW, Status, Stopper, serve
-from barnabas.errors import BackendError
+from barnabas.errors import BackendError, NotAuthorised
 from barnabas.lag import abandoned, mixed
 from barnabas.supervisor import GRACE, Lifeline, Supervisor, spawner
 from barnabas.worker import Worker, chosen
@@ -56,8 +56,9 @@ def run(target: str | None, spec: str | None, processes: int | None, **options: 
         app.settings.kafka["group.instance.id"] = f"{check_options(app.settings.kafka)['group.instance.id']}-{child}"
     logs.set_up(app, child)
     if child is None:
-        _announce(app, options["only"], options["skip"])
-        if app.settings.processes > 1 or options["reloads"]:
+        supervised = app.settings.processes > 1 or options["reloads"]
+        _announce(app, options["only"], options["skip"], supervised)
+        if supervised:
             app.close()  # each process has its own
             return supervise(app, target or spec, stopper, **options)
     try:
@@ -133,8 +134,9 @@ def _conclude(app: App, status: Status, queues: list[str]) -> None:
         log.info("drained; of the jobs there remain %s", " and ".join(remain))
 
 
-def _announce(app: App, only: Any, skip: Any) -> None:
-    """Say what runs, and from where: as a table, or as log lines where those are JSON."""
+def _announce(app: App, only: Any, skip: Any, supervised: bool) -> None:
+    """Say what runs, and from where: as a table, or as log lines where those are JSON. Raises BackendError where events that
+    are to be consumed are out of reach, unless a supervisor will try again."""
     consumers, queues = chosen(app, only, skip)
     infos = [inspect.consumer_info(consumer) for consumer in consumers]
     weights = queues if isinstance(queues, dict) else dict.fromkeys(queues)
@@ -163,7 +165,8 @@ def _announce(app: App, only: Any, skip: Any) -> None:
         sys.stdout.flush()
     for warning in settings.warnings:
         log.warning("%s", warning)
-    with contextlib.suppress(BackendError):  # which the run itself will meet
+    goes_on = BackendError if supervised or not consumers else NotAuthorised  # who may not look at groups may run
+    with contextlib.suppress(goes_on):
         for consumer, table in mixed(app, consumers):
             what = f"the table {table!r} is not empty, and group {consumer.group!r} is new: it would count again what another has"
             what += ' counted there. If it was renamed, declare group="ITS OLD ONE" (see barnabas lag); else empty the table'
