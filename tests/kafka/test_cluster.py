@@ -119,7 +119,7 @@ class Load:
     def check(self, unsure: int = 0) -> None:
         """What was promised is stored, once, and all of it was handled. (A broker may lose count of a producer's messages, or
         say that it has one and not where: those fail, and may be stored nevertheless. Where all were killed at once, the last
-        ones may be there twice: so many are `unsure`.)"""
+        ones may be there twice, and what was on its way where the driver said so: so many are `unsure`.)"""
         self.end.set()
         self.sender.join()
         errors = {n: error for n, future in enumerate(self.futures) if (error := future.exception(60)) is not None}
@@ -138,12 +138,17 @@ class Load:
         self.wait_for(lambda: len(set(self.seen)) == len(values) and self.worker.drained(), "not all is handled")
 
 
+def told(caplog: pytest.LogCaptureFixture) -> int:
+    """How many may be there twice: none, if nothing was said."""
+    return 30 if "may be stored twice" in caplog.text else 0
+
+
 def soaked(few: int, many: int):
     return [pytest.param(few, marks=pytest.mark.slow), pytest.param(many, marks=pytest.mark.soak)]
 
 
 @pytest.mark.parametrize("rounds", soaked(1, 10))
-def test_brokers_go_one_at_a_time(cluster: Cluster, rounds: int) -> None:
+def test_brokers_go_one_at_a_time(cluster: Cluster, rounds: int, caplog) -> None:
     with Load(cluster) as load:
         load.flows()
         for n in range(rounds):
@@ -164,18 +169,18 @@ def test_brokers_go_one_at_a_time(cluster: Cluster, rounds: int) -> None:
             assert frozen < 60  # it is asked again in vain, at times often; with the driver's own patience it took 66 to 73
             load.whole()
             print(f"\nhandled again {killed:.1f} s after a kill, {frozen:.1f} s after a freeze")
-        load.check()
+        load.check(unsure=told(caplog))
 
 
 @pytest.mark.parametrize("rounds", soaked(1, 5))
-def test_a_rolling_restart_is_not_noticed(cluster: Cluster, rounds: int) -> None:
+def test_a_rolling_restart_is_not_noticed(cluster: Cluster, rounds: int, caplog) -> None:
     with Load(cluster) as load:
         load.flows()
         for node in [1, 2, 3] * rounds:
             cluster.signal(node, signal.SIGTERM)
             cluster.back(node)
             load.whole()
-        load.check()
+        load.check(unsure=told(caplog))
 
 
 @pytest.mark.parametrize("seconds", soaked(6, 30))

@@ -19,6 +19,7 @@ from barnabas import App
 from barnabas.backends.kafka_admin import ROOM, KafkaAdmin, topic_config
 from barnabas.backends.kafka_group import Claim
 from barnabas.backends.kafka_log import KafkaLog
+from barnabas.backends.kafka_options import Quiet
 from barnabas.backends.kafka_words import MARK, MOST, as_bare_rows, as_row, as_rows, pack, unpack, whole
 from barnabas.backends.shares import open_account
 from barnabas.cli.run import _announce
@@ -189,6 +190,16 @@ def test_a_run_waits_once_for_a_cluster_out_of_reach(monkeypatch, capsys) -> Non
     _announce(app, (), (), supervised=True)  # its processes try again
     _announce(app, (), ("bill",), supervised=False)  # what runs does not need it
     assert capsys.readouterr().out.count("shop: events kafka://127.0.0.1:1, jobs memory:") == 2
+
+
+def test_what_the_driver_says_is_for_who_looks_but_not_that_it_counts_anew(caplog) -> None:
+    said = "ProduceRequest for orders [0] with 2 message(s) failed due to skipped sequence numbers: recovering and retrying"
+    with caplog.at_level("WARNING"):
+        Quiet.log(3, "%s [%s] %s", "FAIL", "barnabas#producer-1", "[thrd:a]: connection refused")
+        Quiet.log(4, "%s [%s] %s", "ERRSEQ", "barnabas#producer-1", said)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"as a leader moved, what was on its way to any partition may be stored twice: {said}"
+    ]
 
 
 def test_check_says_that_tables_are_refused() -> None:

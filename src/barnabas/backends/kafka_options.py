@@ -91,5 +91,7 @@ class Quiet:
 
     @staticmethod
     def log(level: int, text: str, *args: Any) -> None:
-        """What the driver calls."""
+        """What the driver calls: with "%s [%s] %s", a sign, its client's name, and what it says."""
+        if args[:1] == ("ERRSEQ",):  # it starts to count anew, for all partitions (https://github.com/confluentinc/librdkafka/issues/4953)
+            log.warning("as a leader moved, what was on its way to any partition may be stored twice: %s", args[2])
         log.debug(text, *args)
