@@ -361,6 +361,7 @@ class KafkaBackend(KafkaDoors):
         from barnabas.backends.kafka_log import KafkaLog
 
         self.require([*self.declared.values(), *topics])
+        self.forget_askers()
         return KafkaLog(self, group, topics, start, ordered, listener)
 
     def cell(self, table: str, key: Any = None) -> Any:

@@ -70,9 +70,16 @@ class KafkaAdmin:
     def let_go(self) -> None:
         """Close them."""
         with self._admin_lock, self._asking:
-            for client in filter(None, (self._reader, *self._askers.values())):
-                client.close()
+            self.forget_askers()
+            if self._reader is not None:
+                self._reader.close()
             self._admin = self._reader = None
+
+    def forget_askers(self) -> None:
+        """Close those of `asker`: each costs a process that has no more to ask as much as a consumer does."""
+        with self._asking:
+            for client in self._askers.values():
+                client.close()
             self._askers = {}
 
     @property
@@ -145,7 +152,7 @@ class KafkaAdmin:
         """The ids of topics, those known: a topic that was deleted and made anew has another. Asked for anew every few seconds,
         and without waiting for the answer, unless `wait`. Those that are not there are `deleted`."""
         with self._admin_lock:
-            now, missing = time.monotonic(), set(names) - self._ids.keys()
+            now, missing = time.monotonic(), [name for name in names if name not in self._ids]
             if wait or (not self._asked_for and (missing or now - self._asked_at > LOOK)):
                 asked = list(names) if wait else [*self._ids, *missing]
                 self._asked_for = self.admin.describe_topics(TopicCollection(asked)) if asked else {}

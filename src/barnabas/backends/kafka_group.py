@@ -120,10 +120,11 @@ class KafkaMember:
         fixed["client.id"] = home.name
         if instance := home.options.get("group.instance.id"):
             fixed["group.instance.id"] = f"{instance}-{self.group}"
-        # Members hear of a rebalance by their next heartbeat, and most take two rounds.
-        own = {"session.timeout.ms": round(self._session * 1000), "heartbeat.interval.ms": round(self._session * 100)}
+        # Members hear of a rebalance by their next heartbeat, and most take two rounds; where many wait, all that is rarer.
+        beat = self._session * min(300, max(100, 3 * self._many))
+        own = {"session.timeout.ms": round(self._session * 1000), "heartbeat.interval.ms": round(beat)}
         own["queued.max.messages.kbytes"] = min(16384, max(1024, 65536 // self._many))
-        own["fetch.wait.max.ms"] = min(1000, max(100, 10 * self._many, 10 * len(self._names)))  # of a fetch that finds nothing
+        own["fetch.wait.max.ms"] = min(2000, max(100, self._many**2 // 5, 10 * len(self._names)))  # of a fetch that finds nothing
         self._consumer = home.client(driver.Consumer, CONSUMER | own, **fixed)
         strategy = str(home.options.get("partition.assignment.strategy", "cooperative"))
         classic = str(home.options.get("group.protocol", "classic")).lower() == "classic"

@@ -74,7 +74,7 @@ class KafkaLog(KafkaMember):
                 self._take(self._poll(0, 0))
             return
         self._woken.clear()
-        slice = BUSY if busy or self._dirty else min(self._session / 10, SLICE * max(1, self._many / 10))
+        slice = BUSY if busy or self._dirty else min(self._session / 5, SLICE * max(1, self._many / 5))
         messages = self._poll(min(wait, slice))
         if self._broken:
             return
@@ -91,14 +91,12 @@ class KafkaLog(KafkaMember):
             raise self._refused
 
     def _poll(self, wait: float, more: int = BATCH) -> list[Any]:
-        """So many messages, waiting for the first. The driver's `consume` alone would wait until it has them all."""
+        """So many messages, waiting for the first. The driver's `consume` of more would wait until it has them all."""
         try:
-            if more and ((found := self._consumer.consume(more, 0)) or not wait):  # `poll` lets go of the interpreter: at a
+            if more and ((found := self._consumer.consume(more, 0)) or not wait):  # to wait lets go of the interpreter: at a
                 return found  # type: ignore[no-any-return]                        # backlog, for the handler's turn
-            first = self._consumer.poll(wait)
-            if first is None:
-                return []
-            return [first, *self._consumer.consume(more - 1, 0)] if more > 1 else [first]
+            first: list[Any] = self._consumer.consume(1, wait)
+            return first + self._consumer.consume(more - 1, 0) if first and more > 1 else first
         except KafkaException as error:
             raise explain(error.args[0], f"group {self.group!r}", self.home) from error
 

@@ -84,7 +84,7 @@ class Runner:
             while not self.stopping:
                 if self._stopped_by_crew() or (self.quiet and not any(crew.busy() for crew in self.crews)):
                     break
-                self._guard(self.step, 1.0)
+                self._guard(self.step, 2.0)
             self._end()
         except Replaced as error:  # nothing of what is in hand can be settled; whoever runs us starts anew
             self.error = error
