@@ -202,6 +202,17 @@ def test_what_the_driver_says_is_for_who_looks_but_not_that_it_counts_anew(caplo
     ]
 
 
+def test_the_driver_is_asked_to_say_how_it_counts(caplog) -> None:
+    app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:", send_timeout=0.1)
+    with caplog.at_level("DEBUG", "barnabas.kafka"):
+        app.topic("orders", int).send(1)
+        end = time.monotonic() + 10
+        while "IDEMPSTATE" not in caplog.text:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    app.close()
+
+
 def test_check_says_that_tables_are_refused() -> None:
     app = App("shop", events="kafka://127.0.0.1:1", jobs="memory:")
     app.consumer(app.topic("orders"), tables=[app.table("totals")], name="tally")(print_it)

@@ -20,6 +20,7 @@ PRODUCER: dict[str, Any] = {
     "sticky.partitioning.linger.ms": 0,  # messages without a key are spread
     "message.max.bytes": 1_000_000_000,  # a topic's own limit decides
     "topic.metadata.propagation.max.ms": 10_000,  # a send to a topic that was deleted is told after that
+    "debug": "eos",  # some lines at the start and where a leader moves: `Quiet` looks for one of them
     "socket.timeout.ms": 30_000,  # Kafka waits that long for all replicas in sync; the driver's 60,000 outlast a checkpoint
 }  # fmt: skip
 TRANSACTION = {  # of operators: what a killed one has begun is undone after that, or by the next at once
