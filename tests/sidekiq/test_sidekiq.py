@@ -467,6 +467,7 @@ def test_limits_hold_and_nobody_is_stuck_whatever_ruby_does_with_jobs_that_wait(
         wait_for(lambda: client.zcard("schedule") == 6)
     first = {n for _, n in began}  # mostly 0 and 1: several take at once
     waiting = [n for n in range(8) if n not in first]
+    assert len(first) == 2
     find = "def job(jid) = Sidekiq::ScheduledSet.new.find_job(jid); "
     acts = zip(waiting[:5], ("delete", "delete", "kill", later, "add_to_queue"), strict=True)
     ruby(server, find + "; ".join(f"job('{rated[n]}').{act}" for n, act in acts))
