@@ -428,6 +428,8 @@ def test_groups_of_others_cost_few_clients(make) -> None:
     assert [(at.group, at.offset) for at in events.positions()] == [(name, 4) for name in sorted(names)]
     assert len(events._askers) == kafka_admin.ASKERS < 26
     assert [at.group for at in events.positions("shop-")] == ["shop-read"]
+    with running(app):
+        assert not events._askers  # who works has no more to ask
 
 
 @pytest.mark.parametrize("protocol", ["classic", "consumer"])

@@ -91,7 +91,8 @@ class KafkaLog(KafkaMember):
             raise self._refused
 
     def _poll(self, wait: float, more: int = BATCH) -> list[Any]:
-        """So many messages, waiting for the first. The driver's `consume` of more would wait until it has them all."""
+        """So many messages, waiting for the first: `consume` of more would wait until it has them all, and `poll` (2.16) wakes up
+        every 0.2 s to look for Ctrl-C."""
         try:
             if more and ((found := self._consumer.consume(more, 0)) or not wait):  # to wait lets go of the interpreter: at a
                 return found  # type: ignore[no-any-return]                        # backlog, for the handler's turn
